@@ -1,0 +1,64 @@
+"""Every key, once. The values are DDPM's for CIFAR-10 (Ho et al. 2020, appendix B); other configs change them."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+
+    config.seed = 0  # of the initial parameters, the batches, the noise and the dropout of training
+
+    config.data = ConfigDict()
+    config.data.source = 'tfds:cifar10'  # where images come from: 'digits', or 'tfds:NAME'
+    config.data.data_dir = ''  # where the source's files lie; '' is the source's own default
+    config.data.image_size = 32  # pixels, height and width
+    config.data.channels = 3  # 1 grey, 3 colour
+    config.data.crop = ''  # how images are cut before they are resized; '' takes them whole
+    config.data.flip = True  # mirror half of the images, drawn anew at each step
+
+    config.model = ConfigDict()
+    config.model.kind = 'eps'  # what the network predicts: 'eps', 'x0' or 'v'
+    config.model.channels = 128  # width at full resolution
+    config.model.multipliers = (1, 2, 2, 2)  # width at each resolution, in units of channels; each halves the size
+    config.model.num_blocks = 2  # residual blocks a resolution
+    config.model.attention_resolutions = (16,)  # image sizes, in pixels, at which blocks are followed by attention
+    config.model.groups = 32  # of GroupNorm
+    config.model.dropout = 0.1  # probability
+    config.model.dtype = 'float32'  # of convolutions and matmuls: 'float32', or 'bfloat16' on accelerators
+
+    config.schedule = ConfigDict()
+    config.schedule.name = 'linear'  # linear, quadratic, constant, jsd, sigmoid or cosine
+    config.schedule.T = 1000  # number of noise levels
+    config.schedule.beta_start = 1e-4  # β_1 (not for cosine, jsd, constant)
+    config.schedule.beta_end = 0.02  # β_T (not for cosine, jsd)
+    config.schedule.offset = 0.008  # of cosine, in units of T: keeps the first β from vanishing
+    config.schedule.max_beta = 0.999  # of cosine
+
+    config.train = ConfigDict()
+    config.train.loss = 'simple'  # DDPM Eq. 14
+    config.train.batch_size = 128  # images a step
+    config.train.num_steps = 800_000  # steps
+    config.train.learning_rate = 2e-4  # of Adam
+    config.train.warmup_steps = 5000  # steps over which the learning rate rises to its value
+    config.train.grad_clip = 1.0  # largest global norm of the gradient of the mean-over-pixels loss; 0 does not clip
+    config.train.ema_decay = 0.9999  # a step; lower at first: min(ema_decay, (1 + step)/(10 + step))
+    config.train.checkpoint_every = 5000  # steps
+    config.train.keep_checkpoints = 3  # the newest ones
+    config.train.log_every = 100  # steps
+    config.train.sample_every = 10_000  # steps between sample grids (DDIM, 20 steps, EMA weights); 0 draws none
+
+    config.sample = ConfigDict()
+    config.sample.num_images = 256
+    config.sample.num_steps = 1000  # evaluations of the network an image, at most schedule.T
+    config.sample.eta = 1.0  # 0 is DDIM, 1 is DDPM
+    config.sample.spacing = 'trailing'  # of the levels visited: trailing, leading, linspace, uniform or quad
+    config.sample.variance = 'large'  # 'small' (the η family) or 'large' (DDPM's σ² = β)
+    config.sample.clip = True  # clip the predicted image to [−1, 1] at each step
+    config.sample.weights = 'ema'  # or 'raw'
+    config.sample.batch_size = 256  # images at a time; the images do not depend on it
+    config.sample.seed = 0  # image i depends on (seed, i) alone
+
+    config.mesh = ConfigDict()
+    config.mesh.fsdp = 1  # devices over which parameters and optimizer state are split
+
+    return config.lock()  # a misspelt key in another config is an error, too

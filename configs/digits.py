@@ -1,0 +1,37 @@
+"""Handwritten digits at 8×8 (scikit-learn ships them), to see all of it work within minutes on two CPU cores.
+
+python main.py --config=configs/digits.py --workdir=runs/digits
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+
+    config.data.source = 'digits'
+    config.data.image_size = 8
+    config.data.channels = 1
+    config.data.flip = False
+
+    config.model.channels = 32
+    config.model.multipliers = (1, 2)
+    config.model.num_blocks = 1
+    config.model.attention_resolutions = (4,)
+    config.model.groups = 8
+    config.model.dropout = 0.0
+
+    config.train.num_steps = 1000
+    config.train.learning_rate = 2e-3
+    config.train.warmup_steps = 100
+    config.train.ema_decay = 0.995
+    config.train.checkpoint_every = 250
+    config.train.log_every = 20
+    config.train.sample_every = 250
+
+    config.sample.num_images = 1000
+    config.sample.num_steps = 50
+    config.sample.eta = 0.0
+    config.sample.variance = 'small'
+    config.sample.batch_size = 250
+    return config

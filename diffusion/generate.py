@@ -1,0 +1,134 @@
+"""--mode=sample: images from a checkpoint, and how good they are."""
+
+import importlib.metadata
+import os
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from diffusion import data, experiment, sampler
+from diffusion.experiment import RunError
+from diffusion.metrics import frechet
+from diffusion.report.grid import save_grid
+from diffusion.runtime import mesh as meshes
+from diffusion.runtime.files import write_json
+from diffusion.schedule import timesteps
+
+LARGEST_FRECHET = 4096  # values an image; the covariance has the square of that
+
+
+def make_sampler(exp, params, shape, *, batch_size, **how):
+    """Compile the function (params, seed, start, stop) → images start … stop−1, uint8, at most batch_size of them.
+
+    params: arrays or their shapes and shardings; shape: of one image; how: keyword arguments of
+    `sampler.sample`. One program serves all calls: a short batch is filled up, and every batch to a
+    multiple of the devices. Image i depends on (seed, i) alone.
+    """
+    batch_size += -batch_size % exp.mesh.size
+
+    def draw(params, seed, start):
+        indices = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), meshes.split_batch(exp.mesh))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+        return sampler.sample(keys, exp.schedule, exp.network.net(params), shape=shape, **how)
+
+    draw = jax.jit(draw, out_shardings=meshes.replicated(exp.mesh)).lower(params, 0, 0).compile()
+    return lambda params, seed, start, stop: data.to_uint8(draw(params, seed, start))[: stop - start]
+
+
+def run(config, workdir):
+    """Draw sample.num_images images and write samples/<name>/. Returns the process's exit status."""
+    asked = config.sample
+    with experiment.naming('config.sample'):
+        _check(asked)
+    step, params = experiment.load_params(config, workdir, asked.weights)
+    exp = experiment.build(config)
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    batch_size = min(asked.batch_size, asked.num_images)
+    started = time.perf_counter()
+    with experiment.naming('config.sample'):
+        draw = make_sampler(
+            exp,
+            params,
+            shape,
+            batch_size=batch_size,
+            timesteps=timesteps(exp.schedule.T, asked.num_steps, asked.spacing),
+            kind=config.model.kind,
+            eta=asked.eta,
+            variance=asked.variance,
+            clip=asked.clip,
+        )
+    compiled = time.perf_counter()
+    batches = []
+    with tqdm(total=asked.num_images, desc='sample', unit='image', dynamic_ncols=True) as bar:
+        for start in range(0, asked.num_images, batch_size):
+            stop = min(start + batch_size, asked.num_images)
+            batches.append(draw(params, asked.seed, start, stop))
+            bar.update(stop - start)
+    images = np.concatenate(batches)
+    finished = time.perf_counter()
+
+    name = (
+        f'step{step}-{asked.weights}-eta{asked.eta:g}-{asked.num_steps}{asked.spacing}-{asked.variance}'
+        f'{"" if asked.clip else "-noclip"}-n{asked.num_images}-seed{asked.seed}'
+    )
+    folder = os.path.join(workdir, 'samples', name)
+    save_grid(os.path.join(folder, 'grid.png'), images)
+    np.savez(os.path.join(folder, 'samples.npz'), images)
+    quality = distance_from_data(config, images)
+    write_json(
+        os.path.join(folder, 'record.json'),
+        {
+            'checkpoint_step': step,
+            **asked.to_dict(),
+            'count': len(images),
+            'kind': config.model.kind,
+            'schedule': config.schedule.to_dict(),
+            'quality': quality,
+            'compile_seconds': round(compiled - started, 3),
+            'wall_seconds': round(finished - compiled, 3),
+            'device': f'{exp.mesh.size} × {jax.devices()[0].device_kind}',
+            'versions': versions(),
+        },
+    )
+    seconds = f'{finished - compiled:.1f} s, and {compiled - started:.1f} s to compile'
+    print(f'{len(images)} images from step {step}, {asked.weights} weights, in {seconds}')
+    if quality['value'] is None:
+        print(f'{quality["metric"]}: none, because {quality["why"]}')
+    else:
+        print(f'{quality["metric"]} from {quality["reference"]}: {quality["value"]:.4f}')
+    for file in ('grid.png', 'samples.npz', 'record.json'):
+        print(os.path.join(folder, file))
+    return 0
+
+
+def _check(asked):
+    for key in ('num_images', 'batch_size'):
+        if asked[key] < 1:
+            raise ValueError(f'{key} is {asked[key]}, but must be at least 1')
+    if not 0 <= asked.seed < 2**32:
+        raise ValueError(f'seed is {asked.seed}, but must lie in [0, 2³²)')
+
+
+def distance_from_data(config, images):
+    """The Fréchet distance of samples, uint8 (N, H, W, C), from the training images; or why there is none."""
+    quality = {'metric': 'Fréchet distance of raw pixels in [−1, 1] (this is no FID)'}
+    if images[0].size > LARGEST_FRECHET:
+        return quality | {'value': None, 'why': f'an image has {images[0].size} values, more than {LARGEST_FRECHET}'}
+    if len(images) < 2:
+        return quality | {'value': None, 'why': 'one image has no covariance'}
+    try:
+        real = experiment.load_images(config)
+    except RunError as error:
+        return quality | {'value': None, 'why': str(error)}
+    distance = frechet.distance(*(frechet.moments(data.to_float(batch)) for batch in (images, real)))
+    return quality | {'reference': f'{config.data.source}, train split, {len(real)} images', 'value': distance}
+
+
+def versions():
+    """Of what the numbers depend on."""
+    packages = {package: importlib.metadata.version(package) for package in ('jax', 'flax', 'numpy')}
+    return {'python': platform.python_version(), **packages}

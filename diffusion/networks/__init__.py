@@ -1,0 +1,1 @@
+"""Networks: flax.nnx modules that map (x_t, t) to an output of x_t's shape."""

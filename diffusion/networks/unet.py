@@ -1,0 +1,210 @@
+"""The U-Net of DDPM (arXiv:2006.11239, appendix B), as Ho et al. wrote it and diffusers builds it.
+
+What others do differently, here as in Ho's code: an attention after *each* decoder block of a level that
+has one; stride-2 convolutions padded by (0, 1); sin before cos, with half−1, in the time embedding;
+GroupNorm ε of 1e-6; one attention head; the last convolution of each branch starts at zero.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+fan_avg = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
+zeros = nnx.initializers.zeros_init()
+
+
+def time_embedding(t, dim):
+    """Sinusoids of the noise level: sin(t·ω_i) ‖ cos(t·ω_i), ω_i = 10000^(−i/(dim/2−1)).
+
+    t: (B,) integer or real; dim: even, at least 4. Returns (B, dim) float32.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10_000) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+def _conv(inputs, outputs, size=3, *, rngs, dtype, strides=1, padding='SAME', init=fan_avg):
+    return nnx.Conv(
+        inputs, outputs, (size, size), strides=strides, padding=padding, kernel_init=init, dtype=dtype, rngs=rngs
+    )
+
+
+def _linear(inputs, outputs, *, rngs, dtype, init=fan_avg):
+    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
+
+
+def _norm(channels, groups, *, rngs):
+    return nnx.GroupNorm(channels, groups, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+
+
+class ResBlock(nnx.Module):
+    """x + conv(dropout(silu(norm(conv(silu(norm(x))) + linear(silu(emb))))))."""
+
+    def __init__(self, inputs, outputs, embedding, *, groups, dropout, dtype, rngs):
+        self.norm1 = _norm(inputs, groups, rngs=rngs)
+        self.conv1 = _conv(inputs, outputs, rngs=rngs, dtype=dtype)
+        self.time = _linear(embedding, outputs, rngs=rngs, dtype=dtype)
+        self.norm2 = _norm(outputs, groups, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
+        self.conv2 = _conv(outputs, outputs, rngs=rngs, dtype=dtype, init=zeros)
+        self.shortcut = _conv(inputs, outputs, 1, rngs=rngs, dtype=dtype) if inputs != outputs else None
+
+    def __call__(self, x, emb, *, deterministic, rngs):
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        h += self.time(nnx.silu(emb))[:, None, None]
+        h = self.dropout(nnx.silu(self.norm2(h)), deterministic=deterministic, rngs=rngs)
+        return (x if self.shortcut is None else self.shortcut(x)) + self.conv2(h)
+
+
+class Attention(nnx.Module):
+    """x + linear(attention(norm(x))): one head over all pixels."""
+
+    def __init__(self, channels, *, groups, dtype, rngs):
+        self.norm = _norm(channels, groups, rngs=rngs)
+        self.query = _linear(channels, channels, rngs=rngs, dtype=dtype)
+        self.key = _linear(channels, channels, rngs=rngs, dtype=dtype)
+        self.value = _linear(channels, channels, rngs=rngs, dtype=dtype)
+        self.out = _linear(channels, channels, rngs=rngs, dtype=dtype, init=zeros)
+
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        h = self.norm(x).reshape(batch, height * width, 1, channels)
+        h = jax.nn.dot_product_attention(self.query(h), self.key(h), self.value(h))  # softmax in float32
+        return x + self.out(h).reshape(x.shape)
+
+
+class Stage(nnx.Module):
+    """The blocks of one resolution on the way down or up, each followed by an attention if there is one."""
+
+    def __init__(self, blocks, attentions, resample):
+        self.blocks = nnx.List(blocks)
+        self.attentions = nnx.List(attentions)  # as many as blocks, or none
+        self.resample = resample  # the convolution that leads to the next resolution, if there is one
+
+    def block(self, i, x, emb, **dropout):
+        x = self.blocks[i](x, emb, **dropout)
+        return self.attentions[i](x) if self.attentions else x
+
+
+class UNet(nnx.Module):
+    """(x_t (B, H, W, C), t (B,)) → (B, H, W, C) float32.
+
+    image_size: H and W, a multiple of 2^(len(multipliers)−1), decides where the attentions go;
+    image_channels: C; channels × multipliers: the width at each resolution, the finest first;
+    num_blocks: residual blocks a resolution on the way down (one more on the way up);
+    attention_resolutions: image sizes at which blocks are followed by attention;
+    groups: of GroupNorm, a divisor of each width; dtype: of convolutions and matmuls (norms, softmax,
+    parameters and output stay float32).
+
+    Raises ValueError for sizes that do not fit, with the sizes that would.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size,
+        image_channels,
+        channels,
+        multipliers,
+        num_blocks,
+        attention_resolutions,
+        dropout,
+        groups,
+        dtype,
+        rngs,
+    ):
+        _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups)
+        widths = [channels * m for m in multipliers]
+        sizes = [image_size >> level for level in range(len(widths))]
+        embedding = 4 * channels
+        args = dict(groups=groups, dtype=dtype, rngs=rngs)
+
+        def stage(size, inputs, outputs, resample):
+            blocks = [ResBlock(i, outputs, embedding, dropout=dropout, **args) for i in inputs]
+            attentions = [Attention(outputs, **args) for _ in inputs if size in attention_resolutions]
+            return Stage(blocks, attentions, resample)
+
+        self.channels = channels
+        self.time1 = _linear(channels, embedding, rngs=rngs, dtype=dtype)
+        self.time2 = _linear(embedding, embedding, rngs=rngs, dtype=dtype)
+        self.conv_in = _conv(image_channels, channels, rngs=rngs, dtype=dtype)
+
+        skips = [channels]  # widths of what the way down leaves for the way up
+        down = []
+        for level, (size, width) in enumerate(zip(sizes, widths, strict=True)):
+            last = level == len(widths) - 1
+            resample = (
+                None if last else _conv(width, width, strides=2, padding=((0, 1), (0, 1)), rngs=rngs, dtype=dtype)
+            )
+            down.append(stage(size, [skips[-1]] + [width] * (num_blocks - 1), width, resample))
+            skips += [width] * (num_blocks if last else num_blocks + 1)
+        self.down = nnx.List(down)
+
+        self.mid1 = ResBlock(width, width, embedding, dropout=dropout, **args)
+        self.mid_attention = Attention(width, **args)
+        self.mid2 = ResBlock(width, width, embedding, dropout=dropout, **args)
+
+        up, below = [], width
+        for level, (size, width) in reversed(list(enumerate(zip(sizes, widths, strict=True)))):
+            inputs = [previous + skips.pop() for previous in [below] + [width] * num_blocks]
+            resample = None if level == 0 else _conv(width, width, rngs=rngs, dtype=dtype)
+            up.append(stage(size, inputs, width, resample))
+            below = width
+        self.up = nnx.List(up)
+
+        self.norm_out = _norm(width, groups, rngs=rngs)
+        self.conv_out = _conv(width, image_channels, rngs=rngs, dtype=dtype, init=zeros)
+
+    def __call__(self, x, t, *, deterministic=True, rngs=None):
+        dropout = dict(deterministic=deterministic, rngs=rngs)
+        emb = self.time2(nnx.silu(self.time1(time_embedding(t, self.channels))))
+        x = self.conv_in(x)
+        skips = [x]
+        for stage in self.down:
+            for i in range(len(stage.blocks)):
+                x = stage.block(i, x, emb, **dropout)
+                skips.append(x)
+            if stage.resample is not None:
+                x = stage.resample(x)
+                skips.append(x)
+        x = self.mid1(x, emb, **dropout)
+        x = self.mid_attention(x)
+        x = self.mid2(x, emb, **dropout)
+        for stage in self.up:
+            for i in range(len(stage.blocks)):
+                x = stage.block(i, jnp.concatenate([x, skips.pop()], axis=-1), emb, **dropout)
+            if stage.resample is not None:
+                x = stage.resample(x.repeat(2, axis=1).repeat(2, axis=2))
+        return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
+
+
+def _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups):
+    """Raise ValueError where sizes do not fit together."""
+    if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
+        raise ValueError(f'multipliers is {multipliers}, but must be positive integers, one a resolution')
+    if num_blocks < 1 or groups < 1:
+        raise ValueError(f'num_blocks is {num_blocks} and groups {groups}, but both must be at least 1')
+    if not 0 <= dropout < 1:
+        raise ValueError(f'dropout is {dropout}, but must lie in [0, 1)')
+    unit = 2 ** (len(multipliers) - 1)
+    if image_size < unit or image_size % unit:
+        below = image_size // unit * unit
+        sizes = f'{below} or {below + unit}' if below else f'{unit}'
+        raise ValueError(
+            f'an image size of {image_size} cannot be halved {len(multipliers) - 1} times, as '
+            f'{len(multipliers)} multipliers ask; {sizes} would do, or fewer multipliers'
+        )
+    if channels < 4 or channels % 2:
+        raise ValueError(f'channels is {channels}, but the time embedding needs an even number of at least 4')
+    for m in multipliers:
+        if channels * m % groups:
+            raise ValueError(
+                f'channels × multiplier = {channels * m} is not divisible by the {groups} groups of GroupNorm'
+            )
+    sizes = [image_size >> level for level in range(len(multipliers))]
+    absent = [size for size in attention_resolutions if size not in sizes]
+    if absent:
+        raise ValueError(f'attention_resolutions {absent} are no sizes of this network, which has {sizes}')

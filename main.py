@@ -1,0 +1,58 @@
+"""Train a diffusion model, sample it, or compute its likelihood.
+
+    python main.py --config=configs/digits.py --workdir=runs/digits                   train, or go on training
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample     draw images
+
+Any key of configs/default.py can be changed: --config.train.batch_size=64 --config.sample.eta=0.0
+"""
+
+import importlib
+import os
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+MODES = {'train': 'diffusion.train', 'sample': 'diffusion.generate'}
+
+config_flags.DEFINE_config_file('config', None, 'The config file, as configs/digits.py.', lock_config=True)
+flags.DEFINE_string('workdir', None, 'The folder of the run: checkpoints, logs, samples.')
+flags.DEFINE_enum('mode', 'train', list(MODES), 'What to do.')
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def parse(argv):
+    """The flags; or one line that says what is wrong with them, and exit status 1."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError) as error:
+        key = re.search(r'\w+', str(error))
+        wrong = [word for word in argv if key and word.startswith('--config.') and key[0] in word]
+        if not wrong:  # the config file itself is at fault: its author needs the traceback
+            raise
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f'did you mean {near[1]!r}?' if near else 'configs/default.py has them all'
+        sys.exit(f'error: {wrong[0]}: the config has no key {key[0]!r}; {hint}')
+    except OSError as error:
+        sys.exit(f'error: --config: {error}')
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected argument {argv[1]!r}: flags start with --')
+    if not flags.FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.WARNING)  # libraries tell a great deal otherwise
+    from diffusion.experiment import RunError  # imports JAX, once the flags are known to be good
+
+    run = importlib.import_module(MODES[flags.FLAGS.mode]).run
+    try:
+        sys.exit(run(flags.FLAGS.config, os.path.abspath(os.path.expanduser(flags.FLAGS.workdir))))
+    except RunError as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('interrupted')
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=parse)
