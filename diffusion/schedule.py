@@ -65,7 +65,7 @@ class Schedule:
 
     def snr(self, t):
         """SNR(t) = ᾱ_t / (1−ᾱ_t); +inf at level 0."""
-        return 1 / jnp.expm1(-self.log_alpha_bar_at(t))
+        return jnp.exp(self.log_snr(t))
 
     def log_snr(self, t):
         """log ᾱ_t − log(1−ᾱ_t); +inf at level 0, −inf where ᾱ_t = 0."""

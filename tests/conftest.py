@@ -1,0 +1,7 @@
+"""Settings of all tests."""
+
+import hypothesis
+
+# Compilation makes first examples slow; and a suite that judges a commit draws the same examples each time.
+hypothesis.settings.register_profile('project', deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile('project')

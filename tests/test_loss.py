@@ -1,0 +1,75 @@
+"""The loss against its expectation, which is known for Gaussian data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import gaussian, schedule
+from diffusion.loss import loss
+from tests import oracles
+
+T = 100
+SCH = schedule.linear(T, 1e-3, 0.2)
+ALPHA_BAR = np.array([float(a) for a in oracles.alpha_bars(oracles.betas('linear', T, 1e-3, 0.2))])
+
+
+@pytest.mark.parametrize('kind', gaussian.KINDS)
+def test_expectation_under_the_best_predictor(kind):
+    """Var[ε|x_t] = ᾱs²/(ᾱs²+1−ᾱ); x_0 and v are ε times (√(1−ᾱ)/√ᾱ) and 1/√ᾱ, at fixed x_t. Mean over t = 1 … T."""
+    data = oracles.GaussianData(0.3, 0.4, ALPHA_BAR)
+    a = ALPHA_BAR[1:]
+    variance = a * 0.4**2 / (a * 0.4**2 + 1 - a)
+    variance = variance * {'eps': 1, 'x0': (1 - a) / a, 'v': 1 / a}[kind]
+    x0 = 0.3 + 0.4 * jax.random.normal(jax.random.key(0), (40_000, 1, 1, 1))
+    values = np.asarray(loss(jax.random.key(1), SCH, data.net(kind), x0, kind=kind), np.float64)
+    assert values.shape == (40_000,)
+    assert abs(values.mean() - variance.mean()) < 4.5 * values.std() / np.sqrt(len(values))
+
+
+def test_levels_are_all_of_1_to_T_and_images_draw_their_own():
+    seen = {}
+
+    def net(x_t, t):
+        seen.update(t=np.asarray(t), x_t=np.asarray(x_t, np.float64))
+        return jnp.zeros_like(x_t)
+
+    values = loss(jax.random.key(0), SCH, net, jnp.zeros((30_000, 4)), kind='eps')
+    counts = np.bincount(seen['t'], minlength=T + 1)
+    assert counts[0] == 0 and len(counts) == T + 1
+    expected = 30_000 / T
+    assert np.sum((counts[1:] - expected) ** 2 / expected) < T + 5 * np.sqrt(2 * T)  # χ² with T−1 degrees of freedom
+    eps = seen['x_t'] / np.sqrt(1 - ALPHA_BAR[seen['t']])[:, None]
+    np.testing.assert_allclose(values, (eps**2).mean(1), rtol=1e-3)  # the mean over pixels, as in DDPM, no sum
+    assert np.abs(np.corrcoef(eps, rowvar=False) - np.eye(4)).max() < 5 / np.sqrt(30_000)
+    assert len(np.unique(eps[:, 0])) > 29_900
+    assert abs(np.mean(eps)) < 5 / np.sqrt(120_000) and abs(np.var(eps) - 1) < 5 * np.sqrt(2 / 120_000)
+
+
+def test_the_key_decides():
+    net = oracles.GaussianData(0.0, 1.0, ALPHA_BAR).net('eps')
+    x0 = jnp.ones((8, 2, 2, 1))
+    values = [loss(jax.random.key(k), SCH, net, x0, kind='eps') for k in (0, 0, 1)]
+    np.testing.assert_array_equal(values[0], values[1])
+    assert np.all(values[0] != values[2])
+
+
+def test_half_precision_outputs_do_not_lower_the_precision_of_the_loss():
+    x0 = jnp.full((16, 3), 0.5)
+    values = loss(jax.random.key(0), SCH, lambda x, t: jnp.zeros(x.shape, jnp.bfloat16), x0, kind='x0')
+    assert values.dtype == jnp.float32
+    np.testing.assert_array_equal(values, 0.25)
+
+
+def test_the_loss_of_jsd_is_finite_at_its_last_level():
+    sch = schedule.jsd(2)
+    for kind in gaussian.KINDS:
+        values, gradient = jax.value_and_grad(
+            lambda w, kind=kind: loss(jax.random.key(0), sch, lambda x, t: w * x, jnp.ones((64, 2)), kind=kind).sum()
+        )(1.0)
+        assert np.isfinite(values) and np.isfinite(gradient)
+
+
+def test_unknown_weighting():
+    with pytest.raises(ValueError, match='simple'):
+        loss(jax.random.key(0), SCH, lambda x, t: x, jnp.zeros((2, 1)), kind='eps', weighting='simpel')

@@ -1,0 +1,222 @@
+"""The sampler against chains whose every moment is known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import gaussian, sampler, schedule
+from diffusion.schedule import timesteps
+from tests import oracles
+
+N = 20_000
+T = 200
+SCH = schedule.linear(T, 5e-4, 0.1)
+ALPHA_BAR = np.array([float(a) for a in oracles.alpha_bars(oracles.betas('linear', T, 5e-4, 0.1))])
+DATA = oracles.GaussianData(mean=0.3, std=0.2, alpha_bar=ALPHA_BAR)
+
+
+def keys(n=N, seed=0):
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(n))
+
+
+def assert_moments(samples, mean, var):
+    """Within 4.5 standard errors of Gaussian samples: √(var/N) of the mean, var·√(2/N) of the variance."""
+    samples = np.asarray(samples, np.float64)
+    assert abs(samples.mean() - mean) < 4.5 * np.sqrt(var / samples.size) + 1e-5
+    assert abs(samples.var() - var) < 4.5 * var * np.sqrt(2 / samples.size) + 1e-6
+
+
+@pytest.mark.parametrize('kind', gaussian.KINDS)
+@pytest.mark.parametrize('eta', [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize(
+    'num_steps, spacing', [(T, 'trailing'), (10, 'trailing'), (10, 'leading'), (20, 'linspace'), (8, 'quad')]
+)
+def test_moments_follow_the_exact_recursion(kind, eta, num_steps, spacing):
+    levels = timesteps(T, num_steps, spacing)
+    samples = sampler.sample(keys(), SCH, DATA.net(kind), shape=(), timesteps=levels, kind=kind, eta=eta, clip=False)
+    assert samples.shape == (N,)
+    assert_moments(samples, *DATA.sample_moments(levels, eta))
+
+
+@pytest.mark.parametrize('num_steps', [10, T])
+def test_large_variance_and_its_missing_noise_at_the_end(num_steps):
+    levels = timesteps(T, num_steps)
+    samples = sampler.sample(
+        keys(), SCH, DATA.net('eps'), shape=(), timesteps=levels, kind='eps', eta=1.0, variance='large', clip=False
+    )
+    mean, var = DATA.sample_moments(levels, 1.0, 'large')
+    assert_moments(samples, mean, var)
+    small = DATA.sample_moments(levels, 1.0)[1]
+    noisy_end = var + 1 - ALPHA_BAR[levels[-2]]
+    assert (abs(var / small - 1) > 0.01 and abs(noisy_end / var - 1) > 10 * np.sqrt(2 / N)) or num_steps == T
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.5])
+def test_variances_of_ones_own(eta):
+    levels = timesteps(T, 6)
+    variance = np.array([0.3, 0.05, 0.2, 0.01, 0.1, 0.4])
+    samples = sampler.sample(
+        keys(), SCH, DATA.net('v'), shape=(), timesteps=levels, kind='v', eta=eta, variance=variance, clip=False
+    )
+    assert_moments(samples, *DATA.sample_moments(levels, eta, variance))
+
+
+@pytest.mark.parametrize('name', sorted(schedule.SCHEDULES))
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+def test_point_mass_comes_out_exactly(name, eta):
+    """Whatever happens on the way, the last step returns the x_0 that the network knows."""
+    alpha_bar = np.array([float(a) for a in oracles.alpha_bars(oracles.betas(name, 50))])
+    net = oracles.PointMass(0.7, alpha_bar).net('x0')
+    samples = sampler.sample(
+        keys(64), schedule.SCHEDULES[name](50), net, shape=(2,), timesteps=timesteps(50, 7), kind='x0', eta=eta
+    )
+    np.testing.assert_array_equal(samples, np.float32(0.7))
+
+
+def test_point_mass_is_on_the_right_level_all_along():
+    """Stopped anywhere, x_s is distributed as q(x_s | x_0): the coefficients are those of the next level."""
+    for eta in (0.0, 0.5, 1.0):
+        x = jax.random.normal(jax.random.key(1), (N,))  # q(x_T|x_0) of jsd: ᾱ_T = 0 exactly
+        sch, seen = schedule.jsd(20), []
+
+        def net(x_t, t, seen=seen):
+            seen.append((int(t[0]), np.asarray(x_t, np.float64)))
+            return jnp.full_like(x_t, 0.7)
+
+        with jax.disable_jit():
+            sampler.sample(keys(), sch, net, shape=(), timesteps=timesteps(20, 5), kind='x0', eta=eta, x_T=x)
+        assert [t for t, _ in seen] == [20, 16, 12, 8, 4]
+        for t, x_t in seen:
+            assert_moments(x_t, np.sqrt(1 - t / 20) * 0.7, t / 20)
+
+
+def test_every_level_is_visited_once_with_its_own_index():
+    levels = timesteps(1000, 10, 'linspace')
+    seen = []
+
+    def net(x_t, t):
+        seen.append(np.asarray(t))
+        return jnp.zeros_like(x_t)
+
+    with jax.disable_jit():
+        sampler.sample(keys(3), schedule.linear(1000), net, shape=(2, 2, 1), timesteps=levels, kind='v', eta=0.0)
+    np.testing.assert_array_equal(seen, np.repeat(levels[:-1, None], 3, axis=1))
+
+
+def bits_drawn(eta, x_T=None, **how):
+    """Primitives of the program that draw random bits, in the loop and before it."""
+    levels = timesteps(T, 10)
+
+    def program(keys, x_T):
+        return sampler.sample(
+            keys, SCH, DATA.net('eps'), shape=(4,), timesteps=levels, kind='eps', eta=eta, x_T=x_T, **how
+        )
+
+    def names(jaxpr, inside):
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name, inside
+            for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, 'eqns')):
+                inner = getattr(parameter, 'jaxpr', parameter)
+                if hasattr(inner, 'eqns'):
+                    yield from names(inner, inside or equation.primitive.name == 'scan')
+
+    all_names = list(names(jax.make_jaxpr(program)(keys(5), x_T).jaxpr, False))
+    assert any(inside for _, inside in all_names)
+    return [inside for name, inside in all_names if name.startswith('random_') or name.startswith('threefry')]
+
+
+def test_ddim_draws_no_noise_after_the_first():
+    assert not any(bits_drawn(0.0)) and bits_drawn(0.0)
+    assert not bits_drawn(0.0, x_T=jnp.zeros((5, 4)))
+    assert any(bits_drawn(1.0)) and any(bits_drawn(0.25))
+    assert any(bits_drawn(0.0, variance=np.full(10, 0.1)))
+
+
+def test_the_program_does_not_grow_with_the_number_of_steps():
+    def size(num_steps):
+        program = functools.partial(
+            sampler.sample,
+            schedule=SCH,
+            net=DATA.net('eps'),
+            shape=(4,),
+            timesteps=timesteps(T, num_steps),
+            kind='eps',
+            eta=1.0,
+        )
+        return jax.jit(program).lower(keys(5)).as_text().count('\n')
+
+    assert size(T) == size(10)
+
+
+def test_an_image_depends_on_its_key_alone():
+    def draw(keys):
+        net = DATA.net('eps')
+        return sampler.sample(keys, SCH, net, shape=(3, 3, 1), timesteps=timesteps(T, 10), kind='eps', eta=1.0)
+
+    many = draw(keys(1000))
+    np.testing.assert_array_equal(many[:7], draw(keys(7)))
+    np.testing.assert_array_equal(many[::-1], draw(keys(1000)[::-1]))
+    assert len(np.unique(np.asarray(many)[:, 0, 0, 0])) == 1000
+
+
+def test_no_noise_is_used_twice():
+    """With x̂_0 = 0 and η = 1 a step is x_s = A·x_t + σ·z: the z's of all levels and pixels are uncorrelated."""
+    xs = []
+
+    def net(x_t, t):
+        xs.append(np.asarray(x_t, np.float64))
+        return jnp.zeros_like(x_t)
+
+    levels = timesteps(T, 4)
+    with jax.disable_jit():
+        sampler.sample(keys(5000), SCH, net, shape=(3,), timesteps=levels, kind='x0', eta=1.0)
+    noises = [xs[0]]
+    for before, after, t, s in zip(xs[:-1], xs[1:], levels[:-2], levels[1:-1], strict=True):
+        a_t, a_s = ALPHA_BAR[[t, s]]
+        sigma = np.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
+        noises.append((after - np.sqrt(1 - a_s - sigma**2) * before / np.sqrt(1 - a_t)) / sigma)
+    correlation = np.corrcoef(np.concatenate(noises, axis=1), rowvar=False)
+    assert np.abs(correlation - np.eye(12)).max() < 5 / np.sqrt(5000)
+
+
+def test_clipping_is_on_and_can_be_turned_off():
+    def draw(clip):
+        return sampler.sample(
+            keys(50),
+            SCH,
+            lambda x_t, t: jnp.full_like(x_t, 3.0),
+            shape=(),
+            timesteps=timesteps(T, 10),
+            kind='x0',
+            eta=0.0,
+            clip=clip,
+        )
+
+    np.testing.assert_array_equal(draw(True), 1)
+    np.testing.assert_array_equal(draw(False), 3)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'timesteps': [5, 3, 1]}, 'decrease to 0'),
+        ({'timesteps': [5, 5, 0]}, 'decrease to 0'),
+        ({'timesteps': [0]}, 'decrease to 0'),
+        ({'timesteps': [T + 1, 0]}, 'levels lie in'),
+        ({'variance': 'huge'}, "'small', 'large'"),
+        ({'variance': np.ones(3)}, 'shape'),
+        ({'variance': 'large', 'eta': 0.0}, 'eta=0'),
+        ({'eta': 1.5}, 'eta'),
+        ({'schedule': schedule.jsd(T), 'timesteps': timesteps(T, 5)}, "'x0' or 'v'"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(change, message):
+    how = dict(schedule=SCH, net=DATA.net('eps'), shape=(), timesteps=timesteps(T, 5), kind='eps', eta=1.0)
+    with pytest.raises(ValueError, match=message):
+        sampler.sample(keys(2), **(how | change))
+    if 'schedule' in change:  # the check holds inside a jitted program as well
+        with pytest.raises(ValueError, match=message):
+            jax.jit(lambda k: sampler.sample(k, **(how | change)))(keys(2))

@@ -1,0 +1,142 @@
+"""The U-Net: its counts from the papers, its layout from Ho's code, and what it refuses."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from diffusion.networks.unet import Attention, ResBlock, UNet, time_embedding
+
+SMALL = dict(
+    image_size=8,
+    image_channels=1,
+    channels=8,
+    multipliers=(1, 2),
+    num_blocks=1,
+    attention_resolutions=(4,),
+    dropout=0.0,
+    groups=4,
+    dtype=jnp.float32,
+)
+PAPER = SMALL | dict(image_channels=3, channels=128, num_blocks=2, attention_resolutions=(16,), groups=32)
+
+
+def abstract(**settings):
+    return nnx.eval_shape(lambda: UNet(**settings, rngs=nnx.Rngs(0)))
+
+
+def count(network):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(network)))
+
+
+def program(change, parameters):
+    """The network with `parameters(shape, dtype)` in place of each of its own, jitted."""
+    settings = SMALL | change
+    graph, state = nnx.split(abstract(**settings))
+    state = jax.tree.map(lambda leaf: parameters(leaf.shape).astype(leaf.dtype), state)
+    return jax.jit(nnx.merge(graph, state), static_argnames='deterministic')
+
+
+def awake(seed=0, **change):
+    """A small network whose parameters are all random, so that every path is heard."""
+    draw = np.random.default_rng(seed)
+    return program(change, lambda shape: draw.normal(size=shape) * 0.5 / math.sqrt(math.prod(shape[:-1]) or 1))
+
+
+@pytest.mark.parametrize(
+    'image_size, multipliers, parameters',
+    [
+        (32, (1, 2, 2, 2), 35_746_307),  # CIFAR-10, DDPM
+        (64, (1, 2, 2, 2, 4), 78_700_803),  # CelebA, DDIM
+        (256, (1, 1, 2, 2, 4, 4), 113_673_219),  # LSUN and CelebA-HQ, DDPM
+    ],
+)
+def test_parameters_of_the_papers(image_size, multipliers, parameters):
+    assert count(abstract(**(PAPER | dict(image_size=image_size, multipliers=multipliers)))) == parameters
+
+
+def test_layout_of_ho():
+    """Two blocks a level down, three up, an attention after each of them at 16 and one in the middle."""
+    network = abstract(**(PAPER | dict(image_size=32, multipliers=(1, 2, 2, 2))))
+    nodes = [node for _, node in nnx.iter_graph(network)]
+    assert sum(isinstance(node, ResBlock) for node in nodes) == 4 * 2 + 2 + 4 * 3
+    assert sum(isinstance(node, Attention) for node in nodes) == 2 + 1 + 3
+    assert [len(stage.attentions) for stage in network.up] == [0, 0, 3, 0]
+    norms = [node for node in nodes if isinstance(node, nnx.GroupNorm)]
+    assert {norm.epsilon for norm in norms} == {1e-6} and {norm.num_groups for norm in norms} == {32}
+
+
+def test_time_embedding_is_sin_then_cos_with_half_minus_one():
+    t = np.array([0, 1, 37, 1000])
+    half = 64
+    frequencies = np.exp(-np.log(10_000) * np.arange(half) / (half - 1))
+    expected = np.concatenate([np.sin(t[:, None] * frequencies), np.cos(t[:, None] * frequencies)], axis=1)
+    np.testing.assert_allclose(time_embedding(jnp.asarray(t), 128), expected, atol=1e-4)
+    np.testing.assert_allclose(time_embedding(jnp.array([0.5]), 4), [[math.sin(0.5), math.sin(5e-5), math.cos(0.5), 1]])
+
+
+def test_it_starts_at_zero_and_hears_image_and_level():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    rngs = nnx.Rngs(jax.random.key(0, impl='unsafe_rbg'))  # quick to compile
+    fresh = jax.jit(lambda x, t: UNet(**SMALL, rngs=rngs)(x, t))
+    np.testing.assert_array_equal(fresh(x, jnp.array([1, 2])), 0)
+    network = awake()
+    out = network(x, jnp.array([5, 5]))
+    assert out.shape == x.shape and out.dtype == jnp.float32 and np.all(np.isfinite(out))
+    assert np.abs(network(x, jnp.array([6, 5])) - out)[0].max() > 1e-3
+    np.testing.assert_allclose(network(x, jnp.array([6, 5]))[1], out[1], atol=1e-6)  # images do not mix
+    np.testing.assert_allclose(network(x[::-1], jnp.array([5, 5])), out[::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'size, channels, multipliers', [(4, 5, (1, 1, 2)), (12, 2, (1, 2)), (7, 3, (2,)), (64, 1, (1, 1))]
+)
+def test_any_size_and_number_of_channels(size, channels, multipliers):
+    settings = dict(image_size=size, image_channels=channels, multipliers=multipliers, attention_resolutions=())
+    network = abstract(**(SMALL | settings))
+    x = jax.ShapeDtypeStruct((3, size, size, channels), jnp.float32)
+    assert nnx.eval_shape(lambda n, x: n(x, jnp.zeros(3)), network, x).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(image_size=9), '8 or 10 would do'),
+        (dict(image_size=3, multipliers=(1, 1, 1)), '4 would do'),
+        (dict(channels=6), 'not divisible by the 4 groups'),
+        (dict(channels=5, groups=5), 'even'),
+        (dict(attention_resolutions=(16,)), r'\[16\].*\[8, 4\]'),
+        (dict(multipliers=()), 'multipliers'),
+        (dict(multipliers=(1, 0)), 'multipliers'),
+        (dict(num_blocks=0), 'num_blocks'),
+        (dict(dropout=1.0), 'dropout'),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        abstract(**(SMALL | change))
+
+
+def test_dropout():
+    network = awake(dropout=0.5)
+    x, t = jnp.ones((2, 8, 8, 1)), jnp.array([3, 3])
+    quiet = network(x, t)
+    np.testing.assert_array_equal(quiet, network(x, t))
+    loud = [network(x, t, deterministic=False, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(loud[0], loud[1])
+    assert np.abs(loud[0] - loud[2]).max() > 1e-3 and np.abs(loud[0] - quiet).max() > 1e-3
+    assert np.abs(loud[0][0] - loud[0][1]).max() > 1e-3  # each image drops its own
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
+    x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.array([3, 700])
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(abstract(**SMALL | dict(dtype=jnp.bfloat16))))} == {
+        jnp.dtype('float32')
+    }
+    out, expected = awake(dtype=jnp.bfloat16)(x, t), awake()(x, t)
+    assert out.dtype == jnp.float32
+    error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
+    assert 1e-5 < error < 0.03
