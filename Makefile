@@ -1,6 +1,9 @@
-# make demo     train on handwritten digits, sample with DDIM and DDPM, and say which pictures to open
-# make test     the test suite
-# make lint     style and format
+# make demo        train on handwritten digits, sample with DDIM and DDPM, compute the likelihood, name the pictures
+# make test        the test suite, in minutes
+# make test-slow   what takes longer: the demo's quality, likelihoods of a trained run
+# make peers       comparisons with PyTorch and diffusers, in an environment of their own
+# make bench       the numbers of the README
+# make lint        style and format
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= test
@@ -24,7 +27,9 @@ demo: install
 	$(main)
 	$(main) --mode=sample
 	$(main) --mode=sample --config.sample.eta=1 --config.sample.num_steps=1000 --config.sample.num_images=100
-	@echo; echo 'Pictures to open:'; ls $(demo)/samples/*/grid.png $(demo)/samples/progress/*.png
+	$(main) --mode=likelihood --config.likelihood.num_images=20 --config.likelihood.samples=4
+	@echo; echo 'Pictures to open:'; ls $(demo)/samples/*/grid.png $(demo)/likelihood/*/terms.png
+	@echo "and how it learned, in $(demo)/samples/progress/; the curves: $(python) -m pip install tensorboard, tensorboard --logdir=$(demo)/logs"
 
 test: install
 	$(python) -m pytest

@@ -35,7 +35,7 @@ def get_config():
     config.schedule.max_beta = 0.999  # of cosine
 
     config.train = ConfigDict()
-    config.train.loss = 'simple'  # DDPM Eq. 14
+    config.train.loss = 'simple'  # DDPM Eq. 14; or 'vlb', the ELBO in bits/dim
     config.train.batch_size = 128  # images a step
     config.train.num_steps = 800_000  # steps
     config.train.learning_rate = 2e-4  # of Adam
@@ -57,6 +57,22 @@ def get_config():
     config.sample.weights = 'ema'  # or 'raw'
     config.sample.batch_size = 256  # images at a time; the images do not depend on it
     config.sample.seed = 0  # image i depends on (seed, i) alone
+
+    config.likelihood = ConfigDict()
+    config.likelihood.quantities = ('posterior', 'transition', 'printed', 'importance', 'flow')  # rows of the ledger
+    config.likelihood.num_images = 0  # the first ones of the split; 0 takes all
+    config.likelihood.split = 'test'
+    config.likelihood.samples = 8  # trajectories an image for the importance-weighted bounds 1, 2, 4, …
+    config.likelihood.num_steps = 0  # steps of the chain ('trailing'); 0 takes all T
+    config.likelihood.eta = 1.0  # in (0, 1]
+    config.likelihood.variance = 'small'  # of the model: 'small' or 'large'
+    config.likelihood.clip = True  # clip the predicted image to [−1, 1], as DDPM's evaluation does
+    config.likelihood.rtol = 1e-4  # relative tolerance of the ODE solver
+    config.likelihood.atol = 1e-4  # absolute tolerance of the ODE solver
+    config.likelihood.probes = -1  # vectors that estimate the divergence; 0 is exact; −1: exact to 16 values, else 1
+    config.likelihood.weights = 'ema'  # or 'raw'
+    config.likelihood.batch_size = 100  # images at a time
+    config.likelihood.seed = 0
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices over which parameters and optimizer state are split

@@ -21,13 +21,14 @@ def get_config():
     config.model.groups = 8
     config.model.dropout = 0.0
 
-    config.train.num_steps = 1000
+    config.train.batch_size = 32
+    config.train.num_steps = 4000
     config.train.learning_rate = 2e-3
-    config.train.warmup_steps = 100
-    config.train.ema_decay = 0.995
-    config.train.checkpoint_every = 250
-    config.train.log_every = 20
-    config.train.sample_every = 250
+    config.train.warmup_steps = 200
+    config.train.ema_decay = 0.998
+    config.train.checkpoint_every = 1000
+    config.train.log_every = 50
+    config.train.sample_every = 1000
 
     config.sample.num_images = 1000
     config.sample.num_steps = 50

@@ -176,8 +176,9 @@ def open_checkpoints(config, workdir):
     return Checkpoints(os.path.join(workdir, 'checkpoints'), keep=config.train.keep_checkpoints)
 
 
-# What a checkpoint is worthless without; data_dir is only where the same images lie.
+# What a run is; but where the same images lie, and the precision of arithmetic, may change.
 IDENTITY = ('data', 'model', 'schedule')
+INCIDENTAL = ('data_dir', 'dtype')
 
 
 def check_config(config, workdir):
@@ -195,7 +196,7 @@ def check_config(config, workdir):
         f'    config.{part}.{key}: {stored.get(part, {}).get(key)!r} there, {asked[part].get(key)!r} asked'
         for part in IDENTITY
         for key in sorted(asked[part].keys() | stored.get(part, {}).keys())
-        if key != 'data_dir' and stored.get(part, {}).get(key) != asked[part].get(key)
+        if key not in INCIDENTAL and stored.get(part, {}).get(key) != asked[part].get(key)
     ]
     if differences:
         raise RunError(
@@ -213,7 +214,7 @@ def remember_config(config, workdir):
 def load_params(config, workdir, weights):
     """(step, params) of the newest checkpoint; `weights` is 'ema' or 'raw'. Raises RunError where there is none."""
     if weights not in ('ema', 'raw'):
-        raise RunError(f"config.sample.weights is {weights!r}, but must be 'ema' or 'raw'")
+        raise RunError(f"weights is {weights!r}, but must be 'ema' or 'raw'")
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
         raise RunError(
             f'there is no run in {workdir} (no folder checkpoints/ in it): train one first with --mode=train'

@@ -19,7 +19,7 @@ class Prediction(NamedTuple):
     eps: jax.Array
 
 
-def _like(coefficient, x):
+def like(coefficient, x):
     """One coefficient for each image, (B,) or a scalar, shaped so that it multiplies the images `x`."""
     if coefficient.ndim == 0:
         return coefficient
@@ -31,7 +31,7 @@ def q_sample(schedule, x0, t, eps):
 
     x0, eps: (B, ...); t: (B,) or scalar. Returns x_t (B, ...).
     """
-    return _like(schedule.signal(t), x0) * x0 + _like(schedule.noise(t), x0) * eps
+    return like(schedule.signal(t), x0) * x0 + like(schedule.noise(t), x0) * eps
 
 
 def target(schedule, kind, x0, t, eps):
@@ -48,7 +48,7 @@ def target(schedule, kind, x0, t, eps):
     if kind == 'x0':
         return x0
     if kind == 'v':
-        return _like(schedule.signal(t), x0) * eps - _like(schedule.noise(t), x0) * x0
+        return like(schedule.signal(t), x0) * eps - like(schedule.noise(t), x0) * x0
     raise _unknown(kind)
 
 
@@ -65,7 +65,7 @@ def predict(schedule, kind, output, x_t, t, *, clip=False) -> Prediction:
     Raises ValueError for another kind, and for 'eps' at a level where ᾱ_t = 0: x_t then holds nothing
     of x_0 (NaN or inf where `t` is traced).
     """
-    signal, noise = _like(schedule.signal(t), x_t), _like(schedule.noise(t), x_t)
+    signal, noise = like(schedule.signal(t), x_t), like(schedule.noise(t), x_t)
     if kind == 'eps':
         require_signal(schedule, kind, t)
         prediction = Prediction((x_t - noise * output) / signal, output)
@@ -114,8 +114,45 @@ def posterior(schedule, prediction, s, t, *, eta):
     std = eta * jnp.sqrt(ratio * beta)
     # 1−ᾱ_s−σ² = (1−ᾱ_s)·(1 − η²·β/(1−ᾱ_t)), and 1 − β/(1−ᾱ_t) = (1−β)·(1−ᾱ_s)/(1−ᾱ_t): a sum without cancellation.
     direction = schedule.noise(s) * jnp.sqrt((1 - eta**2) + eta**2 * (1 - beta) * ratio)
-    mean = _like(schedule.signal(s), x0) * x0 + _like(direction, x0) * eps
-    return mean, _like(std, x0)
+    mean = like(schedule.signal(s), x0) * x0 + like(direction, x0) * eps
+    return mean, like(std, x0)
+
+
+def own_variance(schedule, variance, s, t, *, eta):
+    """The variances that a reverse chain has in place of the kernel's σ², one for each pair (t, s).
+
+        'small'              None: the kernel's own, DDPM's β̃ at η = 1
+        'large'              1 − ᾱ_t/ᾱ_s: DDPM's σ² = β, the DDIM paper's σ̂²
+        array (num_steps,)   these, first pair first, the decoder's (s = 0) last
+
+    s, t: (num_steps,). Returns None or (num_steps,) float32. Raises ValueError for another variance,
+    and for 'large' with eta = 0, which has no noise.
+    """
+    if not isinstance(variance, str):
+        variance = jnp.asarray(variance, jnp.float32)
+        if variance.shape != t.shape:
+            raise ValueError(f'variance has the shape {variance.shape}, but the chain has {len(t)} steps')
+        return variance
+    if variance == 'small':
+        return None
+    if variance != 'large':
+        raise ValueError(f"variance is {variance!r}, but must be 'small', 'large' or an array")
+    if eta == 0:
+        raise ValueError("variance 'large' adds noise, and eta=0 (DDIM) has none; use eta=1 or variance 'small'")
+    return schedule.beta(s, t)
+
+
+def chain(schedule, kind, timesteps):
+    """The pairs of a chain, as arrays (t, s), from its levels (num_steps+1,), first > … > last = 0.
+
+    Raises ValueError where the levels do not decrease to 0 or leave the schedule, and for kind 'eps'
+    from a level where ᾱ is 0.
+    """
+    levels = np.asarray(timesteps)
+    if levels.ndim != 1 or len(levels) < 2 or levels[-1] != 0 or np.any(np.diff(levels) >= 0):
+        raise ValueError(f'timesteps must decrease to 0 through at least one level, not {levels}')
+    require_signal(schedule, kind, levels[0])
+    return levels[:-1], levels[1:]
 
 
 def _unknown(kind):

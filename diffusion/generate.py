@@ -99,7 +99,7 @@ def run(config, workdir):
     if quality['value'] is None:
         print(f'{quality["metric"]}: none, because {quality["why"]}')
     else:
-        print(f'{quality["metric"]} from {quality["reference"]}: {quality["value"]:.4f}')
+        print(f'{quality["metric"]} of {len(images)} images from {quality["reference"]}: {quality["value"]:.4f}')
     for file in ('grid.png', 'samples.npz', 'record.json'):
         print(os.path.join(folder, file))
     return 0

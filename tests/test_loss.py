@@ -73,3 +73,44 @@ def test_the_loss_of_jsd_is_finite_at_its_last_level():
 def test_unknown_weighting():
     with pytest.raises(ValueError, match='simple'):
         loss(jax.random.key(0), SCH, lambda x, t: x, jnp.zeros((2, 1)), kind='eps', weighting='simpel')
+
+
+def test_vlb_is_minus_the_elbo_in_bits_per_dim():
+    """Mean over draws of the one-term estimate, against the whole sum; within 4.5 standard errors of both."""
+    from diffusion.likelihood.elbo import elbo
+
+    data = oracles.GaussianData(0.0, 0.5, ALPHA_BAR)
+    x0 = jnp.round((0.3 * jax.random.normal(jax.random.key(0), (3,)) + 1) * 127.5) / 127.5 - 1
+    x0 = jnp.tile(x0, (20_000, 1))[:, :, None, None]
+    values = np.asarray(loss(jax.random.key(1), SCH, data.net('eps'), x0, kind='eps', weighting='vlb'), np.float64)
+    assert values.shape == (20_000,)
+    terms = elbo(jax.random.key(2), SCH, data.net('eps'), x0[:400], kind='eps')
+    bits = -np.asarray(terms.total(), np.float64) / (3 * np.log(2))
+    error = np.hypot(values.std() / np.sqrt(20_000), bits.std() / np.sqrt(400))
+    assert abs(values.mean() - bits.mean()) < 4.5 * error
+    assert error < 0.05 * abs(bits.mean())
+
+
+def test_vlb_draws_its_levels_evenly_over_the_batch():
+    seen = []
+
+    def net(x_t, t):
+        seen.append(np.asarray(t))
+        return jnp.zeros_like(x_t)
+
+    for seed in range(50):
+        loss(jax.random.key(seed), SCH, net, jnp.zeros((20, 1)), kind='eps', weighting='vlb')
+    for t in seen:  # T = 100 levels, 20 images: one of each 5, up to where the circle begins
+        assert set(np.diff(np.sort(t))) <= {4, 5, 6} and t.min() >= 1 and t.max() <= T
+    assert len(np.unique(np.concatenate(seen))) > 80
+
+
+def test_vlb_has_finite_gradients_at_every_level():
+    def total(w, kind):
+        sch = schedule.linear(10, 1e-3, 0.3)
+        x0 = jnp.tile(jnp.array([-1.0, 0.003921628, 1.0]), (64, 1))
+        return loss(jax.random.key(0), sch, lambda x, t: w * x, x0, kind=kind, weighting='vlb').mean()
+
+    for kind in gaussian.KINDS:
+        value, gradient = jax.value_and_grad(total)(0.5, kind)
+        assert np.isfinite(value) and np.isfinite(gradient) and gradient != 0

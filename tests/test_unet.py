@@ -80,8 +80,8 @@ def test_time_embedding_is_sin_then_cos_with_half_minus_one():
 
 def test_it_starts_at_zero_and_hears_image_and_level():
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-    rngs = nnx.Rngs(jax.random.key(0, impl='unsafe_rbg'))  # quick to compile
-    fresh = jax.jit(lambda x, t: UNet(**SMALL, rngs=rngs)(x, t))
+    key = jax.random.key(0, impl='unsafe_rbg')  # quick to compile
+    fresh = jax.jit(lambda x, t: UNet(**SMALL, rngs=nnx.Rngs(key))(x, t))
     np.testing.assert_array_equal(fresh(x, jnp.array([1, 2])), 0)
     network = awake()
     out = network(x, jnp.array([5, 5]))

@@ -1,0 +1,204 @@
+"""--mode=likelihood: every likelihood of the derivation, on real images, side by side."""
+
+import functools
+import hashlib
+import json
+import os
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from diffusion import data, experiment
+from diffusion.experiment import RunError
+from diffusion.generate import versions
+from diffusion.likelihood import ledger
+from diffusion.likelihood.elbo import FORMS, elbo
+from diffusion.likelihood.flow import flow, num_probes
+from diffusion.likelihood.importance import log_weight
+from diffusion.report.terms import save_terms
+from diffusion.runtime import mesh as meshes
+from diffusion.runtime.files import write_json
+from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
+from diffusion.schedule import timesteps
+
+QUANTITIES = (*FORMS, 'importance', 'flow')
+
+
+def quantities(config, exp):
+    """{name: (key, params, x0 (B, ...)) → {part: (B, ...) nats}} of what config.likelihood asks for."""
+    asked, kind = config.likelihood, config.model.kind
+    common = dict(kind=kind, variance=asked.variance, clip=asked.clip)
+    chain = common | dict(eta=asked.eta, timesteps=levels(asked, exp))
+    solver = dict(rtol=asked.rtol, atol=asked.atol, probes=None if asked.probes < 0 else asked.probes)
+
+    def form(key, params, x0, form):
+        return elbo(key, exp.schedule, exp.network.net(params), x0, form=form, **chain)._asdict()
+
+    def importance(key, params, x0):
+        return {'log_weight': log_weight(key, exp.schedule, exp.network.net(params), x0, **chain)}
+
+    def ode(key, params, x0):
+        return flow(key, exp.schedule, exp.network.net(params), x0, **common, **solver)._asdict()
+
+    everything = {name: functools.partial(form, form=name) for name in FORMS} | {'importance': importance, 'flow': ode}
+    return {name: everything[name] for name in asked.quantities}
+
+
+def run(config, workdir):
+    """Write likelihood/<name>/, part by part, going on where an earlier call stopped. Returns the exit status."""
+    asked = config.likelihood
+    with experiment.naming('config.likelihood'):
+        _check(asked)
+    step, params = experiment.load_params(config, workdir, asked.weights)
+    config = config.copy_and_resolve_references()
+    config.model.dtype = 'float32'
+    exp = experiment.build(config)
+    images = experiment.load_images(config, asked.split)
+    if asked.num_images > len(images):
+        raise RunError(
+            f'config.likelihood.num_images is {asked.num_images}, but the {asked.split} split has {len(images)}'
+        )
+    images = images[: asked.num_images or len(images)]
+    with experiment.naming('config.likelihood'):
+        functions = quantities(config, exp)
+
+    # Whoever asks for the same of the same parameters finds what is done already.
+    settings = {'checkpoint_step': step, **asked.to_dict(), 'params_sha256': _digest(params), 'versions': versions()}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    name = f'step{step}-{asked.weights}-{asked.split}-n{len(images)}-{digest}'
+    folder = os.path.join(workdir, 'likelihood', name)
+    parts = [
+        Part(quantity, k, start, min(start + asked.batch_size, len(images)))
+        for start in range(0, len(images), asked.batch_size)
+        for quantity in asked.quantities
+        for k in range(asked.samples if quantity == 'importance' else 1)
+    ]
+    with Interrupt() as interrupt:
+        done = _compute(functions, parts, folder, params, images, asked, exp.mesh, interrupt)
+    if done < len(parts):
+        print(f'{interrupt}: {done} of {len(parts)} parts are computed and kept; the same command goes on')
+        return EXIT_STATUS
+
+    _write(folder, parts, settings, config, exp)
+    return 0
+
+
+class Part(NamedTuple):
+    """A quantity of the images start … stop−1; k counts the trajectories of 'importance'."""
+
+    quantity: str
+    k: int
+    start: int
+    stop: int
+
+    def path(self, folder):
+        return os.path.join(folder, 'parts', f'{self.quantity}-{self.k}-{self.start:08d}.npz')
+
+
+def _check(asked):
+    unknown = [quantity for quantity in asked.quantities if quantity not in QUANTITIES]
+    if unknown or not asked.quantities:
+        raise ValueError(f'quantities is {asked.quantities}, but must name some of {", ".join(QUANTITIES)}')
+    for key, least in {'num_images': 0, 'samples': 1, 'num_steps': 0, 'batch_size': 1, 'seed': 0, 'probes': -1}.items():
+        if asked[key] < least:
+            raise ValueError(f'{key} is {asked[key]}, but must be at least {least}')
+    for key in ('rtol', 'atol'):
+        if not 0 < asked[key] < 1:
+            raise ValueError(f'{key} is {asked[key]}, but must lie in (0, 1)')
+
+
+def _compute(functions, parts, folder, params, images, asked, mesh, interrupt):
+    """Compute and keep the parts that are missing; returns how many there are now."""
+    os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
+    missing = [part for part in parts if not os.path.exists(part.path(folder))]
+    size = min(asked.batch_size, len(images))
+    size += -size % mesh.size
+    programs = {name: jax.jit(function) for name, function in functions.items()}
+    with (
+        tqdm(total=len(parts), initial=len(parts) - len(missing), desc='likelihood', unit='part') as bar,
+        jax.default_matmul_precision('highest'),
+    ):
+        for part in missing:
+            if interrupt:
+                break
+            bar.set_postfix_str(f'{part.quantity}, images {part.start}–{part.stop - 1}')
+            batch = data.to_float(images[np.arange(part.start, part.start + size) % len(images)])
+            key = jax.random.key(asked.seed)
+            for number in (QUANTITIES.index(part.quantity), part.k, part.start):
+                key = jax.random.fold_in(key, number)
+            with experiment.naming('config.likelihood'):
+                terms = programs[part.quantity](key, params, jax.device_put(batch, meshes.split_batch(mesh)))
+            count = part.stop - part.start
+            _save(
+                part.path(folder), {name: np.broadcast_to(v, (size, *v.shape[1:]))[:count] for name, v in terms.items()}
+            )
+            bar.update()
+    return bar.n
+
+
+def _save(path, arrays):
+    with open(path + '.new', 'wb') as file:
+        np.savez(file, **arrays)
+    os.replace(path + '.new', path)
+
+
+def _write(folder, parts, settings, config, exp):
+    """The ledger and its picture, from the parts."""
+    asked = config.likelihood
+    size = config.data.image_size**2 * config.data.channels
+    loaded = {}
+    for part in parts:
+        with np.load(part.path(folder)) as file:
+            loaded.setdefault((part.quantity, part.k), []).append(dict(file))
+
+    def whole(quantity, k=0):
+        return {name: np.concatenate([terms[name] for terms in loaded[quantity, k]]) for name in loaded[quantity, k][0]}
+
+    values = {quantity: whole(quantity) for quantity in asked.quantities if quantity != 'importance'}
+    consistency = {form: values[form].pop('consistency') for form in FORMS if form in values}
+    for form, terms in consistency.items():
+        values[form]['consistency'] = terms.sum(axis=1, dtype=np.float64)
+    solver = values['flow'].pop('num_steps') if 'flow' in values else None
+    if 'importance' in asked.quantities:
+        values['importance'] = np.stack([whole('importance', k)['log_weight'] for k in range(asked.samples)])
+
+    rows = ledger.ledger(values, size)
+    record = {'rows': [row._asdict() for row in rows], 'settings': settings}
+    if 'importance' in values:
+        record['effective_samples'] = {
+            k: float(count.mean()) for k, (_, count) in ledger.importance_bounds(values['importance']).items()
+        }
+    if solver is not None:
+        probes = num_probes(None if asked.probes < 0 else asked.probes, size)
+        record['solver'] = {
+            'method': 'Tsit5',
+            'steps_mean': float(solver.mean()),
+            'divergence': f'{probes} Rademacher probes' if probes else 'exact',
+        }
+    write_json(os.path.join(folder, 'ledger.json'), record)
+    table = ledger.markdown(rows)
+    with open(os.path.join(folder, 'ledger.md'), 'w', encoding='utf-8') as file:
+        file.write(table)
+    print(f'{parts[-1].stop} images of the {asked.split} split of {config.data.source}, each counted once\n\n{table}')
+    written = ['ledger.json', 'ledger.md']
+    drawn = {f'{form} form': consistency[form] for form in ('transition', 'posterior') if form in consistency}
+    if drawn and len(levels(asked, exp)) > 2:
+        save_terms(os.path.join(folder, 'terms.png'), levels(asked, exp)[1:-1], drawn)
+        written.append('terms.png')
+    for file in written:
+        print(os.path.join(folder, file))
+
+
+def levels(asked, exp):
+    """The noise levels of the chain that config.likelihood asks for."""
+    return timesteps(exp.schedule.T, asked.num_steps or exp.schedule.T)
+
+
+def _digest(params):
+    """What tells one set of parameters from another."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
