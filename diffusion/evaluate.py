@@ -12,14 +12,13 @@ from tqdm import tqdm
 
 from diffusion import data, experiment
 from diffusion.experiment import RunError
-from diffusion.generate import versions
 from diffusion.likelihood import ledger
 from diffusion.likelihood.elbo import FORMS, elbo
 from diffusion.likelihood.flow import flow, num_probes
 from diffusion.likelihood.importance import log_weight
 from diffusion.report.terms import save_terms
 from diffusion.runtime import mesh as meshes
-from diffusion.runtime.files import write_json
+from diffusion.runtime.files import versions, write_json
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.schedule import timesteps
 

@@ -1,8 +1,6 @@
 """--mode=sample: images from a checkpoint, and how good they are."""
 
-import importlib.metadata
 import os
-import platform
 import time
 
 import jax
@@ -15,7 +13,7 @@ from diffusion.experiment import RunError
 from diffusion.metrics import frechet
 from diffusion.report.grid import save_grid
 from diffusion.runtime import mesh as meshes
-from diffusion.runtime.files import write_json
+from diffusion.runtime.files import versions, write_json
 from diffusion.schedule import timesteps
 
 LARGEST_FRECHET = 4096  # values an image; the covariance has the square of that
@@ -126,9 +124,3 @@ def distance_from_data(config, images):
         return quality | {'value': None, 'why': str(error)}
     distance = frechet.distance(*(frechet.moments(data.to_float(batch)) for batch in (images, real)))
     return quality | {'reference': f'{config.data.source}, train split, {len(real)} images', 'value': distance}
-
-
-def versions():
-    """Of what the numbers depend on."""
-    packages = {package: importlib.metadata.version(package) for package in ('jax', 'flax', 'numpy')}
-    return {'python': platform.python_version(), **packages}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion import gaussian, schedule
+from diffusion.likelihood.elbo import elbo
 from diffusion.loss import loss
 from tests import oracles
 
@@ -77,14 +78,13 @@ def test_unknown_weighting():
 
 def test_vlb_is_minus_the_elbo_in_bits_per_dim():
     """Mean over draws of the one-term estimate, against the whole sum; within 4.5 standard errors of both."""
-    from diffusion.likelihood.elbo import elbo
-
     data = oracles.GaussianData(0.0, 0.5, ALPHA_BAR)
     x0 = jnp.round((0.3 * jax.random.normal(jax.random.key(0), (3,)) + 1) * 127.5) / 127.5 - 1
     x0 = jnp.tile(x0, (20_000, 1))[:, :, None, None]
-    values = np.asarray(loss(jax.random.key(1), SCH, data.net('eps'), x0, kind='eps', weighting='vlb'), np.float64)
+    one_term = jax.jit(lambda key: loss(key, SCH, data.net('eps'), x0, kind='eps', weighting='vlb'))
+    values = np.asarray(one_term(jax.random.key(1)), np.float64)
     assert values.shape == (20_000,)
-    terms = elbo(jax.random.key(2), SCH, data.net('eps'), x0[:400], kind='eps')
+    terms = jax.jit(lambda key: elbo(key, SCH, data.net('eps'), x0[:400], kind='eps'))(jax.random.key(2))
     bits = -np.asarray(terms.total(), np.float64) / (3 * np.log(2))
     error = np.hypot(values.std() / np.sqrt(20_000), bits.std() / np.sqrt(400))
     assert abs(values.mean() - bits.mean()) < 4.5 * error
@@ -98,11 +98,11 @@ def test_vlb_draws_its_levels_evenly_over_the_batch():
         seen.append(np.asarray(t))
         return jnp.zeros_like(x_t)
 
-    for seed in range(50):
+    for seed in range(10):
         loss(jax.random.key(seed), SCH, net, jnp.zeros((20, 1)), kind='eps', weighting='vlb')
     for t in seen:  # T = 100 levels, 20 images: one of each 5, up to where the circle begins
         assert set(np.diff(np.sort(t))) <= {4, 5, 6} and t.min() >= 1 and t.max() <= T
-    assert len(np.unique(np.concatenate(seen))) > 80
+    assert len(np.unique(np.concatenate(seen))) > 60
 
 
 def test_vlb_has_finite_gradients_at_every_level():
@@ -112,5 +112,5 @@ def test_vlb_has_finite_gradients_at_every_level():
         return loss(jax.random.key(0), sch, lambda x, t: w * x, x0, kind=kind, weighting='vlb').mean()
 
     for kind in gaussian.KINDS:
-        value, gradient = jax.value_and_grad(total)(0.5, kind)
+        value, gradient = jax.jit(jax.value_and_grad(total), static_argnums=1)(0.5, kind)
         assert np.isfinite(value) and np.isfinite(gradient) and gradient != 0

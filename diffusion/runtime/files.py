@@ -1,7 +1,9 @@
-"""Small files, written whole or not at all."""
+"""Records: small files, written whole or not at all."""
 
+import importlib.metadata
 import json
 import os
+import platform
 
 
 def write_json(path, value):
@@ -11,3 +13,9 @@ def write_json(path, value):
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write('\n')
     os.replace(path + '.new', path)
+
+
+def versions():
+    """Of what numbers depend on."""
+    packages = {package: importlib.metadata.version(package) for package in ('jax', 'flax', 'numpy')}
+    return {'python': platform.python_version(), **packages}
