@@ -85,5 +85,6 @@ def markdown(rows):
     lines = ['| quantity | equation | nats/image | bits/dim | std. error (nats) | n |', '|---|---|---:|---:|---:|---:|']
     for r in rows:
         error = '–' if r.standard_error is None else f'{r.standard_error:.3f}'
-        lines.append(f'| {r.quantity} | {r.equation} | {r.nats:.3f} | {r.bits_per_dim:.4f} | {error} | {r.n} |')
+        quantity = r.quantity.replace('|', r'\|')
+        lines.append(f'| {quantity} | {r.equation} | {r.nats:.3f} | {r.bits_per_dim:.4f} | {error} | {r.n} |')
     return '\n'.join(lines) + '\n'

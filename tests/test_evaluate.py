@@ -1,0 +1,119 @@
+"""--mode=likelihood on a tiny run: every image once, stopped and gone on with, and what it refuses."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from diffusion import data, evaluate
+from diffusion.experiment import RunError
+from diffusion.likelihood import decoder
+from diffusion.runtime.interrupt import EXIT_STATUS
+from tests.test_generate import make_run, random_params
+from tests.test_train import tiny
+
+ASK = {'num_images': 11, 'batch_size': 4, 'samples': 2, 'rtol': 1e-2, 'atol': 1e-2}
+
+
+def asking(**changes):
+    return tiny({f'likelihood.{key}': value for key, value in (ASK | changes).items()})
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    config = asking()
+    params, ema = random_params(config, 1), random_params(config, 2)
+    return make_run(tmp_path_factory.mktemp('run'), config, 12, params=params, ema=ema)
+
+
+def folders(workdir):
+    return set((workdir / 'likelihood').iterdir()) if (workdir / 'likelihood').exists() else set()
+
+
+def compute(workdir, config):
+    """Run --mode=likelihood. Returns its folder and ledger.json."""
+    before = folders(workdir)
+    assert evaluate.run(config, str(workdir)) == 0
+    (folder,) = folders(workdir) - before
+    return folder, json.loads((folder / 'ledger.json').read_text(encoding='utf-8'))
+
+
+@pytest.fixture(scope='module')
+def whole(workdir):
+    return compute(workdir, asking())
+
+
+def test_files_rows_and_counts(whole):
+    folder, ledger = whole
+    assert {path.name for path in folder.iterdir()} == {'ledger.json', 'ledger.md', 'terms.png', 'parts'}
+    assert {row['n'] for row in ledger['rows']} == {11}
+    names = [row['quantity'] for row in ledger['rows']]
+    for name in ('ELBO, posterior form: total', 'ELBO, transition form: total', 'flow: total, of its own model'):
+        assert name in names
+    assert any('K = 2' in name for name in names) and names[-1].startswith('gap')
+    table = (folder / 'ledger.md').read_text(encoding='utf-8')
+    assert all(name.replace('|', r'\|') in table for name in names)
+    assert ledger['settings']['checkpoint_step'] == 12 and ledger['solver']['steps_mean'] > 0
+
+
+def test_every_image_is_counted_once(workdir, monkeypatch):
+    """With the decoder's answer replaced by the mean of the image, the ledger's is the mean over the 11 images."""
+    monkeypatch.setattr('diffusion.likelihood.chain.log_likelihood', lambda x0, *_, **__: decoder.per_image(x0))
+    _, ledger = compute(workdir, asking(quantities=('posterior',), seed=3))
+    images = data.to_float(data.load('digits', 'test', image_size=8, channels=1)[:11])
+    row = next(row for row in ledger['rows'] if row['quantity'].endswith('reconstruction'))
+    assert row['nats'] == pytest.approx(images.sum((1, 2, 3)).mean(), rel=1e-5)
+
+
+def test_stopped_and_gone_on_with_gives_the_same(workdir, monkeypatch, capsys):
+    """A signal after the third part: it says how far it came; again, and all is that of the unbroken run."""
+    config = asking(quantities=('importance',))
+    unbroken, ledger = compute(workdir, config)
+    unbroken = unbroken.rename(workdir / 'unbroken')
+    save, saved = evaluate._save, []
+
+    def save_and_signal(path, arrays):
+        save(path, arrays)
+        saved.append(path)
+        if len(saved) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(evaluate, '_save', save_and_signal)
+    before = folders(workdir)
+    assert evaluate.run(config, str(workdir)) == EXIT_STATUS
+    assert '3 of 6 parts' in capsys.readouterr().out
+    for _ in range(2):  # the second time nothing is left to do
+        assert evaluate.run(config, str(workdir)) == 0
+        assert len(saved) == 6 == len(set(saved))
+    (folder,) = folders(workdir) - before
+    assert json.loads((folder / 'ledger.json').read_text(encoding='utf-8')) == ledger
+    for path in (unbroken / 'parts').iterdir():
+        with np.load(path) as old, np.load(folder / 'parts' / path.name) as new:
+            np.testing.assert_array_equal(old['log_weight'], new['log_weight'])
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'num_images': 1000}, '299'),
+        ({'num_images': -1}, 'num_images'),
+        ({'split': 'valid'}, 'split'),
+        ({'quantities': ('elbo',)}, 'posterior, transition'),
+        ({'samples': 0}, 'samples'),
+        ({'eta': 0.0}, 'no bound'),
+        ({'variance': 'huge'}, "'small', 'large'"),
+        ({'num_steps': 5}, '1 to 4'),
+        ({'rtol': 0.0}, 'rtol'),
+        ({'weights': 'best'}, "'ema' or 'raw'"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_by_its_key(workdir, change, message):
+    with pytest.raises(RunError, match=message):
+        evaluate.run(asking(**change), str(workdir))
+
+
+def test_a_workdir_without_a_run(tmp_path):
+    with pytest.raises(RunError, match='train one first'):
+        evaluate.run(asking(), str(tmp_path))
