@@ -1,0 +1,91 @@
+"""What the framework costs beyond the network, on the digits' network and whatever device is there.
+
+    python -m benchmarks.cost
+
+Compile time of the sampler for 10 and 1000 steps, and the time of the posterior-form ELBO of a batch at
+T = 1000 in units of the same number of network evaluations alone. Medians over interleaved repetitions.
+"""
+
+import json
+import os
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import digits
+from diffusion import experiment, generate
+from diffusion.likelihood.elbo import elbo
+from diffusion.runtime.files import versions, write_json
+from diffusion.schedule import timesteps
+
+BATCH, SHAPE = 50, (8, 8, 1)
+
+
+def seconds(function):
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def compile_times(exp, params, repetitions=3):
+    """Median seconds to compile the sampler for 10 and for 1000 steps."""
+
+    def build(num_steps):
+        levels = timesteps(exp.schedule.T, num_steps)
+        generate.make_sampler(exp, params, SHAPE, batch_size=BATCH, timesteps=levels, kind='eps', eta=1.0)
+
+    build(20)  # what is only done once
+    times = {10: [], 1000: []}
+    for _ in range(repetitions):
+        for num_steps, found in times.items():
+            jax.clear_caches()
+            found.append(seconds(lambda n=num_steps: build(n)))
+    return {num_steps: float(np.median(found)) for num_steps, found in times.items()}
+
+
+def elbo_ratios(exp, params, repetitions=3):
+    """Seconds of the ELBO of BATCH images over those of as many network evaluations, in interleaved pairs."""
+    x0 = jnp.zeros((BATCH, *SHAPE))
+
+    @jax.jit
+    def bound(params, key):
+        return elbo(key, exp.schedule, exp.network.net(params), x0, kind='eps').total()
+
+    @jax.jit
+    def network(params, key):
+        net = exp.network.net(params)
+        levels = jnp.arange(exp.schedule.T, 0, -1)
+        return jax.lax.scan(lambda x, t: (net(x, jnp.full(BATCH, t)), None), jax.random.normal(key, x0.shape), levels)[
+            0
+        ]
+
+    functions = [lambda f=f: f(params, jax.random.key(0)) for f in (bound, network)]
+    for function in functions:
+        seconds(function)
+    return [seconds(functions[0]) / seconds(functions[1]) for _ in range(repetitions)]
+
+
+def main():
+    exp = experiment.build(digits.get_config())
+    params = exp.network.init(jax.random.key(0))
+    compiled = compile_times(exp, params)
+    ratios = elbo_ratios(exp, params)
+    result = {
+        'sampler compile seconds': compiled,
+        'sampler compile time, 1000 steps over 10': compiled[1000] / compiled[10],
+        'ELBO over network evaluations alone, median': float(np.median(ratios)),
+        'ELBO over network evaluations alone, all': ratios,
+        'device': jax.devices()[0].device_kind,
+        'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+        'versions': versions(),
+        'command': 'python -m benchmarks.cost',
+    }
+    print(json.dumps(result, indent=2))
+    write_json(os.path.join('benchmarks', 'results', f'cost-{jax.default_backend()}.json'), result)
+
+
+if __name__ == '__main__':
+    main()
