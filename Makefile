@@ -12,7 +12,7 @@ python := $(VENV)/bin/python
 demo := runs/digits
 main := $(python) main.py --config=configs/digits.py --workdir=$(demo)
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow peers bench lint install clean
 
 install: $(VENV)/installed
 
@@ -29,13 +29,22 @@ demo: install
 	$(main) --mode=sample --config.sample.eta=1 --config.sample.num_steps=1000 --config.sample.num_images=100
 	$(main) --mode=likelihood --config.likelihood.num_images=20 --config.likelihood.samples=4
 	@echo; echo 'Pictures to open:'; ls $(demo)/samples/*/grid.png $(demo)/likelihood/*/terms.png
-	@echo "and how it learned, in $(demo)/samples/progress/; the curves: $(python) -m pip install tensorboard, tensorboard --logdir=$(demo)/logs"
+	@echo 'and how it learned, in $(demo)/samples/progress/'
 
 test: install
 	$(python) -m pytest
 
 test-slow: install
 	$(python) -m pytest -m slow
+
+# PyTorch is pinned to a release whose wheel for the CPU is small; any other in the range of setup.cfg will do.
+peers:
+	$(MAKE) install VENV=.venv-peers EXTRAS=test,peers
+	.venv-peers/bin/python -m pytest -m peers
+
+bench: install
+	$(python) -m benchmarks.cost
+	$(python) -m benchmarks.digits $(demo)/samples/*/samples.npz
 
 lint: install
 	$(python) -m ruff check .

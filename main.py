@@ -25,18 +25,20 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 def parse(argv):
     """The flags; or one line that says what is wrong with them, and exit status 1."""
+    for path in (word.partition('=')[2] for word in argv if word.startswith('--config=')):
+        if not os.path.isfile(path.partition(':')[0]):
+            sys.exit(f'error: --config={path}: there is no such file; the configs are in configs/')
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError) as error:
-        key = re.search(r'\w+', str(error))
-        wrong = [word for word in argv if key and word.startswith('--config.') and key[0] in word]
+        # The first word is the key, or the last of a path where a value was taken for a group of keys.
+        key = re.search(r'lookup: [\w.]*?(\w+)\W*$', str(error)) or re.search(r'(\w+)', str(error))
+        wrong = [word for word in argv if key and key[1] in word.partition('=')[0].split('.')]
         if not wrong:  # the config file itself is at fault: its author needs the traceback
             raise
         near = re.search(r'Did you mean "(\w+)"', str(error))
         hint = f'did you mean {near[1]!r}?' if near else 'configs/default.py has them all'
-        sys.exit(f'error: {wrong[0]}: the config has no key {key[0]!r}; {hint}')
-    except OSError as error:
-        sys.exit(f'error: --config: {error}')
+        sys.exit(f'error: {wrong[0]}: the config has no key {key[1]!r}; {hint}')
 
 
 def main(argv):

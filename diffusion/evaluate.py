@@ -50,10 +50,11 @@ def run(config, workdir):
     asked = config.likelihood
     with experiment.naming('config.likelihood'):
         _check(asked)
-    step, params = experiment.load_params(config, workdir, asked.weights)
     config = config.copy_and_resolve_references()
     config.model.dtype = 'float32'
     exp = experiment.build(config)
+    with experiment.naming('config.likelihood'):
+        step, params = experiment.load_params(exp, config, workdir, asked.weights)
     images = experiment.load_images(config, asked.split)
     if asked.num_images > len(images):
         raise RunError(

@@ -211,10 +211,13 @@ def remember_config(config, workdir):
     write_json(os.path.join(workdir, 'config.json'), config.to_dict())
 
 
-def load_params(config, workdir, weights):
-    """(step, params) of the newest checkpoint; `weights` is 'ema' or 'raw'. Raises RunError where there is none."""
+def load_params(exp, config, workdir, weights):
+    """(step, params) of the newest checkpoint. Raises RunError where there is none.
+
+    weights: 'ema' or 'raw'; ValueError for another.
+    """
     if weights not in ('ema', 'raw'):
-        raise RunError(f"weights is {weights!r}, but must be 'ema' or 'raw'")
+        raise ValueError(f"weights is {weights!r}, but must be 'ema' or 'raw'")
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
         raise RunError(
             f'there is no run in {workdir} (no folder checkpoints/ in it): train one first with --mode=train'
@@ -225,5 +228,5 @@ def load_params(config, workdir, weights):
         step = checkpoints.latest()
         if step is None:
             raise RunError(f'there is no complete checkpoint in {workdir}/checkpoints yet: train on with --mode=train')
-        (params,) = checkpoints.restore(step, **{name: getattr(build(config).abstract_state(), name)})
+        (params,) = checkpoints.restore(step, **{name: getattr(exp.abstract_state(), name)})
     return step, params

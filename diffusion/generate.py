@@ -42,8 +42,9 @@ def run(config, workdir):
     asked = config.sample
     with experiment.naming('config.sample'):
         _check(asked)
-    step, params = experiment.load_params(config, workdir, asked.weights)
     exp = experiment.build(config)
+    with experiment.naming('config.sample'):
+        step, params = experiment.load_params(exp, config, workdir, asked.weights)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     batch_size = min(asked.batch_size, asked.num_images)
     started = time.perf_counter()

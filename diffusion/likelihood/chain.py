@@ -31,9 +31,9 @@ class Chain:
 def make_chain(schedule, net, *, kind, variance, eta, timesteps=None, clip=False):
     """The Chain through the levels `timesteps` (all, if None).
 
-    The std of p(x_s | x_t) is √ of `gaussian.own_variance`. With 'small' it is the kernel's σ; at s = 0,
-    where that is 0 and a decoder needs a width, it is the σ of the pair before (β̃_2 for all T levels, as
-    in Ho's code), or that of 'large' if there is no pair before.
+    The std of p(x_s | x_t) is √ of `gaussian.own_variance`, or the kernel's σ for 'small'. At s = 0, where σ
+    is 0 and a decoder needs a width, both 'small' and 'large' have the σ of the pair before (for all T levels
+    √β̃_2, as Ho's and OpenAI's code), or √(1−ᾱ_t) if there is no pair before.
 
     Raises ValueError for η outside (0, 1], and whatever `gaussian.chain` and `own_variance` refuse.
     """
@@ -44,14 +44,11 @@ def make_chain(schedule, net, *, kind, variance, eta, timesteps=None, clip=False
         )
     t, s = gaussian.chain(schedule, kind, all_timesteps(schedule.T, schedule.T) if timesteps is None else timesteps)
     own = gaussian.own_variance(schedule, variance, s, t, eta=eta)
-    if own is not None:
-        std = jnp.sqrt(own)
-    elif len(t) == 1:
-        std = jnp.sqrt(schedule.beta(s, t))
-    else:
-        nothing = gaussian.Prediction(jnp.zeros(len(t)), jnp.zeros(len(t)))
-        _, std = gaussian.posterior(schedule, nothing, s, t, eta=eta)
-        std = std.at[-1].set(std[-2])
+    nothing = gaussian.Prediction(jnp.zeros(len(t)), jnp.zeros(len(t)))
+    _, kernel_std = gaussian.posterior(schedule, nothing, s, t, eta=eta)
+    std = kernel_std if own is None else jnp.sqrt(own)
+    if isinstance(variance, str):
+        std = std.at[-1].set(kernel_std[-2] if len(t) > 1 else schedule.noise(t[0]))
     return Chain(schedule, net, kind, eta, clip, t, s, std)
 
 

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import log_ndtr
 
 DECODERS = ('discretized', 'gaussian')
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
@@ -24,34 +25,39 @@ def log_likelihood(x0, mean, std, *, decoder='discretized', bins=256):
     if decoder == 'gaussian':
         logs = -0.5 * ((x0 - mean) / std) ** 2 - LOG_SQRT_2PI - jnp.log(std)
     elif decoder == 'discretized':
-        logs = log_bin((x0 - mean) / std, 1 / (std * (bins - 1)), lowest=x0 < -1 + 1 / bins, highest=x0 > 1 - 1 / bins)
+        # In units of half a bin the values are whole numbers, and neighbours agree on their edge to the last digit.
+        level = jnp.round((x0 + 1) * (bins - 1) / 2)
+        value, mean, std = 2 * level - (bins - 1), mean * (bins - 1), std * (bins - 1)
+        lower, center, upper = ((value + offset - mean) / std for offset in (-1, 0, 1))
+        logs = jnp.where(
+            level == 0,
+            log_ndtr(upper),
+            jnp.where(level == bins - 1, log_ndtr(-lower), log_interval(lower, center, upper, 1 / std)),
+        )
     else:
         raise ValueError(f'decoder is {decoder!r}, but must be one of {", ".join(DECODERS)}')
     return per_image(logs)
 
 
-def log_bin(center, half, *, lowest, highest):
-    """log Pr(|z − center| < half) for z ~ N(0, 1); the bin goes on for ever downwards or upwards at the ends.
+def log_interval(lower, center, upper, half):
+    """log Pr(lower < z < upper) for z ~ N(0, 1); lower and upper are center ∓ half.
 
-    Narrow bins are integrated by Gauss and Legendre's rule: the difference of two cumulative
+    Narrow intervals are integrated by Gauss and Legendre's rule: the difference of two cumulative
     probabilities would lose all its digits. Wide ones are that difference, taken on the side where both
     are small.
     """
+    distance = jnp.abs(center)
+    narrow = (half < 0.5) & (distance * half < 2)
+
     half = jnp.broadcast_to(half, center.shape)
-    center = jnp.where(lowest, -center, center)  # an open end below is one above, mirrored
-    open_end = jax.scipy.special.log_ndtr(half - center)  # of (center − half, ∞), but for `lowest` mirrored
-    far = jnp.abs(center)
-    narrow = (half < 0.5) & (far * half < 2)
+    z = jnp.where(narrow, distance, 0)[..., None] + half[..., None] * NODES
+    log_mean_density = jax.nn.logsumexp(-0.5 * z**2, axis=-1, b=WEIGHTS / 2) - LOG_SQRT_2PI
 
-    z = jnp.where(narrow, far, 0)[..., None] + half[..., None] * NODES
-    inner_narrow = jax.nn.logsumexp(-0.5 * z**2, axis=-1, b=WEIGHTS / 2) + jnp.log(2 * half) - LOG_SQRT_2PI
+    far = log_ndtr(jnp.where(center > 0, -upper, lower))
+    near = log_ndtr(jnp.where(center > 0, -lower, upper))
+    log_difference = near + jnp.log1p(-jnp.exp(jnp.where(narrow, -1, far - near)))
 
-    near_edge = jax.scipy.special.log_ndtr(half - far)
-    far_edge = jax.scipy.special.log_ndtr(-half - far)
-    ratio = jnp.where(narrow, -1, far_edge - near_edge)
-    inner_wide = near_edge + jnp.log1p(-jnp.exp(ratio))
-
-    return jnp.where(lowest | highest, open_end, jnp.where(narrow, inner_narrow, inner_wide))
+    return jnp.where(narrow, log_mean_density + jnp.log(2 * half), log_difference)
 
 
 def per_image(values):

@@ -1,0 +1,175 @@
+"""The importance-weighted bound against chains whose evidence is known, and against float64."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion import schedule
+from diffusion.likelihood.importance import importance_bound
+from diffusion.likelihood.ledger import importance_bounds
+from diffusion.schedule import timesteps
+from tests.likelihood_oracles import Chains, LinearNet, alpha_bar, assert_mean, line, tiny_net
+
+KEY = jax.random.key(0)
+BETAS, X0 = [0.1, 0.2, 0.3, 0.4], 0.7  # FIELD.md §1.5
+A_BAR = np.cumprod(np.append(1.0, 1 - np.array(BETAS)))
+NET = LinearNet.of_reverse_means([0.9, 0.85, 0.8, 0.7], A_BAR)
+VARIANCE = np.array([0.25, 0.2, 0.15, 0.08])
+CHAINS = Chains(NET, [4, 3, 2, 1, 0], 1.0, VARIANCE)
+
+
+@functools.partial(jax.jit, static_argnames='samples')
+def small_bound(key, x0, samples):
+    how = dict(kind='eps', variance=VARIANCE, decoder='gaussian', samples=samples)
+    return importance_bound(key, schedule.from_betas(BETAS), line(NET.output('eps')), x0, **how)
+
+
+def test_it_rises_to_the_evidence():
+    """From the ELBO at K = 1, never above log p(x_0) in expectation, by about var(w)/(2K·p²) below it."""
+    log_p = CHAINS.log_p(X0)
+    np.testing.assert_allclose(log_p, -1.0708, atol=1e-3)  # FIELD.md's, by simulation
+    bounds = {k: np.asarray(small_bound(KEY, jnp.full(100_000, X0), k), np.float64) for k in (1, 8, 64)}
+    assert_mean(bounds[1], sum(map(np.sum, CHAINS.elbo(X0))))
+    assert_mean(np.exp(bounds[1] - log_p), 1)
+    spread = np.exp(bounds[1] - log_p).var()
+    for k in (8, 64):
+        error = bounds[k].std() / np.sqrt(100_000)
+        assert bounds[k].mean() < log_p + 4.5 * error
+        assert_mean(np.exp(bounds[k] - log_p), 1)
+        gap = log_p - bounds[k].mean()
+        assert abs(gap - spread / (2 * k)) < 4.5 * error + 0.5 * spread / (2 * k)
+    assert bounds[1].mean() < bounds[8].mean() - 0.01 < bounds[64].mean()
+
+
+@pytest.mark.parametrize(
+    'levels, eta, variance, shape',
+    [
+        (None, 1.0, 'small', (8,)),
+        ([12, 7, 4, 3, 1, 0], 0.6, 'large', (2, 2, 2)),
+        ([11, 6, 0], 0.3, 'small', ()),
+        ([12, 0], 0.5, [0.7], (1,)),
+    ],
+)
+def test_one_trajectory_is_the_elbo_and_unbiased_for_the_evidence(levels, eta, variance, shape):
+    a, x0 = alpha_bar('jsd', 12), np.linspace(-0.5, 0.7, int(np.prod(shape))).reshape(shape)
+    net = LinearNet.of_data(0.2, 0.5, a)
+    variance = variance if isinstance(variance, str) else np.array(variance)
+    chains = Chains(net, np.arange(12, -1, -1) if levels is None else levels, eta, variance)
+
+    @jax.jit
+    def program(key):
+        images = jnp.broadcast_to(jnp.asarray(x0, jnp.float32), (50_000, *shape))
+        how = dict(kind='v', samples=1, timesteps=levels, eta=eta, variance=variance, decoder='gaussian')
+        return importance_bound(key, schedule.jsd(12), line(net.output('v')), images, **how)
+
+    found = np.asarray(program(KEY), np.float64)
+    assert found.shape == (50_000,)
+    assert_mean(found, sum(map(np.sum, chains.elbo(x0))))
+    weights = np.exp(found - chains.log_p(x0))
+    if weights.max() < 100:  # of heavier tails the standard error says nothing
+        assert_mean(weights, 1)
+
+
+@functools.partial(jax.jit, static_argnames='samples')
+def tiny_bound(key, weights, x0, samples):
+    net = functools.partial(tiny_net, weights)
+    how = dict(kind='v', variance='large', timesteps=[6, 4, 3, 1, 0], decoder='gaussian', samples=samples)
+    return importance_bound(key, schedule.cosine(6), net, x0, **how)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**31))
+def test_it_does_not_fall_as_the_samples_double(seed):
+    """Of random networks: IWAE's theorem 1, within 4.5 standard errors of paired differences."""
+    rng = np.random.default_rng(seed)
+    weights = [jnp.asarray(rng.normal(0, s, shape), jnp.float32) for s, shape in [(1.0, (3, 5)), (0.5, (5,))]]
+    x0 = jnp.broadcast_to(jnp.array([-65, 201], jnp.float32) / 255, (10_000, 2))
+    bounds = [np.asarray(tiny_bound(jax.random.key(seed), weights, x0, k), np.float64) for k in (1, 2, 4)]
+    assert np.all(np.isfinite(bounds))
+    for fewer, more in itertools.pairwise(bounds):
+        assert (more - fewer).mean() > -4.5 * (more - fewer).std() / 100
+
+
+def recorded(monkeypatch, program):
+    """What `program` returns, run step by step, and every normal draw that it makes, in order."""
+    draws, normal = [], jax.random.normal
+
+    def recording(*args, **how):
+        draws.append(np.asarray(normal(*args, **how)))
+        return jnp.asarray(draws[-1])
+
+    with monkeypatch.context() as patch, jax.disable_jit():
+        patch.setattr(jax.random, 'normal', recording)
+        return np.asarray(program(), np.float64), draws
+
+
+def test_float32_holds_log_weights_of_images(monkeypatch):
+    """3072 pixels, T = 200, a bad network: tens of thousands of nats below 0, and right to 1e-6."""
+    T = 200
+    sch = schedule.linear(T, 5e-4, 0.1)
+    table = np.exp(np.asarray(sch.log_alpha_bar, np.float64))  # the float32 table's ᾱ: its rounding is not at issue
+    net = LinearNet.of_data(-0.8, 0.05, table)
+    levels = timesteps(T, 50)
+    chains = Chains(net, levels, 1.0)
+    x0 = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+
+    def program(key=KEY, samples=1):
+        how = dict(kind='x0', samples=samples, timesteps=levels, decoder='gaussian')
+        return importance_bound(key, sch, line(net.output('x0')), x0, **how)
+
+    stepwise, draws = recorded(monkeypatch, program)
+    assert len(draws) == 50 and all(draw.shape == x0.shape for draw in draws)
+    correlation = np.corrcoef([draw.ravel() for draw in draws])  # no draw is used twice
+    assert np.abs(correlation - np.eye(50)).max() < 6 / np.sqrt(x0.size)
+    exact = chains.log_weight(x0, draws)
+    assert np.all(exact < -20_000)
+    np.testing.assert_allclose(stepwise, exact, rtol=2e-6)
+    compiled = np.asarray(jax.jit(program, static_argnames='samples')(KEY), np.float64)
+    np.testing.assert_allclose(compiled, exact, rtol=2e-6)
+
+    many = np.asarray(jax.jit(program, static_argnames='samples')(KEY, samples=4), np.float64)
+    assert np.all(np.isfinite(many)) and np.all(many >= compiled - np.log(4) - 0.1)
+
+
+def test_the_ledger_combines_trajectories_as_the_bound_does():
+    log_weights = np.array([[-30_000.0, 5.0], [-30_001.0, 5.0], [-29_990.0, 5.0], [-31_000.0, 5.0]])
+    bounds = importance_bounds(log_weights)
+    assert sorted(bounds) == [1, 2, 4]
+    np.testing.assert_allclose(bounds[2][0], [-30_000 + np.log((1 + np.exp(-1)) / 2), 5.0], rtol=1e-12)
+    np.testing.assert_allclose(bounds[4][0][0], -29_990 + np.log((1 + np.exp(-10) + np.exp(-11)) / 4), rtol=1e-12)
+    for k in bounds:
+        np.testing.assert_allclose(bounds[k][1][1], k)  # equal weights: all of them count
+        assert 1 <= bounds[k][1][0] <= k
+
+
+def test_the_program_grows_neither_with_samples_nor_with_levels():
+    def size(T, samples):
+        def program(x0):
+            return importance_bound(KEY, schedule.linear(T), lambda x_t, t: x_t, x0, kind='eps', samples=samples)
+
+        return jax.jit(program).lower(jnp.zeros((2, 3))).as_text().count('\n')
+
+    assert size(10, 2) == size(1000, 2) == size(10, 1000)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'samples': 0}, 'samples is 0'),
+        ({'samples': -3}, 'samples is -3'),
+        ({'eta': 0.0}, 'infinite'),
+        ({'variance': 'huge'}, "'small', 'large'"),
+        ({'decoder': 'laplace'}, "'laplace'"),
+        ({'timesteps': [5, 1]}, 'decrease to 0'),
+    ],
+)
+def test_what_has_no_bound_is_refused(change, message):
+    how = dict(schedule=schedule.linear(5), net=lambda x_t, t: x_t, x0=jnp.zeros((2, 3)), kind='eps', samples=2)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: importance_bound(KEY, **(how | change)))
