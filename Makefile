@@ -37,7 +37,7 @@ test: install
 test-slow: install
 	$(python) -m pytest -m slow
 
-# PyTorch is pinned to a release whose wheel for the CPU is small; any other in the range of setup.cfg will do.
+# In an environment of its own: PyTorch is large, and nothing else needs it.
 peers:
 	$(MAKE) install VENV=.venv-peers EXTRAS=test,peers
 	.venv-peers/bin/python -m pytest -m peers
