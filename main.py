@@ -25,7 +25,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 def parse(argv):
     """The flags; or one line that says what is wrong with them, and exit status 1."""
-    for path in (word.partition('=')[2] for word in argv if word.startswith('--config=')):
+    for path in re.findall(r'^--?config[=\n](.*)$', '\n'.join(argv), re.MULTILINE):
         if not os.path.isfile(path.partition(':')[0]):
             sys.exit(f'error: --config={path}: there is no such file; the configs are in configs/')
     try:
@@ -44,6 +44,8 @@ def parse(argv):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unexpected argument {argv[1]!r}: flags start with --')
+    if not flags.FLAGS.workdir:
+        sys.exit('error: --workdir is empty')
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # libraries tell a great deal otherwise
     from diffusion.experiment import RunError  # imports JAX, once the flags are known to be good

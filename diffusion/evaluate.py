@@ -101,9 +101,10 @@ def _check(asked):
     unknown = [quantity for quantity in asked.quantities if quantity not in QUANTITIES]
     if unknown or not asked.quantities:
         raise ValueError(f'quantities is {asked.quantities}, but must name some of {", ".join(QUANTITIES)}')
-    for key, least in {'num_images': 0, 'samples': 1, 'num_steps': 0, 'batch_size': 1, 'seed': 0, 'probes': -1}.items():
+    for key, least in {'num_images': 0, 'samples': 1, 'num_steps': 0, 'batch_size': 1, 'probes': -1}.items():
         if asked[key] < least:
             raise ValueError(f'{key} is {asked[key]}, but must be at least {least}')
+    experiment.check_seed(asked.seed)
     for key in ('rtol', 'atol'):
         if not 0 < asked[key] < 1:
             raise ValueError(f'{key} is {asked[key]}, but must lie in (0, 1)')

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from diffusion import data, gaussian, schedule
+from diffusion.loss import WEIGHTINGS
 from diffusion.networks.unet import UNet
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.checkpoint import Checkpoints
@@ -90,6 +91,8 @@ class Experiment:
 
 def build(config):
     """The Experiment that a config describes. Raises RunError, which names the key, where it describes none."""
+    with naming('config.seed'):
+        check_seed(config.seed)
     with naming('config.schedule'):
         noise_schedule = make_schedule(config.schedule)
     with naming('config.model.kind'):
@@ -101,9 +104,18 @@ def build(config):
         jax.eval_shape(network.init, jax.random.key(0))
     with naming('config.mesh'):
         mesh = meshes.make_mesh(config.mesh.fsdp)
+    with naming('config.train.loss'):
+        if config.train.loss not in WEIGHTINGS:
+            raise ValueError(f'{config.train.loss!r} is none of {", ".join(WEIGHTINGS)}')
     with naming('config.train'):
         optimizer, learning_rate = make_optimizer(config.train)
     return Experiment(noise_schedule, network, optimizer, learning_rate, mesh)
+
+
+def check_seed(seed):
+    """Raise ValueError for what cannot be a seed."""
+    if not 0 <= seed < 2**31:
+        raise ValueError(f'seed is {seed}, but must lie in [0, 2³¹)')
 
 
 def make_schedule(config):
@@ -207,8 +219,11 @@ def check_config(config, workdir):
 
 
 def remember_config(config, workdir):
-    """Write config.json, by which later runs on this workdir are checked."""
-    write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+    """Write config.json, by which later runs on this workdir are checked. Raises RunError where that is impossible."""
+    try:
+        write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+    except OSError as error:
+        raise RunError(f'--workdir={workdir} cannot be written to: {error}') from error
 
 
 def load_params(exp, config, workdir, weights):

@@ -108,8 +108,7 @@ def _check(asked):
     for key in ('num_images', 'batch_size'):
         if asked[key] < 1:
             raise ValueError(f'{key} is {asked[key]}, but must be at least 1')
-    if not 0 <= asked.seed < 2**32:
-        raise ValueError(f'seed is {asked.seed}, but must lie in [0, 2³²)')
+    experiment.check_seed(asked.seed)
 
 
 def distance_from_data(config, images):

@@ -24,8 +24,8 @@ def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay,
     """One step of Adam on the batch images[indices], and the EMA of the parameters it gives.
 
     state: TrainState; images: (N, H, W, C) uint8; indices: (B,) int32. All randomness follows from
-    (seed, state.step). Returns the next TrainState and {'loss', 'grad_norm', 'learning_rate'}: of this
-    step, the norm before clipping.
+    (seed, state.step). Returns the next TrainState and {'loss', 'grad_norm', 'param_norm', 'learning_rate'}:
+    the gradient's norm before clipping, the parameters' after the step.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     flip_key, loss_key, dropout_key = jax.random.split(key, 3)
@@ -46,6 +46,7 @@ def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay,
     metrics = {
         'loss': value,
         'grad_norm': optax.global_norm(gradient),
+        'param_norm': optax.global_norm(params),
         'learning_rate': exp.learning_rate(state.step),
     }
     return TrainState(state.step + 1, params, ema, opt_state), metrics
@@ -79,7 +80,8 @@ def run(config, workdir):
         with Writer(os.path.join(workdir, 'logs'), step=step) as writer:
             step = _loop(config, workdir, exp, state, images, checkpoints, writer, interrupt)
     if step < train.num_steps:
-        print(f'{interrupt}: stopped after step {step}, which is saved; the same command goes on')
+        saved = f'after step {step}, which is saved' if step else 'before the first step'
+        print(f'{interrupt}: stopped {saved}; the same command goes on')
         return EXIT_STATUS
     print(f'complete: {step} steps; {where}')
     return 0
@@ -135,10 +137,11 @@ def _loop(config, workdir, exp, state, images, checkpoints, writer, interrupt):
     def settle(step, metrics):
         """Look at a step's numbers, once the next step is under way: the devices do not wait for the host."""
         values = {name: float(value) for name, value in metrics.items()}
-        if not (math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])):
+        if not all(math.isfinite(value) for value in values.values()):
             kept = f'the checkpoint of step {saved} is good' if saved else 'there is no checkpoint yet'
+            found = ', '.join(f'{name} {values[name]}' for name in ('loss', 'grad_norm', 'param_norm'))
             raise RunError(
-                f'loss {values["loss"]}, gradient norm {values["grad_norm"]} at step {step}; {kept}. '
+                f'{found} at step {step}; {kept}. '
                 'A lower train.learning_rate or train.grad_clip, or a longer train.warmup_steps, may help.'
             )
         rate.count()

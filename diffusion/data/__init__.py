@@ -48,6 +48,8 @@ def order(num_images, batch_size, seed):
     Each epoch is a fresh permutation, in which every image comes exactly once; where batch_size does not
     divide num_images, a batch takes its rest from the next epoch.
     """
+    # Grain shuffles epoch e with seed + e: neighbouring seeds are first taken far from each other.
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1
     return grain.MapDataset.range(num_images).shuffle(seed=seed).repeat().batch(batch_size)
 
 

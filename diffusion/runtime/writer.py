@@ -43,7 +43,7 @@ def _truncate(path, step):
         for line in file:
             try:
                 if json.loads(line)['step'] <= step:
-                    kept.append(line)
+                    kept.append(line.rstrip('\n') + '\n')
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
     with open(path + '.new', 'w', encoding='utf-8') as file:
