@@ -32,7 +32,7 @@ demo: install
 	@echo 'and how it learned, in $(demo)/samples/progress/'
 
 test: install
-	$(python) -m pytest
+	$(python) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 test-slow: install
 	$(python) -m pytest -m slow
