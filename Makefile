@@ -27,7 +27,7 @@ demo: install
 	$(main)
 	$(main) --mode=sample
 	$(main) --mode=sample --config.sample.eta=1 --config.sample.num_steps=1000 --config.sample.num_images=100
-	$(main) --mode=likelihood --config.likelihood.num_images=20 --config.likelihood.samples=4
+	$(main) --mode=likelihood --config.likelihood.num_images=16 --config.likelihood.samples=2
 	@echo; echo 'Pictures to open:'; ls $(demo)/samples/*/grid.png $(demo)/likelihood/*/terms.png
 	@echo 'and how it learned, in $(demo)/samples/progress/'
 

@@ -26,8 +26,9 @@ flags.mark_flags_as_required(['config', 'workdir'])
 def parse(argv):
     """The flags; or one line that says what is wrong with them, and exit status 1."""
     for path in re.findall(r'^--?config[=\n](.*)$', '\n'.join(argv), re.MULTILINE):
-        if not os.path.isfile(path.partition(':')[0]):
-            sys.exit(f'error: --config={path}: there is no such file; the configs are in configs/')
+        file = path.partition(':')[0]
+        if not (os.path.isfile(file) and file.endswith('.py')):
+            sys.exit(f'error: --config={path}: there is no such Python file; the configs are in configs/')
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError) as error:
@@ -44,15 +45,16 @@ def parse(argv):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unexpected argument {argv[1]!r}: flags start with --')
-    if not flags.FLAGS.workdir:
-        sys.exit('error: --workdir is empty')
+    workdir = os.path.abspath(os.path.expanduser(flags.FLAGS.workdir))
+    if not flags.FLAGS.workdir or (os.path.exists(workdir) and not os.path.isdir(workdir)):
+        sys.exit(f'error: --workdir={flags.FLAGS.workdir} is no folder')
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # libraries tell a great deal otherwise
     from diffusion.experiment import RunError  # imports JAX, once the flags are known to be good
 
     run = importlib.import_module(MODES[flags.FLAGS.mode]).run
     try:
-        sys.exit(run(flags.FLAGS.config, os.path.abspath(os.path.expanduser(flags.FLAGS.workdir))))
+        sys.exit(run(flags.FLAGS.config, workdir))
     except RunError as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:

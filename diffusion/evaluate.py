@@ -65,7 +65,12 @@ def run(config, workdir):
         functions = quantities(config, exp)
 
     # Whoever asks for the same of the same parameters finds what is done already.
-    settings = {'checkpoint_step': step, **asked.to_dict(), 'params_sha256': _digest(params), 'versions': versions()}
+    settings = {
+        'checkpoint_step': step,
+        **asked.to_dict(),
+        'params_sha256': experiment.digest(params),
+        'versions': versions(),
+    }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = f'step{step}-{asked.weights}-{asked.split}-n{len(images)}-{digest}'
     folder = os.path.join(workdir, 'likelihood', name)
@@ -176,7 +181,7 @@ def _write(folder, parts, settings, config, exp):
         record['solver'] = {
             'method': 'Tsit5',
             'steps_mean': float(solver.mean()),
-            'divergence': f'{probes} Rademacher probes' if probes else 'exact',
+            'divergence': f'{probes} Rademacher probes, within the standard error over images' if probes else 'exact',
         }
     write_json(os.path.join(folder, 'ledger.json'), record)
     table = ledger.markdown(rows)
@@ -185,7 +190,7 @@ def _write(folder, parts, settings, config, exp):
     print(f'{parts[-1].stop} images of the {asked.split} split of {config.data.source}, each counted once\n\n{table}')
     written = ['ledger.json', 'ledger.md']
     drawn = {f'{form} form': consistency[form] for form in ('transition', 'posterior') if form in consistency}
-    if drawn and len(levels(asked, exp)) > 2:
+    if drawn and len(levels(asked, exp)) > 2 and parts[-1].stop > 1:
         save_terms(os.path.join(folder, 'terms.png'), levels(asked, exp)[1:-1], drawn)
         written.append('terms.png')
     for file in written:
@@ -195,11 +200,3 @@ def _write(folder, parts, settings, config, exp):
 def levels(asked, exp):
     """The noise levels of the chain that config.likelihood asks for."""
     return timesteps(exp.schedule.T, asked.num_steps or exp.schedule.T)
-
-
-def _digest(params):
-    """What tells one set of parameters from another."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()

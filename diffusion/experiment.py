@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -17,6 +19,7 @@ from diffusion.networks.unet import UNet
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.files import write_json
+from diffusion.runtime.lock import lock
 
 
 class RunError(Exception):
@@ -199,9 +202,11 @@ def check_config(config, workdir):
     try:
         with open(path, encoding='utf-8') as file:
             stored = json.load(file)
+        if not isinstance(stored, dict) or not all(isinstance(stored.get(part, {}), dict) for part in IDENTITY):
+            raise ValueError('it holds no config')
     except FileNotFoundError:
         return
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f'{path} cannot be read ({error}): restore it, or choose another --workdir') from error
     asked = json.loads(json.dumps(config.to_dict()))
     differences = [
@@ -219,11 +224,27 @@ def check_config(config, workdir):
 
 
 def remember_config(config, workdir):
-    """Write config.json, by which later runs on this workdir are checked. Raises RunError where that is impossible."""
-    try:
-        write_json(os.path.join(workdir, 'config.json'), config.to_dict())
-    except OSError as error:
-        raise RunError(f'--workdir={workdir} cannot be written to: {error}') from error
+    """Write config.json, by which later runs on this workdir are checked."""
+    write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+
+
+@contextlib.contextmanager
+def hold(workdir):
+    """Keep other trainings off `workdir`. Raises RunError where one is under way, or it cannot be written to."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(workdir))
+        except OSError as error:
+            raise RunError(f'--workdir={workdir} cannot be used: {error}') from error
+        yield
+
+
+def digest(params):
+    """What tells one set of parameters from another: a SHA-256."""
+    result = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        result.update(np.asarray(leaf).tobytes())
+    return result.hexdigest()
 
 
 def load_params(exp, config, workdir, weights):

@@ -63,12 +63,13 @@ def predict(schedule, kind, output, x_t, t, *, clip=False) -> Prediction:
 
     output, x_t: (B, ...); t: (B,) or scalar, t ≥ 1.
     Raises ValueError for another kind, and for 'eps' at a level where ᾱ_t = 0: x_t then holds nothing
-    of x_0 (NaN or inf where `t` is traced).
+    of x_0 (x̂_0 is NaN where `t` is traced).
     """
     signal, noise = like(schedule.signal(t), x_t), like(schedule.noise(t), x_t)
     if kind == 'eps':
         require_signal(schedule, kind, t)
-        prediction = Prediction((x_t - noise * output) / signal, output)
+        x0 = jnp.where(signal > 0, (x_t - noise * output) / signal, jnp.nan)
+        prediction = Prediction(x0, output)
     elif kind == 'x0':
         prediction = Prediction(output, (x_t - signal * output) / noise)
     elif kind == 'v':

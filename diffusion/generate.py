@@ -71,8 +71,8 @@ def run(config, workdir):
     finished = time.perf_counter()
 
     name = (
-        f'step{step}-{asked.weights}-eta{asked.eta:g}-{asked.num_steps}{asked.spacing}-{asked.variance}'
-        f'{"" if asked.clip else "-noclip"}-n{asked.num_images}-seed{asked.seed}'
+        f'step{step}-{asked.weights}-eta{asked.eta:.12g}-{asked.num_steps}{asked.spacing}-{asked.variance}'
+        f'{"" if asked.clip else "-noclip"}-{config.model.dtype}-n{asked.num_images}-seed{asked.seed}'
     )
     folder = os.path.join(workdir, 'samples', name)
     save_grid(os.path.join(folder, 'grid.png'), images)
@@ -84,7 +84,8 @@ def run(config, workdir):
             'checkpoint_step': step,
             **asked.to_dict(),
             'count': len(images),
-            'kind': config.model.kind,
+            'model': config.model.to_dict(),
+            'params_sha256': experiment.digest(params),
             'schedule': config.schedule.to_dict(),
             'quality': quality,
             'compile_seconds': round(compiled - started, 3),

@@ -20,7 +20,8 @@ def sample(keys, schedule, net, *, shape, timesteps, kind, eta, variance='small'
     eta: Python float in [0, 1]; clip: x̂_0 to [−1, 1] at each step; x_T: (N, *shape), drawn if None.
     Returns x_0 (N, *shape) float32.
     Raises ValueError for levels that do not decrease to 0 or leave the schedule, for another variance,
-    for 'large' with eta = 0 (DDIM adds no noise), and for kind 'eps' from a level where ᾱ is 0.
+    for 'large' with eta = 0 (DDIM adds no noise), for another shape of x_T, and for
+    kind 'eps' from a level where ᾱ is 0.
     """
     t, s = gaussian.chain(schedule, kind, timesteps)
     own_std = gaussian.own_variance(schedule, variance, s, t, eta=eta)
@@ -42,5 +43,7 @@ def sample(keys, schedule, net, *, shape, timesteps, kind, eta, variance='small'
 
     if x_T is None:
         x_T = noise(t[0])
+    if jnp.shape(x_T) != (*keys.shape, *shape):
+        raise ValueError(f'x_T has the shape {jnp.shape(x_T)}, but the keys and shape ask for {(*keys.shape, *shape)}')
     x0, _ = jax.lax.scan(step, jnp.asarray(x_T, jnp.float32), (t, s, own_std))
     return x0

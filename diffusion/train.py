@@ -62,15 +62,19 @@ def run(config, workdir):
             f'config.train.batch_size is {train.batch_size}, which {exp.mesh.size} devices cannot share evenly'
         )
     images = experiment.load_images(config)
-    experiment.remember_config(config, workdir)
     where = f'checkpoints in {workdir}/checkpoints'
 
-    with experiment.open_checkpoints(config, workdir) as checkpoints, Interrupt() as interrupt:
+    with (
+        experiment.hold(workdir),
+        experiment.open_checkpoints(config, workdir) as checkpoints,
+        Interrupt() as interrupt,
+    ):
         state = restore(exp, checkpoints, seed=config.seed)
         step = int(state.step)
         if step >= train.num_steps:
             print(f'complete: {step} steps of train.num_steps={train.num_steps}; {where}')
             return 0
+        experiment.remember_config(config, workdir)
         num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(
             f'{len(images)} images of {config.data.source}; {num_params:,} parameters; {exp.mesh.size} × '

@@ -91,13 +91,13 @@ def test_the_record_holds_what_was_done(five):
         'clip': True,
         'seed': 0,
         'count': 5,
-        'kind': 'eps',
     }
     assert {key: record[key] for key in expected} == expected
     assert record['wall_seconds'] > 0
     assert record['versions']['python'] == platform.python_version()
     for package in ('jax', 'flax', 'numpy'):
         assert record['versions'][package] == importlib.metadata.version(package)
+    assert record['model']['kind'] == 'eps' and len(record['params_sha256']) == 64
     assert record['schedule']['T'] == 4 and record['schedule']['name'] == 'linear'
     for fact in ('step12', 'ema', 'eta1', '3trailing', 'small'):
         assert fact in folder.name

@@ -20,6 +20,7 @@ from diffusion.runtime import interrupt
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.files import write_json
 from diffusion.runtime.interrupt import Interrupt
+from diffusion.runtime.lock import lock
 from diffusion.runtime.writer import Writer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -317,3 +318,27 @@ def test_eight_devices():
     # the largest axis that 4 (8) divides is split; (3, 3, 6, 2) has none
     assert seen['shards']['4'] == [[], [3], [2], [3, 3, 8, 4], [3, 3, 4, 8], [3, 3, 6, 2], [3, 6], [6, 1], [1, 10, 2]]
     assert seen['shards']['8'] == [[], [3], [1], [3, 3, 8, 2], [3, 3, 2, 8], [3, 3, 6, 2], [12, 6], [6, 4], [1, 5, 2]]
+
+
+def test_a_workdir_is_held_by_one_process_and_let_go_when_it_dies(tmp_path):
+    program = f"""
+import sys, time
+from diffusion.runtime.lock import lock
+with lock({str(tmp_path / 'run')!r}):
+    print('held', flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == 'held\n'
+        with (
+            pytest.raises(BlockingIOError, match=f'process {process.pid} on .* is training'),
+            lock(str(tmp_path / 'run')),
+        ):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    with lock(str(tmp_path / 'run')), pytest.raises(BlockingIOError), lock(str(tmp_path / 'run')):
+        pass

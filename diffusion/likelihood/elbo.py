@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion import gaussian
 from diffusion.likelihood.chain import compare, forward, log_ratio, make_chain, reconstruction
@@ -64,7 +65,8 @@ def elbo(
     [−1, 1]; decoder, bins: see `decoder.log_likelihood`; variance, of p: see `chain.make_chain`;
     eta: in (0, 1]; timesteps: (num_steps+1,) levels of the chain, all T if None; clip: x̂_0 to [−1, 1];
     levels: how many consistency terms to draw, all if None. The pairs are cut into so many strata; each
-    image draws one pair of each, which counts as often as its stratum has pairs: the sum keeps its expectation.
+    image draws one pair of each, which counts as often as its stratum has pairs: the sum keeps its expectation,
+    and its standard error is that over images, or over keys.
 
     Returns Terms of (B,), (B,), (B, n_levels). Memory does not grow with the number of levels.
     Raises ValueError for arguments outside these; at η = 0 because there is no bound.
@@ -82,7 +84,7 @@ def elbo(
         prior, term = forward_prior_term(prior_key, chain, x0, form), functools.partial(forward_term, form=form)
 
     num_strata = num_pairs if levels is None else levels
-    first = jnp.arange(num_strata + 1) * num_pairs // max(num_strata, 1)  # pair of each stratum
+    first = jnp.asarray(np.arange(num_strata + 1) * num_pairs // max(num_strata, 1))  # pair of each stratum
 
     def stratum(_, j):
         i = jax.random.randint(jax.random.fold_in(level_key, j), batch, first[j], first[j + 1])

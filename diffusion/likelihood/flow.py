@@ -35,13 +35,28 @@ class Flow(NamedTuple):
         return self.reconstruction + self.entropy + self.density
 
 
-def flow_bound(key, schedule, net, x0, **how):
+def flow_bound(
+    key,
+    schedule,
+    net,
+    x0,
+    *,
+    kind,
+    decoder='discretized',
+    variance='small',
+    probes=None,
+    rtol=1e-5,
+    atol=1e-5,
+    clip=False,
+    bins=256,
+):
     """E_{q(x_1|x_0)}[ log p_ode(x_1) − log q(x_1|x_0) + log p_θ(x_0|x_1) ] ≤ log p(x_0), at one draw: (B,) nats.
 
     p is here another model than the chain's: x_1 from the ODE, then x_0 from the chain's last step.
     Arguments as in `flow`.
     """
-    return flow(key, schedule, net, x0, **how).total()
+    how = dict(decoder=decoder, variance=variance, probes=probes, rtol=rtol, atol=atol, clip=clip, bins=bins)
+    return flow(key, schedule, net, x0, kind=kind, **how).total()
 
 
 def flow(

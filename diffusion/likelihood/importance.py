@@ -7,17 +7,32 @@ from diffusion.likelihood.chain import compare, forward, log_ratio, make_chain
 from diffusion.likelihood.decoder import log_likelihood
 
 
-def importance_bound(key, schedule, net, x0, *, samples, **how):
+def importance_bound(
+    key,
+    schedule,
+    net,
+    x0,
+    *,
+    kind,
+    samples,
+    decoder='discretized',
+    variance='small',
+    eta=1.0,
+    timesteps=None,
+    clip=False,
+    bins=256,
+):
     """log 1/K Σ_k p(x_{0:T}^k)/q(x_{1:T}^k|x_0) of K = `samples` trajectories from q(x_{1:T}|x_0).
 
     A lower bound of log p(x_0) in expectation (IWAE, arXiv:1509.00519 Eq. 8): for K = 1 the ELBO, rising
     with K to log p(x_0). Its argument is unbiased for p(x_0) itself (Sohl-Dickstein et al. 2015).
 
-    The other arguments are those of `log_weight`. Returns (B,) nats. Memory grows neither with K nor with T.
+    The other arguments are those of `elbo.elbo`. Returns (B,) nats. Memory grows neither with K nor with T.
     Raises ValueError for samples < 1, and what `log_weight` raises.
     """
     if samples < 1:
         raise ValueError(f'samples is {samples}, but must be at least 1')
+    how = dict(kind=kind, decoder=decoder, variance=variance, eta=eta, timesteps=timesteps, clip=clip, bins=bins)
 
     def trajectory(total, k):
         return jnp.logaddexp(total, log_weight(jax.random.fold_in(key, k), schedule, net, x0, **how)), None

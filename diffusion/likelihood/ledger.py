@@ -26,13 +26,13 @@ def row(quantity, equation, values, dimensions):
 
 
 def importance_bounds(log_weights):
-    """The bounds of the first 1, 2, 4, … of K trajectories, and their effective numbers.
+    """The bounds of the first 1, 2, 4, … and of all K trajectories, and their effective numbers.
 
     log_weights: (K, n) nats. Returns {k: (bound (n,), (Σw)²/Σw² (n,))}.
     """
     log_weights = np.asarray(log_weights, np.float64)
     bounds = {}
-    for k in (2**i for i in range(len(log_weights).bit_length())):
+    for k in sorted({2**i for i in range(len(log_weights).bit_length())} | {len(log_weights)}):
         largest = log_weights[:k].max(axis=0)
         weights = np.exp(log_weights[:k] - largest)
         bounds[k] = largest + np.log(weights.mean(axis=0)), weights.sum(axis=0) ** 2 / (weights**2).sum(axis=0)

@@ -39,7 +39,7 @@ def _truncate(path, step):
     if not os.path.exists(path):
         return
     kept = []
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
                 if json.loads(line)['step'] <= step:
