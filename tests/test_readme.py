@@ -29,3 +29,8 @@ def test_files_functions_and_tests_that_are_named_exist(page):
     for module, name in re.findall(r'`(?:likelihood\.|networks\.)?(\w+)\.(\w+)(?:\(.*?\))?`', text):
         if module in modules and name not in ('py', 'md', 'json'):
             assert re.search(rf'^\s*(?:def|class) {name}\b', modules[module].read_text(encoding='utf-8'), re.M), name
+
+
+def test_nothing_is_left_to_be_filled_in():
+    for page in PAGES:
+        assert not re.search(r'\b(TODO|TBD|FIXME|[A-Z]{3,}_[A-Z]{3,})\b', page.read_text(encoding='utf-8'))
