@@ -118,7 +118,9 @@ with Checkpoints(sys.argv[1], keep=3) as checkpoints:
     checkpoints.save(1, params={'x': jnp.full(20, 1.0)})
 with Checkpoints(sys.argv[1], keep=3) as checkpoints:
     checkpoints.save(2, params={'x': jnp.full(40_000_000, 2.0)})
-    os._exit(9)  # the process is killed while it writes
+    while len(os.listdir(sys.argv[1])) < 2:
+        pass
+    os._exit(9)  # the process is killed as soon as something of the second checkpoint is there
 """
 
 
