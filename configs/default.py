@@ -64,12 +64,13 @@ def get_config():
     config.likelihood.split = 'test'
     config.likelihood.samples = 8  # trajectories an image for the importance-weighted bounds 1, 2, 4, …
     config.likelihood.num_steps = 0  # steps of the chain ('trailing'); 0 takes all T
+    config.likelihood.levels = 0  # consistency terms drawn an image, evenly over the chain; 0 computes all
     config.likelihood.eta = 1.0  # in (0, 1]
     config.likelihood.variance = 'small'  # of the model: 'small' or 'large'
     config.likelihood.clip = True  # clip the predicted image to [−1, 1], as DDPM's evaluation does
     config.likelihood.rtol = 1e-4  # relative tolerance of the ODE solver
     config.likelihood.atol = 1e-4  # absolute tolerance of the ODE solver
-    config.likelihood.probes = -1  # vectors that estimate the divergence; 0 is exact; −1: exact to 16 values, else 1
+    config.likelihood.probes = -1  # vectors that estimate the divergence; 0 is exact; −1: exact to 16 values, else 2
     config.likelihood.weights = 'ema'  # or 'raw'
     config.likelihood.batch_size = 100  # images at a time
     config.likelihood.seed = 0

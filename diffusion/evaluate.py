@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from diffusion import data, experiment
 from diffusion.experiment import RunError
 from diffusion.likelihood import ledger
-from diffusion.likelihood.elbo import FORMS, elbo
+from diffusion.likelihood.elbo import FORMS, elbo, strata
 from diffusion.likelihood.flow import flow, num_probes
 from diffusion.likelihood.importance import log_weight
 from diffusion.report.terms import save_terms
@@ -33,13 +34,15 @@ def quantities(config, exp):
     solver = dict(rtol=asked.rtol, atol=asked.atol, probes=None if asked.probes < 0 else asked.probes)
 
     def form(key, params, x0, form):
-        return elbo(key, exp.schedule, exp.network.net(params), x0, form=form, **chain)._asdict()
+        terms = elbo(key, exp.schedule, exp.network.net(params), x0, form=form, levels=asked.levels or None, **chain)
+        return terms._asdict() | {'error': terms.standard_error()}
 
     def importance(key, params, x0):
         return {'log_weight': log_weight(key, exp.schedule, exp.network.net(params), x0, **chain)}
 
     def ode(key, params, x0):
-        return flow(key, exp.schedule, exp.network.net(params), x0, **common, **solver)._asdict()
+        terms = flow(key, exp.schedule, exp.network.net(params), x0, **common, **solver)._asdict()
+        return terms | {'error': terms.pop('probe_error')}
 
     everything = {name: functools.partial(form, form=name) for name in FORMS} | {'importance': importance, 'flow': ode}
     return {name: everything[name] for name in asked.quantities}
@@ -106,7 +109,14 @@ def _check(asked):
     unknown = [quantity for quantity in asked.quantities if quantity not in QUANTITIES]
     if unknown or not asked.quantities:
         raise ValueError(f'quantities is {asked.quantities}, but must name some of {", ".join(QUANTITIES)}')
-    for key, least in {'num_images': 0, 'samples': 1, 'num_steps': 0, 'batch_size': 1, 'probes': -1}.items():
+    for key, least in {
+        'num_images': 0,
+        'samples': 1,
+        'num_steps': 0,
+        'levels': 0,
+        'batch_size': 1,
+        'probes': -1,
+    }.items():
         if asked[key] < least:
             raise ValueError(f'{key} is {asked[key]}, but must be at least {least}')
     experiment.check_seed(asked.seed)
@@ -167,11 +177,14 @@ def _write(folder, parts, settings, config, exp):
     for form, terms in consistency.items():
         values[form]['consistency'] = terms.sum(axis=1, dtype=np.float64)
     solver = values['flow'].pop('num_steps') if 'flow' in values else None
+    # Of the mean over images, whose draws are independent; None where one draw says nothing of its error.
+    errors = {name: terms.pop('error').astype(np.float64) for name, terms in values.items()}
+    errors = {name: float(math.sqrt((e**2).sum()) / len(e)) for name, e in errors.items() if np.isfinite(e).all()}
     if 'importance' in asked.quantities:
         values['importance'] = np.stack([whole('importance', k)['log_weight'] for k in range(asked.samples)])
 
     rows = ledger.ledger(values, size)
-    record = {'rows': [row._asdict() for row in rows], 'settings': settings}
+    record = {'rows': [row._asdict() for row in rows], 'error_of_the_draws': errors, 'settings': settings}
     if 'importance' in values:
         record['effective_samples'] = {
             k: float(count.mean()) for k, (_, count) in ledger.importance_bounds(values['importance']).items()
@@ -181,17 +194,27 @@ def _write(folder, parts, settings, config, exp):
         record['solver'] = {
             'method': 'Tsit5',
             'steps_mean': float(solver.mean()),
-            'divergence': f'{probes} Rademacher probes, within the standard error over images' if probes else 'exact',
+            'divergence': f'{probes} Rademacher probe{"s" * (probes > 1)} an image' if probes else 'exact',
         }
     write_json(os.path.join(folder, 'ledger.json'), record)
     table = ledger.markdown(rows)
     with open(os.path.join(folder, 'ledger.md'), 'w', encoding='utf-8') as file:
         file.write(table)
     print(f'{parts[-1].stop} images of the {asked.split} split of {config.data.source}, each counted once\n\n{table}')
+    for name, error in errors.items():
+        what = f'the divergence ({record["solver"]["divergence"]})' if name == 'flow' else 'levels and noise, at most'
+        print(f'{name}: ± {error:.3f} nats by the draws of {what}')
     written = ['ledger.json', 'ledger.md']
     drawn = {f'{form} form': consistency[form] for form in ('transition', 'posterior') if form in consistency}
-    if drawn and len(levels(asked, exp)) > 2 and parts[-1].stop > 1:
-        save_terms(os.path.join(folder, 'terms.png'), levels(asked, exp)[1:-1], drawn)
+    pairs = levels(asked, exp)[1:-1]
+    if drawn and len(pairs) and parts[-1].stop > 1:
+        first = strata(len(pairs), asked.levels or len(pairs))
+        centers = np.add.reduceat(pairs, first[:-1]) / np.diff(first)
+        save_terms(
+            os.path.join(folder, 'terms.png'),
+            centers,
+            {name: terms / np.diff(first) for name, terms in drawn.items()},
+        )
         written.append('terms.png')
     for file in written:
         print(os.path.join(folder, file))

@@ -234,10 +234,12 @@ def test_two_forms_have_one_expectation(weights, seed):
 
 
 @functools.partial(jax.jit, static_argnames=('form', 'levels'))
-def some_levels(key, x0, output, form, levels):
-    return elbo(
-        key, schedule.cosine(12), line(output), x0, kind='v', form=form, decoder='gaussian', levels=levels
-    ).consistency
+def some_terms(key, x0, output, form, levels):
+    return elbo(key, schedule.cosine(12), line(output), x0, kind='v', form=form, decoder='gaussian', levels=levels)
+
+
+def some_levels(*args):
+    return some_terms(*args).consistency
 
 
 @pytest.mark.parametrize('form', ['posterior', 'transition'])
@@ -268,6 +270,25 @@ def test_more_strata_are_less_noise():
         for levels in (1, 4, 11)
     ]
     assert stds[0] > stds[1] > stds[2]
+
+
+@pytest.mark.parametrize('form', ['posterior', 'transition'])
+def test_the_standard_error_of_the_draws_is_what_repetition_shows(form):
+    """Never too small; exact but for how far neighbouring terms differ in the mean."""
+    net = LinearNet.of_data(0.8, 0.1, alpha_bar('cosine', 12))
+    exact = Chains(net, np.arange(12, -1, -1), 1.0).elbo(-0.3, form)[2]
+    for levels in (1, 2, 5, 10, 11):
+        terms = some_terms(KEY, jnp.full(100_000, -0.3), net.output('v'), form, levels)
+        errors, sums = (np.asarray(values, np.float64) for values in (terms.standard_error(), terms.consistency.sum(1)))
+        if levels == 1:
+            assert np.isnan(errors).all()
+            continue
+        assert (errors**2).mean() > 0.97 * sums.var()
+        if levels == 11:  # every level by itself: the noise, and the known difference of neighbours
+            pairs = [(i, i + 1) for i in range(0, 10, 2)] + [(9, 10)]
+            twice = np.asarray(terms.consistency, np.float64)[:, 9].var()  # counts in two pairs
+            bias = sum((exact[i] - exact[j]) ** 2 for i, j in pairs)
+            assert (errors**2).mean() == pytest.approx(sums.var() + twice + bias, rel=0.1)
 
 
 def test_the_program_does_not_grow_with_the_levels():

@@ -56,6 +56,22 @@ def test_files_rows_and_counts(whole):
     table = (folder / 'ledger.md').read_text(encoding='utf-8')
     assert all(name.replace('|', r'\|') in table for name in names)
     assert ledger['settings']['checkpoint_step'] == 12 and ledger['solver']['steps_mean'] > 0
+    assert ledger['solver']['divergence'] == '2 Rademacher probes an image'
+    errors = {row['quantity'].split(':')[0]: row['standard_error'] for row in ledger['rows']}
+    assert set(ledger['error_of_the_draws']) == {'posterior', 'transition', 'printed', 'flow'}
+    for form in ('posterior', 'transition'):
+        assert 0 < ledger['error_of_the_draws'][form] < 2 * errors[f'ELBO, {form} form']
+
+
+def test_a_few_levels_stand_for_all(workdir, whole):
+    """Two of three consistency terms, drawn: another sum, within its errors of the whole."""
+    folder, ledger = compute(workdir, asking(quantities=('posterior',), levels=2))
+    name = 'ELBO, posterior form: consistency'
+    (few,), (every,) = ([row for row in record['rows'] if row['quantity'] == name] for record in (ledger, whole[1]))
+    errors = [record['error_of_the_draws']['posterior'] for record in (ledger, whole[1])]
+    assert few['nats'] != every['nats']
+    assert abs(few['nats'] - every['nats']) < 4.5 * np.hypot(*errors)
+    assert (folder / 'terms.png').exists()
 
 
 def test_every_image_is_counted_once(workdir, monkeypatch):
@@ -102,6 +118,8 @@ def test_stopped_and_gone_on_with_gives_the_same(workdir, monkeypatch, capsys):
         ({'split': 'valid'}, 'split'),
         ({'quantities': ('elbo',)}, 'posterior, transition'),
         ({'samples': 0}, 'samples'),
+        ({'levels': -1}, 'levels'),
+        ({'levels': 99}, 'levels'),
         ({'eta': 0.0}, 'no bound'),
         ({'variance': 'huge'}, "'small', 'large'"),
         ({'num_steps': 5}, '1 to 4'),

@@ -75,7 +75,7 @@ def test_the_density_of_gaussian_data(name, kind, shape, level):
     """Of clean levels and beyond, near the data and far from it; kind 'eps' serves jsd too, which stops at T−1."""
     exact = data(name, **({} if name in ('jsd', 'cosine') else STRONG))
     x = np.linspace(-1.5, 2, 9 * int(np.prod(shape))).reshape(9, *shape).astype(np.float32)
-    found, num_steps = gaussian_density(x, name, kind, level)
+    found, _, num_steps = gaussian_density(x, name, kind, level)
     expected = exact.log_density(x, level).reshape(9, -1).sum(axis=1)
     assert found.shape == (9,) and num_steps > 3
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -91,20 +91,26 @@ def coupled(x, t):
 
 @functools.partial(jax.jit, static_argnames='probes')
 def coupled_density(key, x, probes):
-    return log_density(key, schedule.cosine(20), coupled, x, kind='eps', probes=probes)[0]
+    return log_density(key, schedule.cosine(20), coupled, x, kind='eps', probes=probes)
 
 
 def test_probes_are_unbiased_for_the_exact_divergence():
     x = jnp.broadcast_to(jnp.array([0.5, -1.0, 0.1, 1.3]), (2000, 4))
     exact = coupled_density(KEY, x[:2], 0)
+    np.testing.assert_array_equal(exact.probe_error, 0)
+    exact = exact.nats
     for probes in (1, 3):
-        found = np.asarray(coupled_density(KEY, x, probes), np.float64)
+        density = coupled_density(KEY, x, probes)
+        found, errors = (np.asarray(values, np.float64) for values in density[:2])
         assert_mean(found, float(exact[0]), atol=1e-3)  # of the solver
         assert found.std() > 0.01
         if probes == 1:
             one = found.std()
+            assert np.isnan(errors).all()  # one draw says nothing of its error
+        else:  # 2000 estimates with 2 degrees of freedom each, of what repetition shows: 10 % is 4.5 deviations
+            assert (errors**2).mean() == pytest.approx(found.var(), rel=0.15)
     assert abs(one / found.std() / np.sqrt(3) - 1) < 0.2
-    assert np.std(coupled_density(jax.random.key(1), x, 3) - coupled_density(KEY, x, 3)) > 0.01
+    assert np.std(coupled_density(jax.random.key(1), x, 3).nats - coupled_density(KEY, x, 3).nats) > 0.01
 
 
 def test_the_divergence_is_exact_to_16_dimensions_and_estimated_beyond():
@@ -114,7 +120,7 @@ def test_the_divergence_is_exact_to_16_dimensions_and_estimated_beyond():
         @jax.jit
         def program(key):
             net = lambda x, t: 0.5 * x + 0.3 * jnp.tanh(jnp.roll(x, 1, axis=1) + x)  # noqa: E731
-            return log_density(key, schedule.cosine(10), net, x, kind='v', rtol=1e-3, atol=1e-3)[0][0]
+            return log_density(key, schedule.cosine(10), net, x, kind='v', rtol=1e-3, atol=1e-3).nats[0]
 
         return [float(program(jax.random.key(seed))) for seed in range(3)]
 
@@ -132,7 +138,7 @@ def test_the_density_integrates_to_one(kind):
 
     grid = jnp.linspace(-9, 9, 4001)
     sch = schedule.linear(10, 0.02, 0.4)
-    density, _ = jax.jit(lambda x: log_density(KEY, sch, net, x, kind=kind))(grid)
+    density = jax.jit(lambda x: log_density(KEY, sch, net, x, kind=kind).nats)(grid)
     density = np.exp(np.asarray(density, np.float64))
     assert density[0] < 1e-6 and density[-1] < 1e-6
     assert np.abs(density - np.exp(log_normal(np.asarray(grid), 0, 1))).max() > 0.05  # not the normal itself

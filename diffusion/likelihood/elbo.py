@@ -25,6 +25,20 @@ class Terms(NamedTuple):
         """𝓛 of each image: (B,) nats."""
         return self.reconstruction + self.prior + self.consistency.sum(axis=1)
 
+    def standard_error(self):
+        """Of the sum of consistency terms of each image, for its draws of levels and noise: (B,) nats.
+
+        √Σ_j (y_2j − y_2j+1)², over pairs of neighbouring terms (of an odd number the last counts with the one
+        before): strata are collapsed in twos, so the error is never too small in expectation, and too large by as
+        much as neighbouring terms differ in the mean (Cochran, Sampling Techniques, §5A.12). NaN for a single term.
+        """
+        y = self.consistency
+        if y.shape[1] < 2:
+            return jnp.full(y.shape[:1], jnp.nan)
+        half = y.shape[1] // 2
+        squares = ((y[:, : 2 * half : 2] - y[:, 1 : 2 * half : 2]) ** 2).sum(axis=1)
+        return jnp.sqrt(squares + (y[:, -1] - y[:, -2]) ** 2 * (y.shape[1] % 2))
+
 
 def elbo(
     key,
@@ -65,8 +79,8 @@ def elbo(
     [−1, 1]; decoder, bins: see `decoder.log_likelihood`; variance, of p: see `chain.make_chain`;
     eta: in (0, 1]; timesteps: (num_steps+1,) levels of the chain, all T if None; clip: x̂_0 to [−1, 1];
     levels: how many consistency terms to draw, all if None. The pairs are cut into so many strata; each
-    image draws one pair of each, which counts as often as its stratum has pairs: the sum keeps its expectation,
-    and its standard error is that over images, or over keys.
+    image draws one pair of each, which counts as often as its stratum has pairs: the sum keeps its expectation.
+    `Terms.standard_error` tells its error for each image; of a mean over images it is within that over images.
 
     Returns Terms of (B,), (B,), (B, n_levels). Memory does not grow with the number of levels.
     Raises ValueError for arguments outside these; at η = 0 because there is no bound.
@@ -84,7 +98,7 @@ def elbo(
         prior, term = forward_prior_term(prior_key, chain, x0, form), functools.partial(forward_term, form=form)
 
     num_strata = num_pairs if levels is None else levels
-    first = jnp.asarray(np.arange(num_strata + 1) * num_pairs // max(num_strata, 1))  # pair of each stratum
+    first = jnp.asarray(strata(num_pairs, num_strata))
 
     def stratum(_, j):
         i = jax.random.randint(jax.random.fold_in(level_key, j), batch, first[j], first[j + 1])
@@ -92,6 +106,11 @@ def elbo(
 
     _, consistency = jax.lax.scan(stratum, None, jnp.arange(num_strata))
     return Terms(reconstruction(decoder_key, chain, x0, decoder=decoder, bins=bins), prior, consistency.T)
+
+
+def strata(num_pairs, num_strata):
+    """The first pair of each stratum, and num_pairs: (num_strata+1,) int."""
+    return np.arange(num_strata + 1) * num_pairs // max(num_strata, 1)
 
 
 def kl(mean1, std1, mean2, std2):

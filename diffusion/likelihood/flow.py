@@ -19,7 +19,15 @@ from diffusion import gaussian
 from diffusion.likelihood.chain import compare, make_chain
 from diffusion.likelihood.decoder import LOG_SQRT_2PI, log_likelihood, per_image
 
-EXACT_UP_TO = 16  # dimensions
+EXACT_UP_TO = 16  # dimensions; beyond, two probes: one would not say how far off it is
+
+
+class Density(NamedTuple):
+    """log p_ode, and what it cost."""
+
+    nats: jax.Array  # (B,)
+    probe_error: jax.Array  # (B,), standard error from the probes' spread; 0 if exact, NaN for one probe
+    num_steps: jax.Array  # (), of the solver
 
 
 class Flow(NamedTuple):
@@ -28,6 +36,7 @@ class Flow(NamedTuple):
     reconstruction: jax.Array  # (B,), log p_θ(x_0|x_1)
     entropy: jax.Array  # (B,), −log q(x_1|x_0)
     density: jax.Array  # (B,), log p_ode(x_1)
+    probe_error: jax.Array  # (B,), standard error of density, as in Density
     num_steps: jax.Array  # (), of the solver
 
     def total(self):
@@ -85,8 +94,8 @@ def flow(
     _, p = compare(chain, x0, eps, jnp.full(x0.shape[:1], len(chain.t) - 1))
     entropy = per_image(0.5 * eps**2 + LOG_SQRT_2PI + jnp.log(schedule.noise(1)))
     x_1 = gaussian.q_sample(schedule, x0, 1, eps)
-    density, num_steps = log_density(probe_key, schedule, net, x_1, kind=kind, probes=probes, rtol=rtol, atol=atol)
-    return Flow(log_likelihood(x0, *p, decoder=decoder, bins=bins), entropy, density, num_steps)
+    density = log_density(probe_key, schedule, net, x_1, kind=kind, probes=probes, rtol=rtol, atol=atol)
+    return Flow(log_likelihood(x0, *p, decoder=decoder, bins=bins), entropy, *density)
 
 
 def log_density(key, schedule, net, x, *, kind, level=1, probes=None, rtol=1e-5, atol=1e-5):
@@ -96,9 +105,9 @@ def log_density(key, schedule, net, x, *, kind, level=1, probes=None, rtol=1e-5,
 
     key: typed PRNG key of the probes; net: (x (B, ...), t (B,) real) → (B, ...), its output of `kind`;
     x: (B, ...) at `level`; probes: how many Rademacher vectors estimate the divergence (Hutchinson), one
-    draw for the whole path; 0 is the exact trace; None is exact up to 16 dimensions and 1 probe beyond;
-    rtol, atol: of the solver (Tsitouras 5, diffrax), for x and the integral together.
-    Returns ((B,) nats, number of solver steps).
+    draw for the whole path; 0 is the exact trace; None is exact up to 16 dimensions and 2 probes beyond;
+    rtol, atol: of the solver (Tsitouras 5, diffrax), for x and the integrals together, one a probe.
+    Returns Density.
     """
     size = math.prod(x.shape[1:])
     probes = num_probes(probes, size)
@@ -121,7 +130,7 @@ def log_density(key, schedule, net, x, *, kind, level=1, probes=None, rtol=1e-5,
         x, _ = state
         value, derivative = jax.linearize(lambda x: velocity(x, lam), x)
         divergences = jax.vmap(lambda v: per_image(v * derivative(v)))(vectors)
-        return value, divergences.mean(0) if probes else divergences.sum(0)
+        return value, divergences if probes else divergences.sum(0, keepdims=True)
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(rates),
@@ -129,17 +138,21 @@ def log_density(key, schedule, net, x, *, kind, level=1, probes=None, rtol=1e-5,
         t0=-0.5 * schedule.log_snr(level),
         t1=-0.5 * schedule.log_snr(end),
         dt0=None,
-        y0=(x, jnp.zeros(x.shape[:1])),
+        y0=(x, jnp.zeros((probes or 1, *x.shape[:1]))),
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
     )
-    x_T, integral = (leaf[-1] for leaf in solution.ys)
-    return integral - per_image(0.5 * x_T**2 + LOG_SQRT_2PI), solution.stats['num_steps']
+    x_T, integrals = (leaf[-1] for leaf in solution.ys)
+    error = jnp.zeros(x.shape[:1])
+    if probes:
+        error = integrals.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else jnp.full(x.shape[:1], jnp.nan)
+    nats = integrals.mean(0) - per_image(0.5 * x_T**2 + LOG_SQRT_2PI)
+    return Density(nats, error, solution.stats['num_steps'])
 
 
 def num_probes(probes, size):
     """How many probes `log_density` takes for images of `size` values; 0 is the exact divergence."""
     if probes is None:
-        return 0 if size <= EXACT_UP_TO else 1
+        return 0 if size <= EXACT_UP_TO else 2
     if probes < 0:
         raise ValueError(f'probes is {probes}, but must be at least 0')
     return probes
