@@ -1,4 +1,5 @@
 # make demo        train on handwritten digits, sample with DDIM and DDPM, compute the likelihood, name the pictures
+# make prepare     a dataset as array_record files: DATASET=celeb_a [DATA_DIR=…] [MANUAL_DIR=…], needs TensorFlow
 # make test        the test suite, in minutes
 # make test-slow   what takes longer: the demo's quality, likelihoods of a trained run
 # make peers       comparisons with PyTorch and diffusers, in an environment of their own
@@ -12,7 +13,7 @@ python := $(VENV)/bin/python
 demo := runs/digits
 main := $(python) main.py --config=configs/digits.py --workdir=$(demo)
 
-.PHONY: demo test test-slow peers bench lint install clean
+.PHONY: demo prepare test test-slow peers bench lint install clean
 
 install: $(VENV)/installed
 
@@ -30,6 +31,12 @@ demo: install
 	$(main) --mode=likelihood --config.likelihood.num_images=16 --config.likelihood.samples=2
 	@echo; echo 'Pictures to open:'; ls $(demo)/samples/*/grid.png $(demo)/likelihood/*/terms.png
 	@echo 'and how it learned, in $(demo)/samples/progress/'
+
+prepare:
+	$(if $(DATASET),,$(error say which: make prepare DATASET=celeb_a, or DATASET=folder:/path NAME=mine))
+	$(MAKE) install VENV=.venv-prepare EXTRAS=prepare
+	.venv-prepare/bin/python -m diffusion.data.prepare "$(DATASET)" $(if $(DATA_DIR),--data_dir="$(DATA_DIR)") \
+	  $(if $(MANUAL_DIR),--manual_dir="$(MANUAL_DIR)") $(if $(NAME),--name="$(NAME)")
 
 test: install
 	$(python) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile

@@ -3,6 +3,7 @@
     python main.py --config=configs/digits.py --workdir=runs/digits                    train, or go on training
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample      draw images
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=likelihood  every likelihood, term by term
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=data        what the network will see
 
 Any key of configs/default.py can be changed: --config.train.batch_size=64 --config.sample.eta=0.0
 """
@@ -15,7 +16,12 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = {'train': 'diffusion.train', 'sample': 'diffusion.generate', 'likelihood': 'diffusion.evaluate'}
+MODES = {
+    'train': 'diffusion.train',
+    'sample': 'diffusion.generate',
+    'likelihood': 'diffusion.evaluate',
+    'data': 'diffusion.preview',
+}
 
 config_flags.DEFINE_config_file('config', None, 'The config file, as configs/digits.py.', lock_config=True)
 flags.DEFINE_string('workdir', None, 'The folder of the run: checkpoints, logs, samples.')

@@ -9,16 +9,20 @@ def get_config():
     config.seed = 0  # of the initial parameters, the batches, the noise and the dropout of training
 
     config.data = ConfigDict()
-    config.data.source = 'tfds:cifar10'  # where images come from: 'digits', or 'tfds:NAME'
-    config.data.data_dir = ''  # where the source's files lie; '' is the source's own default
-    config.data.image_size = 32  # pixels, height and width
-    config.data.channels = 3  # 1 grey, 3 colour
-    config.data.crop = ''  # how images are cut before they are resized; '' takes them whole
+    config.data.source = 'tfds:cifar10'  # 'digits', 'folder:PATH' (or a zip file), or 'tfds:NAME'
+    config.data.data_dir = ''  # where tfds datasets lie ('' is $TFDS_DATA_DIR, or ~/tensorflow_datasets)
+    config.data.image_size = 32  # pixels, height and width; 0 finds it out
+    config.data.channels = 3  # 1 grey, 3 colour; 0 finds it out
+    config.data.crop = ''  # the square that is cut out, and resized: '' (all), center, center_140 or ddim (CelebA)
     config.data.flip = True  # mirror half of the images, drawn anew at each step
+    config.data.max_bad_fraction = 0.01  # pictures that cannot be decoded are left out; more than these are an error
+    config.data.cache = True  # keep the decoded images on disk; False decodes them whenever they are needed
+    config.data.cache_dir = ''  # where; '' is $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion
+    config.data.placement = 'auto'  # of the training images: 'device' memory, 'host' (fed ahead); auto: where they fit
 
     config.model = ConfigDict()
     config.model.kind = 'eps'  # what the network predicts: 'eps', 'x0' or 'v'
-    config.model.channels = 128  # width at full resolution
+    config.model.channels = 128  # width at full resolution; 0 chooses a network for the images' size and number
     config.model.multipliers = (1, 2, 2, 2)  # width at each resolution, in units of channels; each halves the size
     config.model.num_blocks = 2  # residual blocks a resolution
     config.model.attention_resolutions = (16,)  # image sizes, in pixels, at which blocks are followed by attention

@@ -53,7 +53,7 @@ def run(config, workdir):
     asked = config.likelihood
     with experiment.naming('config.likelihood'):
         _check(asked)
-    config = config.copy_and_resolve_references()
+    config = experiment.resolve(config, workdir)
     config.model.dtype = 'float32'
     exp = experiment.build(config)
     with experiment.naming('config.likelihood'):
@@ -63,7 +63,7 @@ def run(config, workdir):
         raise RunError(
             f'config.likelihood.num_images is {asked.num_images}, but the {asked.split} split has {len(images)}'
         )
-    images = images[: asked.num_images or len(images)]
+    images = images[np.arange(asked.num_images or len(images))]
     with experiment.naming('config.likelihood'):
         functions = quantities(config, exp)
 

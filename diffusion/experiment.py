@@ -175,15 +175,68 @@ def make_optimizer(config):
 
 
 def load_images(config, split='train'):
-    """One split of the images that config.data describes, uint8 (N, H, W, C)."""
+    """The data.Images of one split that config.data describes."""
+    keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction')
     with naming('config.data'):
-        return data.load(
-            config.data.source,
-            split,
-            image_size=config.data.image_size,
-            channels=config.data.channels,
-            crop=config.data.crop,
-        )
+        return data.load(config.data.source, split, **{key: config.data[key] for key in keys})
+
+
+def resolve(config, workdir):
+    """The config, with what it leaves open (0 in data.image_size, data.channels, model.channels) filled in.
+
+    As in the run that `workdir` holds, if it holds one; else from a look at the pictures, and said.
+    """
+    config = config.copy_and_resolve_references()
+    opened = [part for part in ('image_size', 'channels') if not config.data[part]]
+    if not opened and config.model.channels:
+        return config
+    stored = read_config(workdir)
+    if stored:
+        config.data.update({key: stored['data'][key] for key in opened})
+        if not config.model.channels:
+            config.model.update({key: stored['model'][key] for key in chosen_network(8, 0)})
+        return config
+    with naming('config.data'):
+        seen = data.survey(config.data.source, crop=config.data.crop, data_dir=config.data.data_dir)
+        if not seen.sizes:
+            raise ValueError(f'none of the {seen.seen} pictures looked at can be decoded: {seen.bad[:3]}')
+    if not config.data.image_size:
+        config.data.image_size = chosen_size(seen.sizes)
+    if not config.data.channels:
+        config.data.channels = 1 if seen.grey == sum(seen.sizes.values()) else 3
+    if not config.model.channels:
+        config.model.update(chosen_network(config.data.image_size, seen.count))
+    print(
+        f'{seen.count} pictures; chosen: data.image_size={config.data.image_size} '
+        f'data.channels={config.data.channels} '
+        + ' '.join(f'model.{key}={config.model[key]}' for key in chosen_network(8, 0)).replace(', ', ','),
+        flush=True,
+    )
+    return config
+
+
+def chosen_size(sizes, most=64):
+    """An image size for pictures of these (height, width), a Counter: theirs if it is one, else a power of two.
+
+    At least 99 of 100 pictures are that large; never more than `most`, which a first network can be trained for.
+    """
+    shorter = np.sort(np.repeat([min(size) for size in sizes], list(sizes.values())))
+    one_size = len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 and shorter[0] <= most and shorter[0] % 4 == 0
+    return int(shorter[0] if one_size else min(most, 2 ** int(np.log2(shorter[len(shorter) // 100]))))
+
+
+def chosen_network(image_size, num_images):
+    """config.model for images of a size: halved to 8 pixels or fewer; narrow where there is no accelerator."""
+    halvings = max(h for h in range(5) if image_size % 2**h == 0 and (h < 2 or image_size >> (h - 1) > 8))
+    sizes = [image_size >> h for h in range(halvings + 1)]
+    channels = 32 if jax.default_backend() == 'cpu' else 64 if num_images < 20_000 else 128
+    return {
+        'channels': channels,
+        'multipliers': (1, 2, 2, 4, 4)[: halvings + 1],
+        'num_blocks': 2,
+        'attention_resolutions': tuple(size for size in sizes if size <= 16)[:1],
+        'groups': 8 if channels == 32 else 32,
+    }
 
 
 def open_checkpoints(config, workdir):
@@ -191,13 +244,13 @@ def open_checkpoints(config, workdir):
     return Checkpoints(os.path.join(workdir, 'checkpoints'), keep=config.train.keep_checkpoints)
 
 
-# What a run is; but where the same images lie, and the precision of arithmetic, may change.
+# What a run is; but where the same images lie, how they are fed, and the precision of arithmetic, may change.
 IDENTITY = ('data', 'model', 'schedule')
-INCIDENTAL = ('data_dir', 'dtype')
+INCIDENTAL = ('source', 'data_dir', 'cache', 'cache_dir', 'placement', 'max_bad_fraction', 'dtype')
 
 
-def check_config(config, workdir):
-    """Raise RunError where `workdir` holds a run of another network, schedule or data; name the differences."""
+def read_config(workdir):
+    """config.json of the run that `workdir` holds, or None if it holds none."""
     path = os.path.join(workdir, 'config.json')
     try:
         with open(path, encoding='utf-8') as file:
@@ -205,9 +258,20 @@ def check_config(config, workdir):
         if not isinstance(stored, dict) or not all(isinstance(stored.get(part, {}), dict) for part in IDENTITY):
             raise ValueError('it holds no config')
     except FileNotFoundError:
-        return
+        return None
     except (OSError, ValueError) as error:
         raise RunError(f'{path} cannot be read ({error}): restore it, or choose another --workdir') from error
+    return stored
+
+
+def check_config(config, workdir, images=None):
+    """Raise RunError where `workdir` holds a run of another network, schedule or data; name the differences.
+
+    images: data.Images; where they are given, they have to be those that the run has been trained on.
+    """
+    stored = read_config(workdir)
+    if stored is None:
+        return
     asked = json.loads(json.dumps(config.to_dict()))
     differences = [
         f'    config.{part}.{key}: {stored.get(part, {}).get(key)!r} there, {asked[part].get(key)!r} asked'
@@ -215,6 +279,12 @@ def check_config(config, workdir):
         for key in sorted(asked[part].keys() | stored.get(part, {}).keys())
         if key not in INCIDENTAL and stored.get(part, {}).get(key) != asked[part].get(key)
     ]
+    before = stored.get('images', {})
+    if images is not None and before and before['sha256'] != images.record['sha256']:
+        differences.append(
+            f'    the images: {before["count"]}, preprocessed {before["fingerprint"]} there; '
+            f'{images.record["count"]}, preprocessed {images.record["fingerprint"]} in {config.data.source}'
+        )
     if differences:
         raise RunError(
             f'{workdir} holds another run:\n'
@@ -223,9 +293,9 @@ def check_config(config, workdir):
         )
 
 
-def remember_config(config, workdir):
-    """Write config.json, by which later runs on this workdir are checked."""
-    write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+def remember_config(config, workdir, images=None):
+    """Write config.json, by which later runs on this workdir are checked; with what the data.Images are."""
+    write_json(os.path.join(workdir, 'config.json'), config.to_dict() | ({'images': images.record} if images else {}))
 
 
 @contextlib.contextmanager

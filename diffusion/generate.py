@@ -42,6 +42,7 @@ def run(config, workdir):
     asked = config.sample
     with experiment.naming('config.sample'):
         _check(asked)
+    config = experiment.resolve(config, workdir)
     exp = experiment.build(config)
     with experiment.naming('config.sample'):
         step, params = experiment.load_params(exp, config, workdir, asked.weights)
@@ -123,5 +124,5 @@ def distance_from_data(config, images):
         real = experiment.load_images(config)
     except RunError as error:
         return quality | {'value': None, 'why': str(error)}
-    distance = frechet.distance(*(frechet.moments(data.to_float(batch)) for batch in (images, real)))
+    distance = frechet.distance(*(frechet.moments(data.to_float(batch)) for batch in (images, real[:])))
     return quality | {'reference': f'{config.data.source}, train split, {len(real)} images', 'value': distance}

@@ -20,19 +20,25 @@ from diffusion.runtime.writer import Writer
 from diffusion.schedule import timesteps
 
 
+def show(key, images, *, flip):
+    """What the network is shown of images, uint8 (B, H, W, C): floats in [−1, 1], with `flip` half of them mirrored."""
+    x0 = data.to_float(images)
+    if flip:
+        mirrored = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
+        x0 = jnp.where(mirrored, x0[:, :, ::-1], x0)
+    return x0
+
+
 def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay, flip):
     """One step of Adam on the batch images[indices], and the EMA of the parameters it gives.
 
-    state: TrainState; images: (N, H, W, C) uint8; indices: (B,) int32. All randomness follows from
-    (seed, state.step). Returns the next TrainState and {'loss', 'grad_norm', 'param_norm', 'learning_rate'}:
-    the gradient's norm before clipping, the parameters' after the step.
+    state: TrainState; images: (N, H, W, C) uint8; indices: (B,) int32, or None where the images are the
+    batch. All randomness follows from (seed, state.step). Returns the next TrainState and {'loss', 'grad_norm',
+    'param_norm', 'learning_rate'}: the gradient's norm before clipping, the parameters' after the step.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     flip_key, loss_key, dropout_key = jax.random.split(key, 3)
-    x0 = data.to_float(images[indices])
-    if flip:
-        mirrored = jax.random.bernoulli(flip_key, 0.5, (len(indices), 1, 1, 1))
-        x0 = jnp.where(mirrored, x0[:, :, ::-1], x0)
+    x0 = show(flip_key, images if indices is None else images[indices], flip=flip)
 
     def mean_loss(params):
         net = exp.network.net(params, dropout_key=dropout_key)
@@ -54,6 +60,7 @@ def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay,
 
 def run(config, workdir):
     """Train, or go on from the newest checkpoint, to train.num_steps. Returns the process's exit status."""
+    config = experiment.resolve(config, workdir)
     experiment.check_config(config, workdir)
     exp = experiment.build(config)
     train = config.train
@@ -62,6 +69,12 @@ def run(config, workdir):
             f'config.train.batch_size is {train.batch_size}, which {exp.mesh.size} devices cannot share evenly'
         )
     images = experiment.load_images(config)
+    experiment.check_config(config, workdir, images)
+    if train.batch_size > len(images):
+        raise RunError(
+            f'config.train.batch_size is {train.batch_size}, but there are only {len(images)} images: '
+            'ask for a smaller batch, or find more pictures'
+        )
     where = f'checkpoints in {workdir}/checkpoints'
 
     with (
@@ -74,7 +87,7 @@ def run(config, workdir):
         if step >= train.num_steps:
             print(f'complete: {step} steps of train.num_steps={train.num_steps}; {where}')
             return 0
-        experiment.remember_config(config, workdir)
+        experiment.remember_config(config, workdir, images)
         num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(
             f'{len(images)} images of {config.data.source}; {num_params:,} parameters; {exp.mesh.size} × '
@@ -119,6 +132,28 @@ def compile_step(config, exp, state, images, indices):
         return jax.jit(step_fn, donate_argnums=0, out_shardings=out_shardings).lower(state, images, indices).compile()
 
 
+def feed(config, exp, images, start):
+    """What `train_step` takes of each step from `start` on: (images, indices) on the devices.
+
+    data.placement 'device' keeps all images there, and only their numbers are sent; 'host' sends batches,
+    gathered ahead of the step that needs them; 'auto' keeps those that fit. Raises RunError for another placement.
+    """
+    placement, stop = config.data.placement, config.train.num_steps
+    if placement not in ('auto', 'device', 'host'):
+        raise RunError(f"config.data.placement is {placement!r}, but must be 'auto', 'device' or 'host'")
+    on_device = config.data.cache and meshes.fits(exp.mesh, images.images.nbytes)
+    if placement == 'device' and not config.data.cache:
+        raise RunError('config.data.placement is device, but with config.data.cache=False images are decoded anew')
+    order = data.Order(
+        len(images), config.train.batch_size, config.seed, host=jax.process_index(), hosts=jax.process_count()
+    )
+    split = meshes.split_batch(exp.mesh)
+    if placement == 'device' or (placement == 'auto' and on_device):
+        whole = meshes.put(images.images, meshes.replicated(exp.mesh))
+        return ((whole, meshes.put(order[step], split)) for step in range(start, stop))
+    return ((meshes.put(batch, split), None) for batch in data.prefetch(images, order, start, stop))
+
+
 def _shardings(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
@@ -126,15 +161,10 @@ def _shardings(tree):
 def _loop(config, workdir, exp, state, images, checkpoints, writer, interrupt):
     """Steps until train.num_steps or an interrupt, the last of which is saved. Returns the steps done."""
     train = config.train
-    order = data.order(len(images), train.batch_size, config.seed)
-    split = meshes.split_batch(exp.mesh)
-
-    def batch(step):
-        return jax.device_put(order[step].astype('int32'), split)
-
-    images = jax.device_put(images, meshes.replicated(exp.mesh))
     step = saved = int(state.step)
-    compiled_step = compile_step(config, exp, state, images, batch(step))
+    batches = feed(config, exp, images, step)
+    batch = next(batches)
+    compiled_step = compile_step(config, exp, state, *batch)
     draw = None
     rate = _Rate()
 
@@ -158,8 +188,9 @@ def _loop(config, workdir, exp, state, images, checkpoints, writer, interrupt):
     with tqdm(total=train.num_steps, initial=step, desc='train', unit='step', dynamic_ncols=True) as bar:
         pending = None
         while step < train.num_steps and not interrupt:
-            state, metrics = compiled_step(state, images, batch(step))
+            state, metrics = compiled_step(state, *batch)
             step += 1
+            batch = next(batches, None)  # on its way to the devices while they work
             if pending:
                 settle(*pending)
             pending = step, metrics

@@ -17,7 +17,7 @@ def load(split='train', **changes):
 
 
 def test_digits_are_all_of_scikit_learns_each_in_one_split():
-    train, test = load('train'), load('test')
+    train, test = load('train').images, load('test').images
     assert train.shape == (1498, 8, 8, 1) and test.shape == (299, 8, 8, 1)
     assert train.dtype == test.dtype == np.uint8
     everything = sklearn.datasets.load_digits().images.reshape(1797, 64)
@@ -27,7 +27,7 @@ def test_digits_are_all_of_scikit_learns_each_in_one_split():
 
 
 def test_digits_use_the_whole_range_in_17_levels():
-    levels = np.unique(load())
+    levels = np.unique(load().images)
     assert len(levels) == 17 and levels[0] == 0 and levels[-1] == 255
     assert np.ptp(np.diff(levels.astype(int))) <= 1
 
@@ -35,11 +35,11 @@ def test_digits_use_the_whole_range_in_17_levels():
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'source': 'digit'}, ("'digit'", 'digits')),
+        ({'source': 'digit'}, ("'digit'", 'digits', 'folder:', 'tfds:')),
         ({'split': 'valid'}, ("'valid'", 'train', 'test')),
         ({'crop': 'ddim'}, ("'ddim'", 'crop')),
-        ({'image_size': 16}, ('image_size=16', '(8, 8, 1)')),
-        ({'channels': 3}, ('channels=3', '(8, 8, 1)')),
+        ({'image_size': 16}, ('image_size=16', 'image_size=8')),
+        ({'channels': 3}, ('channels=3', 'channels=1')),
     ],
 )
 def test_what_cannot_be_loaded_is_named(changes, words):
@@ -53,7 +53,7 @@ def test_what_cannot_be_loaded_is_named(changes, words):
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**32 - 1))
 def test_each_epoch_holds_each_image_once(num_images, batch_size, seed):
     """Also where a batch holds the end of one epoch and the start of the next, or several epochs."""
-    order = data.order(num_images, batch_size, seed)
+    order = data.Order(num_images, batch_size, seed)
     num_batches = -(-3 * num_images // batch_size)
     batches = [order[k] for k in range(num_batches)]
     assert all(batch.shape == (batch_size,) for batch in batches)
@@ -62,18 +62,15 @@ def test_each_epoch_holds_each_image_once(num_images, batch_size, seed):
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    order = data.order(100, 32, seed=7)
+    order = data.Order(100, 32, seed=7)
     in_turn = [order[k] for k in range(12)]
     for k in (11, 3, 0, 7, 3):
-        np.testing.assert_array_equal(data.order(100, 32, seed=7)[k], in_turn[k])
-    again = iter(data.order(100, 32, seed=7))
-    for batch in in_turn:
-        np.testing.assert_array_equal(next(again), batch)
-    assert set(data.order(100, 32, seed=7)[10**6]) <= set(range(100))
+        np.testing.assert_array_equal(data.Order(100, 32, seed=7)[k], in_turn[k])
+    assert set(data.Order(100, 32, seed=7)[10**6]) <= set(range(100))
 
 
 def epochs(seed):
-    order = data.order(100, 100, seed)
+    order = data.Order(100, 100, seed)
     return [tuple(order[k]) for k in range(4)]
 
 
@@ -83,7 +80,7 @@ def test_epochs_differ_and_so_do_seeds():
 
 
 def test_the_next_seed_is_not_the_same_order_one_epoch_later():
-    """Grain's epoch k of seed n is shuffled by n + k; runs that repeat an experiment with the next seed are to be
+    """Were epoch k of seed n shuffled by n + k, runs that repeat an experiment with the next seed would not be
     independent of each other."""
     assert not set(epochs(0)) & set(epochs(1))
 

@@ -105,7 +105,7 @@ def test_the_record_holds_what_was_done(five):
 
 def test_the_distance_is_that_of_the_images_written(five):
     images, record, _ = five
-    real = data.digits('train')
+    real = data.digits('train').images
     expected = frechet.distance(frechet.moments(images / 127.5 - 1), frechet.moments(real / 127.5 - 1))
     assert record['quality']['value'] == pytest.approx(expected, rel=1e-4)
     assert 'no FID' in record['quality']['metric'] and 'pixels' in record['quality']['metric']

@@ -16,7 +16,18 @@ MODULES = sorted(
     for path in (ROOT / folder).rglob('*.py')
 )
 # Each may import those below it, and its own folder.
-ORDER = ['train', 'generate', 'evaluate', 'experiment', 'loss', 'sampler', 'likelihood', 'gaussian', 'schedule']
+ORDER = [
+    'preview',
+    'train',
+    'generate',
+    'evaluate',
+    'experiment',
+    'loss',
+    'sampler',
+    'likelihood',
+    'gaussian',
+    'schedule',
+]
 SUPPLIERS = ['networks', 'data', 'runtime', 'interop', 'metrics', 'report']
 RUN = ORDER[: ORDER.index('experiment') + 1]
 

@@ -264,7 +264,7 @@ def test_one_batch_can_be_learned():
     config = tiny({'model.channels': 16, 'train.batch_size': 4, 'train.warmup_steps': 10, 'train.ema_decay': 0.98})
     exp = experiment.build(config)
     state, _, indices = place(exp, config)
-    images = jax.device_put(experiment.load_images(config), meshes.replicated(exp.mesh))
+    images = jax.device_put(experiment.load_images(config).images, meshes.replicated(exp.mesh))
     step = train.compile_step(config, exp, state, images, indices)
     losses = []
     while len(losses) < 4000 and (len(losses) < 100 or np.mean(losses[-100:]) > 0.018):

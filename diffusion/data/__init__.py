@@ -1,56 +1,182 @@
 """Where images come from: uint8 arrays (N, H, W, C), and the order in which training sees them."""
 
+import collections
+import dataclasses
+import functools
+import hashlib
+import os
+from typing import NamedTuple
+
 import grain
 import numpy as np
 
-SPLITS = ('train', 'test')
+from diffusion.data.cache import Images, decoded
+from diffusion.data.pictures import Preprocessing, decode
+from diffusion.data.sources import open_source
 
 
-def digits(split):
+def load(
+    source,
+    split='train',
+    *,
+    image_size,
+    channels,
+    crop='',
+    data_dir='',
+    cache=True,
+    cache_dir='',
+    max_bad_fraction=0.01,
+):
+    """The Images of one split: uint8 (N, image_size, image_size, channels), labels where there are any.
+
+    source: 'digits', 'folder:PATH' (or a zip file), 'tfds:NAME'. Pictures are decoded once, into cache_dir
+    ('' is $XDG_CACHE_HOME/diffusion), unless cache is False.
+    Raises ValueError where there are no such images, with what was looked for and how to get it.
+    """
+    if source == 'digits':
+        return digits(split, image_size=image_size, channels=channels, crop=crop)
+    preprocess = Preprocessing(crop, image_size, channels)
+    if not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f'max_bad_fraction is {max_bad_fraction}, but must lie in [0, 1]')
+    images = decoded(
+        open_source(source, split, data_dir),
+        preprocess,
+        directory=os.path.expanduser(cache_dir) or default_cache(),
+        max_bad_fraction=max_bad_fraction,
+        keep=cache,
+    )
+    if not len(images):
+        raise ValueError(f'there are no images in {source!r}')
+    return images
+
+
+class Survey(NamedTuple):
+    """What pictures are like before any preprocessing, from an evenly spaced sample of them."""
+
+    count: int  # of all pictures
+    seen: int  # of them looked at
+    bad: list  # (name, reason) of those seen that cannot be decoded or are not of the size asked
+    sizes: collections.Counter  # of (height, width)
+    grey: int  # pictures without colour
+    images: np.ndarray | None  # (n, H, W, C) uint8: those seen, preprocessed
+
+
+def survey(source, split='train', *, image_size=0, channels=0, crop='', data_dir='', most=1000):
+    """Look at up to `most` pictures of a source, without its cache: seconds, however many there are.
+
+    With image_size=0 they are not preprocessed. Raises ValueError as `load`.
+    """
+    if source == 'digits':
+        images = digits(split, image_size=image_size or 8, channels=channels or 1, crop=crop).images
+        return Survey(len(images), len(images), [], collections.Counter({(8, 8): len(images)}), len(images), images)
+    preprocess = Preprocessing(crop, image_size, channels) if image_size else None
+    pictures = open_source(source, split, data_dir)
+    numbers = np.unique(np.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().astype(int))
+    bad, sizes, grey, images = [], collections.Counter(), 0, []
+    for i in map(int, numbers):
+        try:
+            content, _ = pictures.read(i)
+            picture = decode(content)
+            if preprocess:
+                images.append(preprocess(content))
+        except ValueError as error:
+            bad.append((pictures.names[i], str(error)))
+            continue
+        sizes[picture.size[::-1]] += 1
+        grey += _is_grey(picture)
+    return Survey(len(pictures), len(numbers), bad, sizes, grey, np.asarray(images) if images else None)
+
+
+def _is_grey(picture):
+    pixels = np.asarray(picture)
+    return picture.mode == 'L' or bool((pixels == pixels[..., :1]).all())
+
+
+def default_cache():
+    """Where decoded images are kept: $XDG_CACHE_HOME/diffusion."""
+    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'diffusion')
+
+
+def digits(split, *, image_size=8, channels=1, crop=''):
     """scikit-learn's 1,797 handwritten digits, 8×8, their 17 grey levels spread over 0 … 255.
 
     Every sixth image, 299 in all, is the test split, so that all writers are in both.
     """
     from sklearn.datasets import load_digits
 
-    images = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
-    test = np.arange(len(images)) % 6 == 5
-    return images[test if split == 'test' else ~test]
-
-
-SOURCES = {'digits': digits}
-
-
-def load(source, split='train', *, image_size, channels, crop=''):
-    """The images of one split, uint8 (N, image_size, image_size, channels).
-
-    Raises ValueError where the source is not known, or its images are not of that shape.
-    """
-    if source not in SOURCES:
-        raise ValueError(f'there is no data source {source!r} here; the sources are: {", ".join(SOURCES)}')
-    if split not in SPLITS:
-        raise ValueError(f'split is {split!r}, but must be one of {", ".join(SPLITS)}')
-    if crop:
-        raise ValueError(f'the images of {source!r} are not cropped: leave data.crop empty (it is {crop!r})')
-    images = SOURCES[source](split)
-    shape = (image_size, image_size, channels)
-    if images.shape[1:] != shape:
+    if split not in ('train', 'test'):
+        raise ValueError(f'split is {split!r}, but the digits have train and test')
+    if (image_size, channels, crop) != (8, 1, ''):
         raise ValueError(
-            f'the images of {source!r} have the shape {images.shape[1:]}, but '
-            f'data.image_size={image_size} and data.channels={channels} ask for {shape}'
+            f'image_size={image_size}, channels={channels}, crop={crop!r} are asked for, but the digits are '
+            "8×8 and grey, and are not cropped: image_size=8, channels=1, crop=''"
         )
-    return images
+    everything = load_digits()
+    images = np.round(everything.images * (255 / 16)).astype(np.uint8)[..., None]
+    test = np.arange(len(images)) % 6 == 5
+    chosen = test if split == 'test' else ~test
+    images = images[chosen]
+    record = {
+        'count': len(images),
+        'classes': [str(name) for name in everything.target_names],
+        'preprocessing': {'levels': '0 … 16 to round(level·255/16)'},
+        'fingerprint': 'digits',
+        'channel_means': images.mean(axis=(0, 1, 2)).tolist(),
+        'sha256': hashlib.sha256(images).hexdigest(),
+    }
+    return Images(images, everything.target[chosen].astype(np.int32), record)
 
 
-def order(num_images, batch_size, seed):
-    """The images of each training step: order[k] is (batch_size,) indices, a function of (seed, k) alone.
+class Order:
+    """The images of each training step: order[k] is indices, a function of (seed, k) alone.
 
     Each epoch is a fresh permutation, in which every image comes exactly once; where batch_size does not
-    divide num_images, a batch takes its rest from the next epoch.
+    divide num_images, a batch takes its rest from the next epoch. Of several hosts each takes its own part of
+    the same batch, the first host the first part: (batch_size/hosts,) int32.
     """
-    # Grain shuffles epoch e with seed + e: neighbouring seeds are first taken far from each other.
-    seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1
-    return grain.MapDataset.range(num_images).shuffle(seed=seed).repeat().batch(batch_size)
+
+    def __init__(self, num_images, batch_size, seed, *, host=0, hosts=1):
+        if batch_size % hosts:
+            raise ValueError(f'a batch of {batch_size} images cannot be shared evenly by {hosts} hosts')
+        self._num_images, self._seed = num_images, seed
+        self._first, self._size, self._batch = host * batch_size // hosts, batch_size // hosts, batch_size
+        self._epoch = functools.lru_cache(maxsize=2)(self._permute)
+
+    def __getitem__(self, step):
+        position = step * self._batch + self._first + np.arange(self._size)
+        epochs, places = np.divmod(position, self._num_images)
+        first, last = int(epochs[0]), int(epochs[-1])
+        return np.concatenate([self._epoch(e)[places[epochs == e]] for e in range(first, last + 1)])
+
+    def _permute(self, epoch):
+        # Sorted random words, not a library's shuffle: the bits of Philox are the same in every version of NumPy.
+        seed = np.random.SeedSequence([self._seed, epoch])
+        return np.argsort(np.random.Philox(seed).random_raw(self._num_images), kind='stable').astype(np.int32)
+
+
+def prefetch(images, order, start, stop):
+    """The batches images[order[k]] for start ≤ k < stop, one after the other, gathered ahead by Grain's threads."""
+    return iter(
+        grain.MapDataset.source(_Batches(images, order, start, stop)).to_iter_dataset(
+            grain.ReadOptions(num_threads=min(16, 2 * (os.cpu_count() or 1)), prefetch_buffer_size=16)
+        )
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """What Grain calls a random-access data source."""
+
+    images: Images
+    order: Order
+    start: int
+    stop: int
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __getitem__(self, i):
+        return self.images[self.order[self.start + i]]
 
 
 def to_float(images):

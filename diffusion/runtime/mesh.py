@@ -23,6 +23,21 @@ def split_batch(mesh):
     return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
+def put(array, sharding):
+    """An array on the devices: the whole of it where it is replicated, else this host's part of axis 0."""
+    shape = np.shape(array) if sharding.is_fully_replicated else None
+    return jax.make_array_from_process_local_data(sharding, np.asarray(array), shape)
+
+
+def fits(mesh, nbytes, share=0.25):
+    """Whether an array of so many bytes takes at most that share of the memory of each device.
+
+    Devices that do not tell their memory, as CPUs, are taken to have 8 GB.
+    """
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    return nbytes <= share * min(s.get('bytes_limit', 8e9) for s in stats)
+
+
 def split_state(mesh, tree):
     """A sharding for each array of a state: its largest axis that fsdp divides is split over 'fsdp'.
 
