@@ -56,12 +56,13 @@ def main(argv):
         sys.exit(f'error: --workdir={flags.FLAGS.workdir} is no folder')
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # libraries tell a great deal otherwise
-    from diffusion.experiment import RunError  # imports JAX, once the flags are known to be good
+    from diffusion import experiment  # imports JAX, once the flags are known to be good
 
     run = importlib.import_module(MODES[flags.FLAGS.mode]).run
     try:
+        experiment.begin(flags.FLAGS.config)
         sys.exit(run(flags.FLAGS.config, workdir))
-    except RunError as error:
+    except experiment.RunError as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit('interrupted')

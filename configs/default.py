@@ -28,6 +28,7 @@ def get_config():
     config.model.attention_resolutions = (16,)  # image sizes, in pixels, at which blocks are followed by attention
     config.model.groups = 32  # of GroupNorm
     config.model.dropout = 0.1  # probability
+    config.model.remat = False  # compute activations again on the way back, a third more work for far less memory
     config.model.dtype = 'float32'  # of convolutions and matmuls: 'float32', or 'bfloat16' on accelerators
 
     config.schedule = ConfigDict()
@@ -41,11 +42,13 @@ def get_config():
     config.train = ConfigDict()
     config.train.loss = 'simple'  # DDPM Eq. 14; or 'vlb', the ELBO in bits/dim
     config.train.batch_size = 128  # images a step
+    config.train.accumulate = 1  # parts of a batch that go through the network one after the other, for less memory
     config.train.num_steps = 800_000  # steps
     config.train.learning_rate = 2e-4  # of Adam
     config.train.warmup_steps = 5000  # steps over which the learning rate rises to its value
     config.train.grad_clip = 1.0  # largest global norm of the gradient of the mean-over-pixels loss; 0 does not clip
     config.train.ema_decay = 0.9999  # a step; lower at first: min(ema_decay, (1 + step)/(10 + step))
+    config.train.max_bad_steps = 10  # in a row, whose loss or gradient is not finite and which change nothing
     config.train.checkpoint_every = 5000  # steps
     config.train.keep_checkpoints = 3  # the newest ones
     config.train.log_every = 100  # steps
@@ -80,6 +83,15 @@ def get_config():
     config.likelihood.seed = 0
 
     config.mesh = ConfigDict()
-    config.mesh.fsdp = 1  # devices over which parameters and optimizer state are split
+    config.mesh.fsdp = 1  # devices over which parameters, EMA and optimizer state are split
+
+    config.distributed = ConfigDict()
+    config.distributed.detect = True  # several hosts are found where a TPU pod, SLURM or Kubernetes tells of them
+    config.distributed.coordinator = ''  # by hand: host:port of process 0, the same on all hosts
+    config.distributed.num_processes = 0  # with coordinator: how many there are
+    config.distributed.process_id = -1  # with coordinator: which one this is, from 0
+    config.distributed.timeout = 100  # seconds without a sign of another host, after which a host gives up
+
+    config.compile_cache = 'workdir'  # compiled programs are kept here: a folder; 'workdir', its compiled/; 'off'
 
     return config.lock()  # a misspelt key in another config is an error, too

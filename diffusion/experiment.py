@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from diffusion import data, gaussian, schedule
 from diffusion.loss import WEIGHTINGS
 from diffusion.networks.unet import UNet
+from diffusion.runtime import distributed
 from diffusion.runtime import mesh as meshes
-from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.checkpoint import Checkpoints, DamagedError
 from diffusion.runtime.files import write_json
 from diffusion.runtime.lock import lock
 
@@ -92,6 +94,22 @@ class Experiment:
         )
 
 
+def begin(config):
+    """Join the other hosts of the run, before anything touches a device."""
+    with naming('config.distributed'):
+        distributed.connect(**config.distributed)
+
+
+def keep_programs(config, workdir):
+    """Compile from here on what is not found among the programs that were compiled before."""
+    if config.compile_cache == 'off':
+        return
+    folder = os.path.join(workdir, 'compiled') if config.compile_cache == 'workdir' else config.compile_cache
+    jax.config.update('jax_compilation_cache_dir', os.path.abspath(os.path.expanduser(folder)))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+    compilation_cache.reset_cache()  # else JAX holds to what it found when it first compiled something
+
+
 def build(config):
     """The Experiment that a config describes. Raises RunError, which names the key, where it describes none."""
     with naming('config.seed'):
@@ -148,6 +166,7 @@ def make_network(model, images):
             dropout=model.dropout,
             groups=model.groups,
             dtype=jnp.dtype(model.dtype),
+            remat=model.remat,
             rngs=rngs,
         )
 
@@ -156,7 +175,15 @@ def make_network(model, images):
 
 def make_optimizer(config):
     """Adam behind a clipped gradient, and its learning rate as a function of the steps done."""
-    for key in ('batch_size', 'num_steps', 'checkpoint_every', 'keep_checkpoints', 'log_every'):
+    for key in (
+        'batch_size',
+        'accumulate',
+        'num_steps',
+        'max_bad_steps',
+        'checkpoint_every',
+        'keep_checkpoints',
+        'log_every',
+    ):
         if config[key] < 1:
             raise ValueError(f'{key} is {config[key]}, but must be at least 1')
     for key in ('warmup_steps', 'grad_clip', 'sample_every'):
@@ -239,14 +266,15 @@ def chosen_network(image_size, num_images):
     }
 
 
-def open_checkpoints(config, workdir):
-    """The checkpoints of a run."""
-    return Checkpoints(os.path.join(workdir, 'checkpoints'), keep=config.train.keep_checkpoints)
+def open_checkpoints(config, workdir, *, writing=False):
+    """The checkpoints of a run; `writing` is for the one process that trains."""
+    return Checkpoints(os.path.join(workdir, 'checkpoints'), keep=config.train.keep_checkpoints, writing=writing)
 
 
 # What a run is; but where the same images lie, how they are fed, and the precision of arithmetic, may change.
+INTERVALS = ('num_steps', 'checkpoint_every', 'keep_checkpoints', 'log_every', 'sample_every')  # change no number
 IDENTITY = ('data', 'model', 'schedule')
-INCIDENTAL = ('source', 'data_dir', 'cache', 'cache_dir', 'placement', 'max_bad_fraction', 'dtype')
+INCIDENTAL = ('source', 'data_dir', 'cache', 'cache_dir', 'placement', 'max_bad_fraction', 'dtype', 'remat')
 
 
 def read_config(workdir):
@@ -272,7 +300,7 @@ def check_config(config, workdir, images=None):
     stored = read_config(workdir)
     if stored is None:
         return
-    asked = json.loads(json.dumps(config.to_dict()))
+    asked = _plain(config)
     differences = [
         f'    config.{part}.{key}: {stored.get(part, {}).get(key)!r} there, {asked[part].get(key)!r} asked'
         for part in IDENTITY
@@ -293,9 +321,29 @@ def check_config(config, workdir, images=None):
         )
 
 
-def remember_config(config, workdir, images=None):
-    """Write config.json, by which later runs on this workdir are checked; with what the data.Images are."""
-    write_json(os.path.join(workdir, 'config.json'), config.to_dict() | ({'images': images.record} if images else {}))
+def remember_config(config, workdir, images=None, step=0):
+    """Write config.json, by which later runs on this workdir are checked; with what the data.Images are.
+
+    Where `workdir` has one already, what training does otherwise from `step` on is told, and recorded in it.
+    """
+    stored, asked = read_config(workdir) or {}, _plain(config)
+    changes = stored.get('changes', [])
+    for part, key in [('seed', None), *(('train', key) for key in asked['train'])]:
+        before, now = (c.get(part) if key is None else c.get(part, {}).get(key) for c in (stored, asked))
+        if stored and step and before != now:
+            name = f'config.{part}' + (f'.{key}' if key else '')
+            changes.append({'step': step, 'key': name, 'before': before, 'after': now})
+            if key not in INTERVALS:
+                print(f'{name} is {now!r} from step {step} on; it was {before!r}', flush=True)
+    if images is not None:
+        asked['images'] = images.record
+    if meshes.is_first():
+        write_json(os.path.join(workdir, 'config.json'), asked | ({'changes': changes} if changes else {}))
+
+
+def _plain(config):
+    """The config as JSON would give it back."""
+    return json.loads(json.dumps(config.to_dict()))
 
 
 @contextlib.contextmanager
@@ -303,7 +351,8 @@ def hold(workdir):
     """Keep other trainings off `workdir`. Raises RunError where one is under way, or it cannot be written to."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lock(workdir))
+            if meshes.is_first():
+                stack.enter_context(lock(workdir))
         except OSError as error:
             raise RunError(f'--workdir={workdir} cannot be used: {error}') from error
         yield
@@ -330,9 +379,19 @@ def load_params(exp, config, workdir, weights):
         )
     check_config(config, workdir)
     name = {'ema': 'ema', 'raw': 'params'}[weights]
-    with open_checkpoints(config, workdir) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise RunError(f'there is no complete checkpoint in {workdir}/checkpoints yet: train on with --mode=train')
-        (params,) = checkpoints.restore(step, **{name: getattr(exp.abstract_state(), name)})
+    with open_checkpoints(config, workdir) as checkpoints, intact():
+        found = checkpoints.restore_newest(print, **{name: getattr(exp.abstract_state(), name)})
+    if found is None:
+        raise RunError(f'there is no complete checkpoint in {workdir}/checkpoints yet: train on with --mode=train')
+    keep_programs(config, workdir)
+    step, (params,) = found
     return step, params
+
+
+@contextlib.contextmanager
+def intact():
+    """Turn checkpoints that are all damaged into a RunError."""
+    try:
+        yield
+    except DamagedError as error:
+        raise RunError(str(error)) from error

@@ -79,6 +79,8 @@ def run(config, workdir):
     save_grid(os.path.join(folder, 'grid.png'), images)
     np.savez(os.path.join(folder, 'samples.npz'), images)
     quality = distance_from_data(config, images)
+    data_means = (experiment.read_config(workdir) or {}).get('images', {}).get('channel_means')
+    drift, off = colour_drift(images, data_means) if data_means else (None, None)
     write_json(
         os.path.join(folder, 'record.json'),
         {
@@ -89,6 +91,7 @@ def run(config, workdir):
             'params_sha256': experiment.digest(params),
             'schedule': config.schedule.to_dict(),
             'quality': quality,
+            'colour_drift': None if drift is None else drift.tolist(),
             'compile_seconds': round(compiled - started, 3),
             'wall_seconds': round(finished - compiled, 3),
             'device': f'{exp.mesh.size} × {jax.devices()[0].device_kind}',
@@ -101,6 +104,8 @@ def run(config, workdir):
         print(f'{quality["metric"]}: none, because {quality["why"]}')
     else:
         print(f'{quality["metric"]} of {len(images)} images from {quality["reference"]}: {quality["value"]:.4f}')
+    if off:
+        print(f'warning: {off}')
     for file in ('grid.png', 'samples.npz', 'record.json'):
         print(os.path.join(folder, file))
     return 0
@@ -111,6 +116,20 @@ def _check(asked):
         if asked[key] < 1:
             raise ValueError(f'{key} is {asked[key]}, but must be at least 1')
     experiment.check_seed(asked.seed)
+
+
+def colour_drift(images, data_means):
+    """How far the mean of each channel is from the data's: (C,) in units of [−1, 1]; and a warning, or None.
+
+    images: (N, H, W, C) uint8; data_means: (C,) in 0 … 255. It warns beyond four standard errors and 0.05.
+    """
+    means = images.mean(axis=(1, 2), dtype=np.float64) / 127.5 - 1
+    drift = means.mean(axis=0) - (np.asarray(data_means) / 127.5 - 1)
+    error = means.std(axis=0) / np.sqrt(len(images))
+    if (np.abs(drift) <= np.maximum(4 * error, 0.05)).all():
+        return drift, None
+    found = ', '.join(f'{value:+.3f}' for value in drift)
+    return drift, f'the colours of the samples are off: channel means differ from the data by {found} (of −1 … 1)'
 
 
 def distance_from_data(config, images):

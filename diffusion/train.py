@@ -1,18 +1,23 @@
 """--mode=train: the training step, and the loop around it."""
 
+import contextlib
 import functools
+import itertools
 import math
 import os
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from tqdm import tqdm
 
 from diffusion import data, experiment, generate
 from diffusion.experiment import RunError, TrainState
-from diffusion.loss import loss
+from diffusion.generate import colour_drift
+from diffusion.loss import draw, loss_at
 from diffusion.report.grid import save_grid
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
@@ -29,22 +34,40 @@ def show(key, images, *, flip):
     return x0
 
 
-def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay, flip):
+def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay, flip, accumulate=1):
     """One step of Adam on the batch images[indices], and the EMA of the parameters it gives.
 
     state: TrainState; images: (N, H, W, C) uint8; indices: (B,) int32, or None where the images are the
-    batch. All randomness follows from (seed, state.step). Returns the next TrainState and {'loss', 'grad_norm',
-    'param_norm', 'learning_rate'}: the gradient's norm before clipping, the parameters' after the step.
+    batch. accumulate: into how many parts the batch is cut, of which the gradients are averaged; their draws
+    are those of the whole batch, but for the dropout. All randomness follows from (seed, state.step).
+
+    Returns the next TrainState and {'loss', 'grad_norm', 'param_norm', 'learning_rate'}: the gradient's norm
+    before clipping, the parameters' after the step. Where one of these is not finite, the state stays as it
+    was, but for the step.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     flip_key, loss_key, dropout_key = jax.random.split(key, 3)
     x0 = show(flip_key, images if indices is None else images[indices], flip=flip)
 
-    def mean_loss(params):
-        net = exp.network.net(params, dropout_key=dropout_key)
-        return loss(loss_key, exp.schedule, net, x0, kind=kind, weighting=weighting).mean()
+    t, eps = draw(loss_key, exp.schedule.T, x0.shape, weighting=weighting)
 
-    value, gradient = jax.value_and_grad(mean_loss)(state.params)
+    def mean_loss(params, dropout_key, x0, t, eps):
+        net = exp.network.net(params, dropout_key=dropout_key)
+        return loss_at(exp.schedule, net, x0, t, eps, kind=kind, weighting=weighting).mean()
+
+    gradient_of = jax.value_and_grad(mean_loss)
+    if accumulate == 1:
+        value, gradient = gradient_of(state.params, dropout_key, x0, t, eps)
+    else:
+        parts = [meshes.microbatches(exp.mesh, whole, accumulate) for whole in (x0, t, eps)]
+        keys = jax.random.split(dropout_key, accumulate)
+        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient_of(state.params, *part)), None
+
+        total, _ = jax.lax.scan(add, zero, (keys, *parts))
+        value, gradient = jax.tree.map(lambda leaf: leaf / accumulate, total)
     updates, opt_state = exp.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
@@ -55,48 +78,57 @@ def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay,
         'param_norm': optax.global_norm(params),
         'learning_rate': exp.learning_rate(state.step),
     }
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    good = jnp.isfinite(jnp.array([value, metrics['grad_norm'], metrics['param_norm']])).all()
+    new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+    return TrainState(state.step + 1, *kept), metrics
 
 
 def run(config, workdir):
     """Train, or go on from the newest checkpoint, to train.num_steps. Returns the process's exit status."""
     config = experiment.resolve(config, workdir)
-    experiment.check_config(config, workdir)
     exp = experiment.build(config)
     train = config.train
-    if train.batch_size % exp.mesh.size:
+    part = exp.mesh.size * train.accumulate
+    if train.batch_size % part:
         raise RunError(
-            f'config.train.batch_size is {train.batch_size}, which {exp.mesh.size} devices cannot share evenly'
+            f'config.train.batch_size is {train.batch_size}, which {exp.mesh.size} devices cannot share evenly in '
+            f'train.accumulate={train.accumulate} parts: ask for a multiple of {part}'
         )
+    experiment.check_config(config, workdir)  # before the images are decoded
     images = experiment.load_images(config)
-    experiment.check_config(config, workdir, images)
     if train.batch_size > len(images):
         raise RunError(
             f'config.train.batch_size is {train.batch_size}, but there are only {len(images)} images: '
             'ask for a smaller batch, or find more pictures'
         )
-    where = f'checkpoints in {workdir}/checkpoints'
+    with experiment.hold(workdir), Interrupt() as interrupt:
+        experiment.check_config(config, workdir, images)  # nobody changes it from here on
+        experiment.keep_programs(config, workdir)
+        with experiment.open_checkpoints(config, workdir, writing=True) as checkpoints:
+            return _train(config, workdir, exp, images, checkpoints, interrupt)
 
-    with (
-        experiment.hold(workdir),
-        experiment.open_checkpoints(config, workdir) as checkpoints,
-        Interrupt() as interrupt,
-    ):
-        state = restore(exp, checkpoints, seed=config.seed)
-        step = int(state.step)
-        if step >= train.num_steps:
-            print(f'complete: {step} steps of train.num_steps={train.num_steps}; {where}')
-            return 0
-        experiment.remember_config(config, workdir, images)
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        print(
-            f'{len(images)} images of {config.data.source}; {num_params:,} parameters; {exp.mesh.size} × '
-            f'{jax.devices()[0].device_kind}; step {step} of {train.num_steps}; {where}; compiling …',
-            flush=True,
-        )
-        with Writer(os.path.join(workdir, 'logs'), step=step) as writer:
-            step = _loop(config, workdir, exp, state, images, checkpoints, writer, interrupt)
-    if step < train.num_steps:
+
+def _train(config, workdir, exp, images, checkpoints, interrupt):
+    num_steps, where = config.train.num_steps, f'checkpoints in {workdir}/checkpoints'
+    state = restore(exp, checkpoints, seed=config.seed)
+    step = int(state.step)
+    if step >= num_steps:
+        print(f'complete: {step} steps of train.num_steps={num_steps}; {where}')
+        return 0
+    experiment.remember_config(config, workdir, images, step)
+    batches = feed(config, exp, images, step)
+    first = next(batches)
+    print(f'{len(images)} images of {config.data.source}; step {step} of {num_steps}; {where}; compiling …', flush=True)
+    started = time.perf_counter()
+    compiled_step = compile_step(config, exp, state, *first)
+    flops = (compiled_step.cost_analysis() or {}).get('flops', math.nan)
+    print(f'{describe(exp, state, flops)}; compiled in {time.perf_counter() - started:.1f} s', flush=True)
+    loop = Loop(config, workdir, exp, images, checkpoints, interrupt, flops)
+    step = loop.run(compiled_step, state, itertools.chain([first], batches))
+    if loop.bad:
+        print(f'{loop.bad} steps were skipped because their numbers were not finite')
+    if step < num_steps:
         saved = f'after step {step}, which is saved' if step else 'before the first step'
         print(f'{interrupt}: stopped {saved}; the same command goes on')
         return EXIT_STATUS
@@ -104,16 +136,31 @@ def run(config, workdir):
     return 0
 
 
+def describe(exp, state, flops):
+    """One line: hosts, devices, mesh, parameters, bytes of state on a device, operations of a step on a device."""
+    mesh, device = exp.mesh, exp.mesh.devices.flat[0]
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    )
+    hosts = f'{jax.process_count()} hosts, ' if jax.process_count() > 1 else ''
+    return (
+        f'{hosts}{mesh.size} × {device.device_kind} as data {mesh.shape["data"]} × fsdp {mesh.shape["fsdp"]}; '
+        f'{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters; {held / 1e6:.1f} MB of state a '
+        f'device; {flops / 1e9:.3g} GFLOP a step and device'
+    )
+
+
 def restore(exp, checkpoints, *, seed):
     """The TrainState of the newest checkpoint, or a new one where there is none yet."""
     abstract = exp.abstract_state()
-    step = checkpoints.latest()
-    if step is None:
+    trees = {name: getattr(abstract, name) for name in ('params', 'ema', 'opt_state')}
+    with experiment.intact():
+        found = checkpoints.restore_newest(print, **trees)
+    if found is None:
         return jax.jit(exp.init, out_shardings=_shardings(abstract))(jax.random.key(seed))
-    params, ema, opt_state = checkpoints.restore(
-        step, params=abstract.params, ema=abstract.ema, opt_state=abstract.opt_state
-    )
-    return TrainState(jax.device_put(jnp.int32(step), abstract.step.sharding), params, ema, opt_state)
+    step, trees = found
+    checkpoints.put_aside(step)
+    return TrainState(meshes.put_whole(np.int32(step), abstract.step.sharding), *trees)
 
 
 def compile_step(config, exp, state, images, indices):
@@ -126,6 +173,7 @@ def compile_step(config, exp, state, images, indices):
         weighting=config.train.loss,
         ema_decay=config.train.ema_decay,
         flip=config.data.flip,
+        accumulate=config.train.accumulate,
     )
     out_shardings = _shardings(state), meshes.replicated(exp.mesh)
     with experiment.naming('config.train'):
@@ -158,65 +206,137 @@ def _shardings(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def _loop(config, workdir, exp, state, images, checkpoints, writer, interrupt):
-    """Steps until train.num_steps or an interrupt, the last of which is saved. Returns the steps done."""
-    train = config.train
-    step = saved = int(state.step)
-    batches = feed(config, exp, images, step)
-    batch = next(batches)
-    compiled_step = compile_step(config, exp, state, *batch)
-    draw = None
-    rate = _Rate()
+class Loop:
+    """The steps of one process, and what happens between them: logs, checkpoints, sample grids."""
 
-    def settle(step, metrics):
+    def __init__(self, config, workdir, exp, images, checkpoints, interrupt, flops):
+        self._config, self._train, self._workdir, self._exp = config, config.train, workdir, exp
+        self._data_means = np.asarray(images.record['channel_means'])
+        self._record = {'images': {key: images.record[key] for key in ('count', 'sha256', 'fingerprint')}}
+        self._checkpoints, self._interrupt = checkpoints, interrupt
+        self._flops, self._peak = flops, meshes.peak_flops(exp.mesh.devices.flat[0])
+        self._draw = None
+        self._also, self._was_right = {}, False
+        self.bad = self._bad_in_a_row = 0
+
+    def run(self, compiled_step, state, batches):
+        """Steps until train.num_steps or an interrupt, the last of which is saved. Returns the steps done."""
+        train, step = self._train, int(state.step)
+        asked = meshes.Agreement(self._exp.mesh)
+        self._saved = self._retry = step
+        self._rate = _Rate()
+        writing = Writer(os.path.join(self._workdir, 'logs'), step=step, warn=_warn) if meshes.is_first() else None
+        with (
+            writing or contextlib.nullcontext() as self._writer,
+            tqdm(
+                total=train.num_steps,
+                initial=step,
+                desc='train',
+                unit='step',
+                dynamic_ncols=True,
+                disable=not meshes.is_first(),
+            ) as self._bar,
+        ):
+            pending, batch = None, next(batches)
+            while step < train.num_steps and not asked(self._interrupt):
+                state, metrics = compiled_step(state, *batch)
+                step += 1
+                batch = next(batches, None)  # on its way to the devices while they work
+                if pending:
+                    self._settle(*pending)
+                pending = step, metrics
+                saving = step % train.checkpoint_every == 0 or step == self._retry
+                sampling = train.sample_every and step % train.sample_every == 0
+                if saving or sampling:
+                    self._settle(*pending)
+                    pending = None
+                if saving:
+                    self._save(step, state)
+                if sampling:
+                    self._sample(step, state)
+                if saving or sampling:
+                    self._rate.restart()
+            if pending:
+                self._settle(*pending)
+            if step > self._saved:
+                self._save(step, state)
+            self._finish(step)
+        return step
+
+    def _settle(self, step, metrics):
         """Look at a step's numbers, once the next step is under way: the devices do not wait for the host."""
+        train = self._train
         values = {name: float(value) for name, value in metrics.items()}
-        if not all(math.isfinite(value) for value in values.values()):
-            kept = f'the checkpoint of step {saved} is good' if saved else 'there is no checkpoint yet'
+        good = all(math.isfinite(value) for value in values.values())
+        self._bad_in_a_row = 0 if good else self._bad_in_a_row + 1
+        self.bad += not good
+        self._rate.count()
+        self._bar.update()
+        if not good or step % train.log_every == 0 or step == train.num_steps:
+            rate = self._rate.take()
+            values['images_per_second'] = rate * train.batch_size
+            shown = {'loss': f'{values["loss"]:.4f}', 'images/s': f'{values["images_per_second"]:.0f}'}
+            if self._peak and not math.isnan(self._flops):
+                values['utilisation'] = rate * self._flops / self._peak
+                shown['use'] = f'{values["utilisation"]:.0%}'
+            self._bar.set_postfix(shown)
+            if self._writer:
+                self._writer.scalars(step, **values, **self._also, skipped=self.bad)
+        if self._bad_in_a_row >= train.max_bad_steps:
+            kept = f'the checkpoint of step {self._saved} is good' if self._saved else 'there is no checkpoint yet'
             found = ', '.join(f'{name} {values[name]}' for name in ('loss', 'grad_norm', 'param_norm'))
             raise RunError(
-                f'{found} at step {step}; {kept}. '
-                'A lower train.learning_rate or train.grad_clip, or a longer train.warmup_steps, may help.'
+                f'{found} at step {step}, the last of {self._bad_in_a_row} in a row that were not finite and changed '
+                f'nothing; {kept}. A lower train.learning_rate or train.grad_clip, or a longer train.warmup_steps, '
+                'may help.'
             )
-        rate.count()
-        bar.update()
-        if step % train.log_every == 0 or step == train.num_steps:
-            values['images_per_second'] = rate.take() * train.batch_size
-            bar.set_postfix({'loss': f'{values["loss"]:.4f}', 'images/s': f'{values["images_per_second"]:.0f}'})
-            writer.scalars(step, **values)
 
-    with tqdm(total=train.num_steps, initial=step, desc='train', unit='step', dynamic_ncols=True) as bar:
-        pending = None
-        while step < train.num_steps and not interrupt:
-            state, metrics = compiled_step(state, *batch)
-            step += 1
-            batch = next(batches, None)  # on its way to the devices while they work
-            if pending:
-                settle(*pending)
-            pending = step, metrics
-            saving = step % train.checkpoint_every == 0
-            sampling = train.sample_every and step % train.sample_every == 0
-            if saving or sampling:
-                settle(*pending)
-                pending = None
-            if saving:
-                _save(checkpoints, step, state)
-                saved = step
-            if sampling:
-                draw = draw or progress_sampler(config, exp, state.ema)
-                path = os.path.join(workdir, 'samples', 'progress', f'{step:08d}.png')
-                writer.image(step, 'samples', save_grid(path, draw(state.ema)))
-            if saving or sampling:
-                rate.restart()
-        if pending:
-            settle(*pending)
-        if step > saved:
-            _save(checkpoints, step, state)
-    return step
+    def _save(self, step, state):
+        """Save in the background. What fails is told, and tried again after a while, which is no reason to stop."""
+        try:
+            self._checkpoints.save(step, self._record, params=state.params, ema=state.ema, opt_state=state.opt_state)
+            self._saved = step
+        except (OSError, ValueError) as error:
+            self._retry = step + self._train.log_every
+            _warn(f'the checkpoint of step {step} could not be saved ({_first_line(error)}); trying again')
+
+    def _finish(self, step):
+        """Wait for the last save. Raises RunError where it fails."""
+        try:
+            self._checkpoints.wait()
+        except (OSError, ValueError) as error:
+            self._saved = max(self._checkpoints.steps(), default=0)
+            _warn(_first_line(error))
+        if self._saved < step:
+            raise RunError(
+                f'step {step} could not be saved in {self._workdir}/checkpoints; the newest checkpoint there is of '
+                f'step {self._saved}, from which the same command goes on'
+            )
+
+    def _sample(self, step, state):
+        """A sheet of images, by which one watches a network learn; and whether their colours are the data's."""
+        self._draw = self._draw or progress_sampler(self._config, self._exp, state.ema)
+        images = self._draw(state.ema)
+        if not self._writer:
+            return
+        path = os.path.join(self._workdir, 'samples', 'progress', f'{step:08d}.png')
+        try:
+            self._writer.image(step, 'samples', save_grid(path, images))
+        except OSError as error:
+            _warn(f'{path} could not be written ({error}); going on without')
+        drift, off = colour_drift(images, self._data_means)
+        self._also = {'colour_drift': float(np.abs(drift).max())}
+        if off and (self._was_right or 2 * step >= self._train.num_steps):  # at first they are noise
+            _warn(f'{off} at step {step}')
+        self._was_right |= not off
 
 
-def _save(checkpoints, step, state):
-    checkpoints.save(step, params=state.params, ema=state.ema, opt_state=state.opt_state)
+def _warn(message):
+    tqdm.write(f'warning: {message}', file=sys.stderr)
+
+
+def _first_line(error):
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
 
 
 def progress_sampler(config, exp, params):

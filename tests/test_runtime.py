@@ -67,11 +67,11 @@ def assert_same(actual, expected):
 
 def test_a_checkpoint_comes_back_bit_by_bit_and_in_part(tmp_path):
     trees = make_trees()
-    with Checkpoints(tmp_path / 'checkpoints', keep=2) as checkpoints:
-        assert checkpoints.latest() is None
+    with Checkpoints(tmp_path / 'checkpoints', keep=2, writing=True) as checkpoints:
+        assert checkpoints.steps() == []
         checkpoints.save(3, **trees)
     with Checkpoints(tmp_path / 'checkpoints', keep=2) as checkpoints:
-        assert checkpoints.latest() == 3
+        assert checkpoints.steps()[0] == 3
         opt_state, params = checkpoints.restore(
             3, opt_state=describe(trees['opt_state']), params=describe(trees['params'])
         )
@@ -84,12 +84,12 @@ def test_a_checkpoint_comes_back_bit_by_bit_and_in_part(tmp_path):
 
 def test_the_newest_ones_are_kept(tmp_path):
     every = {step: make_trees(seed=step) for step in (1, 2, 5, 10)}
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, keep=2, writing=True) as checkpoints:
         for step, trees in every.items():
             checkpoints.save(step, **trees)
     assert sorted(int(folder.name) for folder in tmp_path.iterdir()) == [5, 10]
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest() == 10
+    with Checkpoints(tmp_path, keep=2, writing=True) as checkpoints:
+        assert checkpoints.steps()[0] == 10
         for step in (5, 10):
             (params,) = checkpoints.restore(step, params=describe(every[step]['params']))
             assert_same(params, every[step]['params'])
@@ -100,12 +100,12 @@ def test_what_is_saved_may_be_overwritten_at_once(tmp_path):
     size = 2_000_000
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = step(jnp.zeros(size))
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
+    with Checkpoints(tmp_path, keep=3, writing=True) as checkpoints:
         checkpoints.save(1, params={'x': x})
         for _ in range(20):
             x = step(x)
         jax.block_until_ready(x)
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
+    with Checkpoints(tmp_path, keep=3, writing=True) as checkpoints:
         (params,) = checkpoints.restore(1, params=describe({'x': x}))
     np.testing.assert_array_equal(params['x'], np.ones(size))
 
@@ -114,9 +114,9 @@ KILLED = """
 import os, sys
 import jax.numpy as jnp
 from diffusion.runtime.checkpoint import Checkpoints
-with Checkpoints(sys.argv[1], keep=3) as checkpoints:
+with Checkpoints(sys.argv[1], keep=3, writing=True) as checkpoints:
     checkpoints.save(1, params={'x': jnp.full(20, 1.0)})
-with Checkpoints(sys.argv[1], keep=3) as checkpoints:
+with Checkpoints(sys.argv[1], keep=3, writing=True) as checkpoints:
     checkpoints.save(2, params={'x': jnp.full(40_000_000, 2.0)})
     while len(os.listdir(sys.argv[1])) < 2:
         pass
@@ -128,13 +128,13 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path):
     killed = python(KILLED, tmp_path)
     assert killed.returncode == 9, killed.stderr
     assert len(list(tmp_path.iterdir())) == 2  # something of it is there
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
-        assert checkpoints.latest() == 1
+    with Checkpoints(tmp_path, keep=3, writing=True) as checkpoints:
+        assert checkpoints.steps()[0] == 1
         (params,) = checkpoints.restore(1, params=describe({'x': jnp.zeros(20)}))
         np.testing.assert_array_equal(params['x'], np.ones(20))
         checkpoints.save(2, params={'x': jnp.full(20, 2.0)})  # and it is not in the way
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
-        assert checkpoints.latest() == 2
+    with Checkpoints(tmp_path, keep=3, writing=True) as checkpoints:
+        assert checkpoints.steps()[0] == 2
 
 
 # Logs

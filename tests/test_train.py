@@ -419,19 +419,35 @@ def test_another_network_or_schedule_is_refused(two_steps, key):
     assert (two_steps / 'config.json').read_bytes() == before and saved(two_steps) == [2]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(two_steps, tmp_path):
-    """Step 3 has a finite loss and gradient, but its update is absurd: it is found before anything of it is kept."""
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(two_steps, tmp_path):
+    """Steps 3 to 6 have finite losses and gradients, but their updates are absurd: nothing of them is kept."""
     workdir = tmp_path / 'run'
     shutil.copytree(two_steps, workdir)
     changes = dict(train__num_steps=100, train__learning_rate=1e30, train__warmup_steps=0, train__checkpoint_every=1)
-    done = main(*flags(workdir, **changes))
-    assert_refused(done, 'param_norm inf at step 3', 'the checkpoint of step 2 is good')
+    done = main(*flags(workdir, train__max_bad_steps=4, **changes))
+    assert_refused(done, 'param_norm inf at step 6', 'last of 4 in a row', 'the checkpoint of step 5 is good')
     assert done.returncode == 1
-    assert saved(workdir) == [2]
-    kept = checkpoint(workdir, 2)
-    assert_bitwise(kept, checkpoint(two_steps, 2))
+    kept, before = checkpoint(workdir, 5), checkpoint(two_steps, 2)
+    assert_bitwise(kept, before)
     assert all(np.isfinite(array).all() for array in kept.values())
-    assert [step for step, *_ in metrics(workdir)] == [1, 2]
+    lines = [json.loads(line) for line in (workdir / 'logs' / 'metrics.jsonl').read_text().splitlines()]
+    assert [(line['step'], line['skipped']) for line in lines] == [(1, 0), (2, 0), (3, 1), (4, 2), (5, 3), (6, 4)]
+    assert lines[-1]['param_norm'] is None and lines[-1]['loss'] > 0
+
+
+def test_a_bad_step_among_good_ones_is_left_out():
+    """Of two steps the second sees NaN: parameters, average and optimizer are those of one step."""
+    exp = experiment_of(Pixels(8, 8, 1), optax.adam(0.1))
+    step = stepper(exp, kind='x0')
+    good, bad = IMAGES.astype(np.float32), np.full(IMAGES.shape, np.nan, np.float32)
+    indices = jnp.arange(4)
+    state = exp.init(jax.random.key(0))
+    once, _ = step(state, good, indices)
+    poisoned, metrics = step(once, bad, indices)
+    assert not np.isfinite(float(metrics['loss'])) and int(poisoned.step) == 2
+    for name in ('params', 'ema', 'opt_state'):
+        for kept, before in zip(*(jax.tree.leaves(getattr(s, name)) for s in (poisoned, once)), strict=True):
+            np.testing.assert_array_equal(kept, before)
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(unbroken, tmp_path, shared):

@@ -9,7 +9,7 @@ from jax.scipy.special import log_ndtr
 
 DECODERS = ('discretized', 'gaussian')
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
-NODES, WEIGHTS = (jnp.asarray(a, jnp.float32) for a in np.polynomial.legendre.leggauss(5))
+NODES, WEIGHTS = (a.astype(np.float32) for a in np.polynomial.legendre.leggauss(5))
 
 
 def log_likelihood(x0, mean, std, *, decoder='discretized', bins=256):

@@ -52,10 +52,10 @@ class ResBlock(nnx.Module):
         self.conv2 = _conv(outputs, outputs, rngs=rngs, dtype=dtype, init=zeros)
         self.shortcut = _conv(inputs, outputs, 1, rngs=rngs, dtype=dtype) if inputs != outputs else None
 
-    def __call__(self, x, emb, *, deterministic, rngs):
+    def __call__(self, x, emb, dropout_key):
         h = self.conv1(nnx.silu(self.norm1(x)))
         h += self.time(nnx.silu(emb))[:, None, None]
-        h = self.dropout(nnx.silu(self.norm2(h)), deterministic=deterministic, rngs=rngs)
+        h = self.dropout(nnx.silu(self.norm2(h)), deterministic=dropout_key is None, rngs=dropout_key)
         return (x if self.shortcut is None else self.shortcut(x)) + self.conv2(h)
 
 
@@ -79,14 +79,46 @@ class Attention(nnx.Module):
 class Stage(nnx.Module):
     """The blocks of one resolution on the way down or up, each followed by an attention if there is one."""
 
-    def __init__(self, blocks, attentions, resample):
+    def __init__(self, blocks, attentions, resample, remat):
         self.blocks = nnx.List(blocks)
         self.attentions = nnx.List(attentions)  # as many as blocks, or none
         self.resample = resample  # the convolution that leads to the next resolution, if there is one
+        self.remat = remat
 
-    def block(self, i, x, emb, **dropout):
-        x = self.blocks[i](x, emb, **dropout)
-        return self.attentions[i](x) if self.attentions else x
+    def block(self, i, inputs, emb, dropout_key):
+        """Block i on its inputs, images that are put together channel by channel."""
+        graph, state = nnx.split((self.blocks[i], self.attentions[i] if self.attentions else None))
+
+        def run(state, inputs, emb, dropout_key):
+            block, attention = nnx.merge(graph, state)
+            x = block(jnp.concatenate(inputs, axis=-1), emb, dropout_key)
+            return x if attention is None else attention(x)
+
+        return (recomputed(run) if self.remat else run)(state, inputs, emb, dropout_key)
+
+
+def recomputed(run):
+    """`run`, of which only the arguments are kept for the way back, and all else is computed again.
+
+    As jax.checkpoint, but for the order: the second time may not start before the gradient is there, else
+    a compiler that computes it early, as XLA's for CPUs, saves no memory. Nothing but data holds it back.
+
+    run: (state, inputs, emb, key) → x (B, H, W, C).
+    """
+
+    @jax.custom_vjp
+    def wrapped(*args):
+        return run(*args)
+
+    def backward(args, gradient):
+        state, inputs, emb, key = args
+        wait = 0 * gradient[:, :1, :1, :1]
+        inputs = [x + wait.astype(x.dtype) for x in inputs]
+        _, back = jax.vjp(lambda *args: run(*args, key), state, inputs, emb)
+        return *back(gradient), None
+
+    wrapped.defvjp(lambda *args: (run(*args), args), backward)
+    return wrapped
 
 
 class UNet(nnx.Module):
@@ -97,7 +129,7 @@ class UNet(nnx.Module):
     num_blocks: residual blocks a resolution on the way down (one more on the way up);
     attention_resolutions: image sizes at which blocks are followed by attention;
     groups: of GroupNorm, a divisor of each width; dtype: of convolutions and matmuls (norms, softmax,
-    parameters and output stay float32).
+    parameters and output stay float32); remat: keep only the inputs of each block for the way back.
 
     Raises ValueError for sizes that do not fit, with the sizes that would.
     """
@@ -115,6 +147,7 @@ class UNet(nnx.Module):
         groups,
         dtype,
         rngs,
+        remat=False,
     ):
         _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups)
         widths = [channels * m for m in multipliers]
@@ -125,7 +158,7 @@ class UNet(nnx.Module):
         def stage(size, inputs, outputs, resample):
             blocks = [ResBlock(i, outputs, embedding, dropout=dropout, **args) for i in inputs]
             attentions = [Attention(outputs, **args) for _ in inputs if size in attention_resolutions]
-            return Stage(blocks, attentions, resample)
+            return Stage(blocks, attentions, resample, remat)
 
         self.channels = channels
         self.time1 = _linear(channels, embedding, rngs=rngs, dtype=dtype)
@@ -159,23 +192,25 @@ class UNet(nnx.Module):
         self.conv_out = _conv(width, image_channels, rngs=rngs, dtype=dtype, init=zeros)
 
     def __call__(self, x, t, *, deterministic=True, rngs=None):
-        dropout = dict(deterministic=deterministic, rngs=rngs)
+        def key():
+            return None if deterministic else rngs.dropout()
+
         emb = self.time2(nnx.silu(self.time1(time_embedding(t, self.channels))))
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down:
             for i in range(len(stage.blocks)):
-                x = stage.block(i, x, emb, **dropout)
+                x = stage.block(i, [x], emb, key())
                 skips.append(x)
             if stage.resample is not None:
                 x = stage.resample(x)
                 skips.append(x)
-        x = self.mid1(x, emb, **dropout)
+        x = self.mid1(x, emb, key())
         x = self.mid_attention(x)
-        x = self.mid2(x, emb, **dropout)
+        x = self.mid2(x, emb, key())
         for stage in self.up:
             for i in range(len(stage.blocks)):
-                x = stage.block(i, jnp.concatenate([x, skips.pop()], axis=-1), emb, **dropout)
+                x = stage.block(i, [x, skips.pop()], emb, key())
             if stage.resample is not None:
                 x = stage.resample(x.repeat(2, axis=1).repeat(2, axis=2))
         return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)

@@ -1,16 +1,36 @@
 """Checkpoints: named trees of arrays at a step, written by Orbax in the background, whole or not at all."""
 
+import functools
 import os
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 
-class Checkpoints:
-    """The checkpoints below one directory; use as a context manager, which waits for the last write."""
+class DamagedError(Exception):
+    """A checkpoint that cannot be used; the message names it and says what was found."""
 
-    def __init__(self, directory, *, keep):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(os.path.abspath(directory), options=options)
+
+class Checkpoints:
+    """The checkpoints below one directory; use as a context manager, which waits for the last write.
+
+    Orbax's own checks let some damage pass (a flipped bit in an array that is stored uncompressed, two files
+    that change places). So a checkpoint also holds its step and a checksum of each array, which `restore` compares.
+    """
+
+    def __init__(self, directory, *, keep=None, writing=False):
+        """keep: how many, the newest ones; writing: for the one who trains, who also clears what was left half done."""
+        self.directory = os.path.abspath(directory)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=writing,
+            create=writing,
+            read_only=not writing,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self):
         return self
@@ -18,21 +38,103 @@ class Checkpoints:
     def __exit__(self, *exception):
         self._manager.close()
 
-    def latest(self):
-        """The step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+    def steps(self):
+        """The steps of all complete checkpoints, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
 
-    def save(self, step, **trees):
-        """Write `trees` as checkpoint `step`; returns once they are copied, and writes on in the background."""
+    def path(self, step):
+        """Where a checkpoint lies."""
+        return os.path.join(self.directory, str(step))
+
+    def save(self, step, record=None, **trees):
+        """Write `trees` as checkpoint `step`; returns once they are copied, and writes on in the background.
+
+        record: JSON that is kept with them. Raises OSError or ValueError where that cannot be done, also for what
+        went wrong with the one before.
+        """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        sums = {name: checksums(tree) for name, tree in trees.items()}
+        about = {'step': int(step), 'checksums': sums, 'record': record or {}}
+        self._manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
+
+    def wait(self):
+        """Wait for the last write. Raises whatever went wrong with it."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
 
     def restore(self, step, **trees):
         """Read back the named trees of checkpoint `step`, in the order given.
 
         Each is described by ShapeDtypeStructs, whose shardings say where the arrays are to lie. Trees
-        that are not named are not read.
+        that are not named are not read. Raises DamagedError where the checkpoint is not what was written.
         """
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
+            about = restored['about']
+            if about['step'] != step:
+                raise ValueError(f'it holds step {about["step"]}')
+            for name in trees:
+                found, written = checksums(restored[name]), about['checksums'][name]
+                wrong = sorted(path for path in found.keys() | written.keys() if found.get(path) != written.get(path))
+                if wrong:
+                    raise ValueError(f'{len(wrong)} arrays are not those that were written: {name}{wrong[0]} …')
+        except Exception as error:  # damage shows itself in Orbax, TensorStore, JSON or the file system
+            reason = next(iter(str(error).splitlines()), '')[:400]
+            raise DamagedError(f'{self.path(step)} is damaged ({type(error).__name__}: {reason})') from error
         return tuple(restored[name] for name in trees)
+
+    def restore_newest(self, warn, **trees):
+        """(step, trees) of the newest checkpoint that is intact, or None where there is none at all.
+
+        Those that are damaged are passed over, each with a call of warn(message). Raises DamagedError where all are.
+        """
+        messages = []
+        for step in self.steps():
+            try:
+                found = self.restore(step, **trees)
+            except DamagedError as error:
+                messages.append(str(error))
+                continue
+            for message in messages:
+                warn(f'{message}; going on from the one of step {step}')
+            return step, found
+        if messages:
+            raise DamagedError('there is no intact checkpoint:\n    ' + '\n    '.join(messages))
+        return None
+
+    def put_aside(self, newest):
+        """Rename the checkpoints beyond step `newest` to damaged-<step>: their steps will be done and saved again."""
+        beyond = [step for step in self.steps() if step > newest]
+        for step in beyond if jax.process_index() == 0 else ():
+            target = os.path.join(os.path.dirname(self.directory), f'damaged-{step}')
+            while os.path.exists(target):
+                target += '-again'
+            os.rename(self.path(step), target)
+        if beyond:
+            self._manager.reload()
+
+
+def checksums(tree):
+    """{path: number} of a tree of arrays: Σ_i w_i·bits(x_i) mod 2³², w_i odd and different for each place.
+
+    It does not depend on how the arrays are split over devices, and any single flipped bit changes it.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = _sums([leaf for _, leaf in leaves])
+    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, np.asarray(sums), strict=True)}
+
+
+@jax.jit
+def _sums(arrays):
+    return jnp.array([_sum(x) for x in arrays], jnp.uint32)
+
+
+def _sum(x):
+    bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+    index = functools.reduce(
+        lambda index, axis: index * np.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis),
+        range(x.ndim),
+        jnp.zeros(x.shape, jnp.uint32),
+    )
+    return jnp.sum(bits * (index * np.uint32(2654435762) + np.uint32(1)), dtype=jnp.uint32)

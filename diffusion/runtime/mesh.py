@@ -1,7 +1,9 @@
-"""Devices: one mesh with the axes ('data', 'fsdp'). One device is the 1×1 mesh."""
+"""Devices and hosts: one mesh with the axes ('data', 'fsdp'). One device is the 1×1 mesh."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
@@ -27,6 +29,65 @@ def put(array, sharding):
     """An array on the devices: the whole of it where it is replicated, else this host's part of axis 0."""
     shape = np.shape(array) if sharding.is_fully_replicated else None
     return jax.make_array_from_process_local_data(sharding, np.asarray(array), shape)
+
+
+def put_whole(array, sharding):
+    """An array that every host has, on the devices."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def microbatches(mesh, x, count):
+    """(B, ...) as (count, B/count, ...), so that each device keeps its images: one of `count` goes to each part."""
+    x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp'))))
+
+
+class Agreement:
+    """What any host says, all hosts know one step later; no host waits for it."""
+
+    def __init__(self, mesh):
+        self._sharding = split_batch(mesh)
+        self._count = len(mesh.local_devices)
+        self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
+        self._alone = jax.process_count() == 1
+        self._asked = None
+
+    def __call__(self, flag):
+        """Say `flag`; returns whether any host said so at the last call."""
+        if self._alone:
+            return bool(flag)
+        before, self._asked = self._asked, self._any(put(np.full(self._count, bool(flag)), self._sharding))
+        return before is not None and bool(before)
+
+
+def is_first():
+    """Whether this is the host that writes logs and pictures."""
+    return jax.process_index() == 0
+
+
+def from_first(array):
+    """What the first host has, on all hosts; also, all hosts wait for each other."""
+    return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
+
+
+# Dense matrix products a second in bfloat16, as the makers state them.
+PEAK_FLOPS = {
+    'NVIDIA A100': 312e12,
+    'NVIDIA H100': 989e12,
+    'NVIDIA H200': 989e12,
+    'TPU v3': 123e12 / 2,  # a device is a core, half a chip
+    'TPU v4': 275e12,
+    'TPU v5 lite': 197e12,
+    'TPU v5': 459e12,
+    'TPU v6 lite': 918e12,
+}
+
+
+def peak_flops(device):
+    """The most operations a second of a device, or None where it is not known."""
+    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
 def fits(mesh, nbytes, share=0.25):

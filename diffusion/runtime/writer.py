@@ -1,37 +1,70 @@
 """Logs: metrics.jsonl, one object a line, and the same as TensorBoard events."""
 
+import contextlib
 import json
+import math
 import os
+import time
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter  # writes at once; SummaryWriter's thread hangs on a full disk
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 
 class Writer:
-    """Logs below one directory. What an earlier process logged beyond `step` is dropped: it is done again."""
+    """Logs below one directory. What an earlier process logged beyond `step` is dropped: it is done again.
 
-    def __init__(self, directory, *, step):
-        os.makedirs(directory, exist_ok=True)
-        path = os.path.join(directory, 'metrics.jsonl')
-        _truncate(path, step)
-        self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115 (closed in __exit__)
-        self._events = SummaryWriter(directory, purge_step=step + 1)
+    A log that cannot be written is no reason to end a run: the first time, warn(message) is called.
+    """
+
+    def __init__(self, directory, *, step, warn=print):
+        self._directory, self._warn, self._file, self._events = directory, warn, None, None
+        with self._tolerant():
+            os.makedirs(directory, exist_ok=True)
+            path = os.path.join(directory, 'metrics.jsonl')
+            _truncate(path, step)
+            self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115 (closed in __exit__)
+            self._events = EventsWriter(os.path.join(directory, 'events'), f'.{os.getpid()}')
+            self._event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self._file.close()
-        self._events.close()
+        for log in (self._file, self._events):
+            with self._tolerant():
+                if log is not None:
+                    log.close()
 
     def scalars(self, step, **values):
-        """Log numbers at a step."""
-        print(json.dumps({'step': step, **values}), file=self._file, flush=True)
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        """Log numbers at a step; what is not finite as null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self._tolerant():
+            if self._file:
+                print(json.dumps({'step': step, **finite}), file=self._file, flush=True)
+        with self._tolerant():
+            for name, value in values.items():
+                self._event(Event(step=step, summary=summary.scalar(name, value)))
 
     def image(self, step, name, image):
         """Log one picture, uint8 (H, W, C), to TensorBoard."""
-        self._events.add_image(name, image, step, dataformats='HWC')
+        with self._tolerant():
+            self._event(Event(step=step, summary=summary.image(name, image, dataformats='HWC')))
+
+    def _event(self, event):
+        if self._events:
+            event.wall_time = time.time()
+            self._events.write_event(event)
+            self._events.flush()
+
+    @contextlib.contextmanager
+    def _tolerant(self):
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: a file that could not be opened, or was closed by an error
+            if self._warn:
+                self._warn(f'the logs in {self._directory} cannot be written: {error}; going on without')
+                self._warn = None
 
 
 def _truncate(path, step):
