@@ -57,6 +57,7 @@ def main(argv):
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # libraries tell a great deal otherwise
     from diffusion import experiment  # imports JAX, once the flags are known to be good
+    from diffusion.runtime.interrupt import EXIT_STATUS
 
     run = importlib.import_module(MODES[flags.FLAGS.mode]).run
     try:
@@ -66,6 +67,12 @@ def main(argv):
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit('interrupted')
+    except Exception as error:
+        message = experiment.distributed.lost(error)
+        if message is None:
+            raise
+        print(f'error: {message}', file=sys.stderr, flush=True)
+        os._exit(EXIT_STATUS)  # at once: what is registered to run at the end would wait for the host that has gone
 
 
 if __name__ == '__main__':

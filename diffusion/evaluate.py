@@ -89,7 +89,8 @@ def run(config, workdir):
         print(f'{interrupt}: {done} of {len(parts)} parts are computed and kept; the same command goes on')
         return EXIT_STATUS
 
-    _write(folder, parts, settings, config, exp)
+    if meshes.is_first():
+        _write(folder, parts, settings, config, exp)
     return 0
 
 
@@ -127,17 +128,20 @@ def _check(asked):
 
 def _compute(functions, parts, folder, params, images, asked, mesh, interrupt):
     """Compute and keep the parts that are missing; returns how many there are now."""
-    os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
-    missing = [part for part in parts if not os.path.exists(part.path(folder))]
+    first = meshes.is_first()
+    if first:
+        os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
+    there = meshes.from_first(np.array([os.path.exists(part.path(folder)) for part in parts]))
+    missing = [part for part, found in zip(parts, there, strict=True) if not found]
     size = min(asked.batch_size, len(images))
     size += -size % mesh.size
-    programs = {name: jax.jit(function) for name, function in functions.items()}
-    with (
-        tqdm(total=len(parts), initial=len(parts) - len(missing), desc='likelihood', unit='part') as bar,
-        jax.default_matmul_precision('highest'),
-    ):
+    programs = {name: jax.jit(function, out_shardings=meshes.replicated(mesh)) for name, function in functions.items()}
+    stopping = meshes.Agreement(mesh)
+    show = dict(desc='likelihood', unit='part', dynamic_ncols=True, disable=not first)
+    done = len(parts) - len(missing)
+    with tqdm(total=len(parts), initial=done, **show) as bar, jax.default_matmul_precision('highest'):
         for part in missing:
-            if interrupt:
+            if stopping(interrupt):
                 break
             bar.set_postfix_str(f'{part.quantity}, images {part.start}–{part.stop - 1}')
             batch = data.to_float(images[np.arange(part.start, part.start + size) % len(images)])
@@ -145,13 +149,14 @@ def _compute(functions, parts, folder, params, images, asked, mesh, interrupt):
             for number in (QUANTITIES.index(part.quantity), part.k, part.start):
                 key = jax.random.fold_in(key, number)
             with experiment.naming('config.likelihood'):
-                terms = programs[part.quantity](key, params, jax.device_put(batch, meshes.split_batch(mesh)))
+                terms = programs[part.quantity](key, params, meshes.put_whole(batch, meshes.split_batch(mesh)))
             count = part.stop - part.start
-            _save(
-                part.path(folder), {name: np.broadcast_to(v, (size, *v.shape[1:]))[:count] for name, v in terms.items()}
-            )
+            whole = {name: np.broadcast_to(v, (size, *v.shape[1:]))[:count] for name, v in terms.items()}
+            if first:
+                _save(part.path(folder), whole)
             bar.update()
-    return bar.n
+            done += 1
+    return done
 
 
 def _save(path, arrays):

@@ -63,13 +63,17 @@ def run(config, workdir):
         )
     compiled = time.perf_counter()
     batches = []
-    with tqdm(total=asked.num_images, desc='sample', unit='image', dynamic_ncols=True) as bar:
+    show = dict(desc='sample', unit='image', dynamic_ncols=True, disable=not meshes.is_first())
+    with tqdm(total=asked.num_images, **show) as bar:
         for start in range(0, asked.num_images, batch_size):
             stop = min(start + batch_size, asked.num_images)
             batches.append(draw(params, asked.seed, start, stop))
             bar.update(stop - start)
     images = np.concatenate(batches)
     finished = time.perf_counter()
+    params_digest = experiment.digest(params)
+    if not meshes.is_first():
+        return 0
 
     name = (
         f'step{step}-{asked.weights}-eta{asked.eta:.12g}-{asked.num_steps}{asked.spacing}-{asked.variance}'
@@ -88,7 +92,7 @@ def run(config, workdir):
             **asked.to_dict(),
             'count': len(images),
             'model': config.model.to_dict(),
-            'params_sha256': experiment.digest(params),
+            'params_sha256': params_digest,
             'schedule': config.schedule.to_dict(),
             'quality': quality,
             'colour_drift': None if drift is None else drift.tolist(),

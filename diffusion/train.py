@@ -130,7 +130,7 @@ def _train(config, workdir, exp, images, checkpoints, interrupt):
         print(f'{loop.bad} steps were skipped because their numbers were not finite')
     if step < num_steps:
         saved = f'after step {step}, which is saved' if step else 'before the first step'
-        print(f'{interrupt}: stopped {saved}; the same command goes on')
+        print(f'{interrupt or "another host was asked to"}: stopped {saved}; the same command goes on')
         return EXIT_STATUS
     print(f'complete: {step} steps; {where}')
     return 0

@@ -28,15 +28,15 @@ class Checkpoints:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=writing,
             create=writing,
-            read_only=not writing,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self._manager.close()
+    def __exit__(self, kind, *exception):
+        if kind is None or jax.process_count() == 1 or not issubclass(kind, jax.errors.JaxRuntimeError):
+            self._manager.close()  # which waits for all hosts; where a computation failed, one has gone
 
     def steps(self):
         """The steps of all complete checkpoints, the newest first."""

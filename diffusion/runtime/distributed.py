@@ -1,6 +1,6 @@
 """Many hosts: the same program on each, joined by JAX's own runtime."""
 
-import contextlib
+import faulthandler
 import os
 import sys
 
@@ -40,19 +40,16 @@ def connect(*, coordinator, num_processes, process_id, detect, timeout):
             f'the processes of this run do not meet ({error}); '
             'if there is only this one, say --config.distributed.detect=False'
         ) from error
+    faulthandler.disable()  # JAX ends a process whose peers have gone, and says so: no stack of every thread after it
     if jax.process_index():
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 (until the process ends)
 
 
-@contextlib.contextmanager
-def lost():
-    """Turn the errors of a computation whose other hosts have gone into a ConnectionError that says so."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        raise ConnectionError(
-            f'process {jax.process_index()} of {jax.process_count()}: a computation on all hosts failed, most likely '
-            f'because another host has gone ({str(error).splitlines()[0][:300]})'
-        ) from error
+def lost(error):
+    """A message where an exception most likely means that another host of the run has gone, else None."""
+    if jax.process_count() == 1 or not isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)):
+        return None
+    return (
+        f'process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another host '
+        f'has gone ({str(error).splitlines()[0][:300]}); the same command on all hosts goes on from the last checkpoint'
+    )

@@ -37,6 +37,13 @@ def put_whole(array, sharding):
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def gather(array):
+    """The whole of an array that may be split over devices and hosts, on every host."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
 def microbatches(mesh, x, count):
     """(B, ...) as (count, B/count, ...), so that each device keeps its images: one of `count` goes to each part."""
     x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
