@@ -55,7 +55,7 @@ def main(argv):
     if not flags.FLAGS.workdir or (os.path.exists(workdir) and not os.path.isdir(workdir)):
         sys.exit(f'error: --workdir={flags.FLAGS.workdir} is no folder')
     if not flags.FLAGS['verbosity'].present:
-        logging.set_verbosity(logging.WARNING)  # libraries tell a great deal otherwise
+        logging.set_verbosity(logging.FATAL)  # what libraries find wrong reaches the user as our errors
     from diffusion import experiment  # imports JAX, once the flags are known to be good
     from diffusion.runtime.interrupt import EXIT_STATUS
 

@@ -297,6 +297,7 @@ class Loop:
             self._checkpoints.save(step, self._record, params=state.params, ema=state.ema, opt_state=state.opt_state)
             self._saved = step
         except (OSError, ValueError) as error:
+            self._saved = max(self._checkpoints.steps(), default=0)
             self._retry = step + self._train.log_every
             _warn(f'the checkpoint of step {step} could not be saved ({_first_line(error)}); trying again')
 

@@ -1,12 +1,17 @@
 """Checkpoints: named trees of arrays at a step, written by Orbax in the background, whole or not at all."""
 
 import functools
+import logging
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+# Of many tasks that read or write at once one tells what went wrong, by an exception; asyncio would print the others.
+logging.getLogger('asyncio').setLevel(logging.CRITICAL + 1)
 
 
 class DamagedError(Exception):
@@ -40,6 +45,7 @@ class Checkpoints:
 
     def steps(self):
         """The steps of all complete checkpoints, the newest first."""
+        self._manager.reload()
         return sorted(self._manager.all_steps(), reverse=True)
 
     def path(self, step):
@@ -50,17 +56,37 @@ class Checkpoints:
         """Write `trees` as checkpoint `step`; returns once they are copied, and writes on in the background.
 
         record: JSON that is kept with them. Raises OSError or ValueError where that cannot be done, also for what
-        went wrong with the one before.
+        went wrong with the one before; what that left half done is removed.
         """
+        os.makedirs(self.directory, exist_ok=True)
+        need = 1.3 * sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + 2e6
+        free = shutil.disk_usage(self.directory).free
+        if need > free:  # before TensorStore finds out, array by array
+            raise OSError(f'it takes {need / 1e6:.1f} MB, but {self.directory} has {free / 1e6:.1f} MB left')
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         sums = {name: checksums(tree) for name, tree in trees.items()}
         about = {'step': int(step), 'checksums': sums, 'record': record or {}}
-        self._manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
+        except Exception:
+            self._clear()
+            raise
 
     def wait(self):
-        """Wait for the last write. Raises whatever went wrong with it."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Wait for the last write. Raises OSError or ValueError where it went wrong."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception:
+            self._clear()
+            raise
+
+    def _clear(self):
+        """Remove what a save that went wrong has left."""
+        if jax.process_index() == 0:
+            for name in os.listdir(self.directory):
+                if name.endswith('.orbax-checkpoint-tmp'):
+                    shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)
 
     def restore(self, step, **trees):
         """Read back the named trees of checkpoint `step`, in the order given.
