@@ -56,10 +56,13 @@ def main(argv):
         sys.exit(f'error: --workdir={flags.FLAGS.workdir} is no folder')
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.FATAL)  # what libraries find wrong reaches the user as our errors
-    from diffusion import experiment  # imports JAX, once the flags are known to be good
-    from diffusion.runtime.interrupt import EXIT_STATUS
+    try:
+        from diffusion import experiment  # imports JAX, once the flags are known to be good
+        from diffusion.runtime.interrupt import EXIT_STATUS
 
-    run = importlib.import_module(MODES[flags.FLAGS.mode]).run
+        run = importlib.import_module(MODES[flags.FLAGS.mode]).run
+    except KeyboardInterrupt:
+        sys.exit('interrupted')
     try:
         experiment.begin(flags.FLAGS.config)
         sys.exit(run(flags.FLAGS.config, workdir))
