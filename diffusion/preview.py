@@ -41,6 +41,7 @@ def run(config, workdir):
         'shape': list(seen.images.shape[1:]),
         'flip': asked.flip,
         'preprocessing': None,
+        'fingerprint': 'digits',
     }
     if asked.source != 'digits':
         preprocess = Preprocessing(**how)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import grain
@@ -72,19 +73,22 @@ def survey(source, split='train', *, image_size=0, channels=0, crop='', data_dir
     preprocess = Preprocessing(crop, image_size, channels) if image_size else None
     pictures = open_source(source, split, data_dir)
     numbers = np.unique(np.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().astype(int))
-    bad, sizes, grey, images = [], collections.Counter(), 0, []
-    for i in map(int, numbers):
+
+    def look(i):
+        """(height, width), whether it is grey, and the image, or None; or why it cannot be used."""
         try:
-            content, _ = pictures.read(i)
-            picture = decode(content)
-            if preprocess:
-                images.append(preprocess(content))
+            picture = decode(pictures.read(i)[0])
+            return picture.size[::-1], _is_grey(picture), preprocess and preprocess.apply(picture)
         except ValueError as error:
-            bad.append((pictures.names[i], str(error)))
-            continue
-        sizes[picture.size[::-1]] += 1
-        grey += _is_grey(picture)
-    return Survey(len(pictures), len(numbers), bad, sizes, grey, np.asarray(images) if images else None)
+            return pictures.names[i], str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(look, map(int, numbers)))
+    bad = [one for one in found if len(one) == 2]
+    good = [one for one in found if len(one) == 3]
+    images = np.asarray([image for _, _, image in good]) if preprocess and good else None
+    sizes = collections.Counter(size for size, _, _ in good)
+    return Survey(len(pictures), len(numbers), bad, sizes, sum(is_grey for _, is_grey, _ in good), images)
 
 
 def _is_grey(picture):
