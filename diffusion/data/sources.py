@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Sequence
 
@@ -132,7 +133,8 @@ def _walk(root):
             if _is_picture(name):
                 try:
                     status = os.stat(os.path.join(root, name))
-                    files.append((name, status.st_size, status.st_mtime_ns))
+                    if stat.S_ISREG(status.st_mode):
+                        files.append((name, status.st_size, status.st_mtime_ns))
                 except OSError:  # a link to nothing: reading it will say so
                     files.append((name, -1, 0))
     return files
@@ -202,7 +204,9 @@ def tfds(name, split, data_dir=''):
             split=alias,
             decoders={key: tfds_library.decode.SkipDecoding() for key in images},
         )
-        count = len(examples)
+        count, info, files = len(examples), builder.info.splits[alias], _files_of(folder, alias)
+        if len(files) != len(info.shard_lengths):
+            raise ValueError(f'it has {len(files)} array_record files of {len(info.shard_lengths)}')
     except Exception as error:  # a file that is missing or cut off
         raise ValueError(
             f'split {alias!r} of the dataset in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})\n'
@@ -216,12 +220,11 @@ def tfds(name, split, data_dir=''):
             raise ValueError(f'cannot be read ({type(error).__name__}: {str(error)[:200]})') from error
         return bytes(example[image]), int(example['label']) if labelled else None
 
-    info = builder.info.splits[alias]
     return Source(
         [f'{name}, {alias}, example {i}' for i in range(count)],
         read,
         list(features['label'].names) if labelled else None,
-        [name, found[-1], alias, count, list(info.shard_lengths), info.num_bytes, _files_of(folder, alias)],
+        [name, found[-1], alias, count, list(info.shard_lengths), info.num_bytes, files],
     )
 
 
