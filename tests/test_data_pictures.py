@@ -210,7 +210,7 @@ def test_floats_are_refused():
 def test_what_is_cut_off_is_refused(kind, share):
     """Not filled up with grey, as some readers do."""
     content = encoded(noise(1, 40, 40, 3)[0], kind)
-    with pytest.raises(ValueError, match=r'is empty|cannot be decoded'):
+    with pytest.raises(ValueError, match=r'is empty|no picture|cannot be decoded'):
         decode(content[: int(share * len(content))])
 
 
@@ -231,8 +231,8 @@ def test_damage_is_a_picture_or_a_value_error(kind, draw):
     ('content', 'words'),
     [
         (b'', 'is empty'),
-        (b'not a picture\n' * 9, 'cannot be decoded .UnidentifiedImageError'),
-        (b'\xff\xd8\xff', 'cannot'),
+        (b'not a picture\n' * 9, 'no picture of a known format'),
+        (b'\xff\xd8\xff', 'no picture'),
     ],
 )
 def test_what_is_no_picture_is_refused(content, words):

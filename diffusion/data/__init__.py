@@ -57,8 +57,8 @@ class Survey(NamedTuple):
     count: int  # of all pictures
     seen: int  # of them looked at
     bad: list  # (name, reason) of those seen that cannot be decoded or are not of the size asked
-    sizes: collections.Counter  # of (height, width)
-    grey: int  # pictures without colour
+    sizes: collections.Counter  # of (height, width), of those decoded
+    grey: int  # of those decoded, without colour
     images: np.ndarray | None  # (n, H, W, C) uint8: those seen, preprocessed
 
 
@@ -75,20 +75,20 @@ def survey(source, split='train', *, image_size=0, channels=0, crop='', data_dir
     numbers = np.unique(np.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().astype(int))
 
     def look(i):
-        """(height, width), whether it is grey, and the image, or None; or why it cannot be used."""
+        """(height, width), whether it is grey, the image: each None where there is none; and why not."""
+        size = is_grey = None
         try:
             picture = decode(pictures.read(i)[0])
-            return picture.size[::-1], _is_grey(picture), preprocess and preprocess.apply(picture)
+            size, is_grey = picture.size[::-1], _is_grey(picture)
+            return size, is_grey, preprocess and preprocess.apply(picture), None
         except ValueError as error:
-            return pictures.names[i], str(error)
+            return size, is_grey, None, (pictures.names[i], str(error))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(look, map(int, numbers)))
-    bad = [one for one in found if len(one) == 2]
-    good = [one for one in found if len(one) == 3]
-    images = np.asarray([image for _, _, image in good]) if preprocess and good else None
-    sizes = collections.Counter(size for size, _, _ in good)
-    return Survey(len(pictures), len(numbers), bad, sizes, sum(is_grey for _, is_grey, _ in good), images)
+        found = zip(*pool.map(look, map(int, numbers)), strict=True)
+    sizes, grey, images, bad = ([one for one in part if one is not None] for part in found)
+    images = np.asarray(images) if images else None
+    return Survey(len(pictures), len(numbers), bad, collections.Counter(sizes), sum(grey), images)
 
 
 def _is_grey(picture):

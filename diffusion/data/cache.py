@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -150,7 +151,8 @@ def _accept(bad, source, listed, max_bad_fraction):
         with open(listed, encoding='utf-8') as file:
             first = ''.join(f'\n    {line.rstrip()}' for line, _ in zip(file, range(5), strict=False))
         raise TooManyBadError(
-            f'{_complaint(bad, source, listed)}; more than data.max_bad_fraction={max_bad_fraction:g}. '
+            f'{_complaint(bad, source, listed)}; more than data.max_bad_fraction={max_bad_fraction:g}: '
+            f'remove or mend them, or allow so many by --config.data.max_bad_fraction={math.ceil(1000 * bad / len(source)) / 1000}. '
             f'The first:{first}'
         )
 

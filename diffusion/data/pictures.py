@@ -124,9 +124,10 @@ def decode(content):
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             image = _upright(image)
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError('is no picture of a known format' if content else 'is empty') from error
     except Exception as error:  # Pillow's decoders raise whatever they like: a damaged file must not end a run
-        kind = 'is empty' if not content else 'cannot be decoded'
-        raise ValueError(f'{kind} ({type(error).__name__}: {str(error)[:200]})') from error
+        raise ValueError(f'cannot be decoded ({type(error).__name__}: {str(error)[:200]})') from error
     if image.mode.startswith('I'):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:

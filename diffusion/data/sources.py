@@ -46,7 +46,7 @@ def folder(path, split, data_dir=''):
     Where there are folders train/, test/ … they are the splits; otherwise all is the split 'train'. Where
     all pictures lie in subfolders, the first of them is the class.
     """
-    path = os.path.join(data_dir, os.path.expanduser(path))
+    path = os.path.abspath(os.path.join(os.path.expanduser(data_dir), os.path.expanduser(path)))
     if not os.path.exists(path):
         raise ValueError(
             f'there is no folder or zip file {path}\n'
