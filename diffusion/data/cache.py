@@ -150,9 +150,10 @@ def _accept(bad, source, listed, max_bad_fraction):
     if bad > max_bad_fraction * len(source):
         with open(listed, encoding='utf-8') as file:
             first = ''.join(f'\n    {line.rstrip()}' for line, _ in zip(file, range(5), strict=False))
+        enough = math.ceil(1000 * bad / len(source)) / 1000
         raise TooManyBadError(
             f'{_complaint(bad, source, listed)}; more than data.max_bad_fraction={max_bad_fraction:g}: '
-            f'remove or mend them, or allow so many by --config.data.max_bad_fraction={math.ceil(1000 * bad / len(source)) / 1000}. '
+            f'remove or mend them, or allow so many by --config.data.max_bad_fraction={enough}. '
             f'The first:{first}'
         )
 
