@@ -226,7 +226,8 @@ def resolve(config, workdir):
     with naming('config.data'):
         seen = data.survey(config.data.source, crop=config.data.crop, data_dir=config.data.data_dir)
         if not seen.sizes:
-            raise ValueError(f'none of the {seen.seen} pictures looked at can be decoded: {seen.bad[:3]}')
+            first = ''.join(f'\n    {name!r} {reason}' for name, reason in seen.bad[:5])
+            raise ValueError(f'none of the {seen.seen} pictures looked at can be decoded. The first:{first}')
     if not config.data.image_size:
         config.data.image_size = chosen_size(seen.sizes)
     if not config.data.channels:
