@@ -51,6 +51,7 @@ class Network:
     """A network without its parameters; those are a plain dict of arrays."""
 
     make: Any  # nnx.Rngs → nnx.Module
+    first_level: int = 1  # what its module calls level 1
 
     def init(self, key):
         """Fresh parameters."""
@@ -60,10 +61,9 @@ class Network:
         """The callable (x_t (B, ...), t (B,)) → (B, ...); with dropout where a key is given."""
         graph, _ = nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))))
         module = nnx.merge(graph, params)
-        if dropout_key is None:
-            return module
-        rngs = nnx.Rngs(dropout=dropout_key)
-        return lambda x_t, t: module(x_t, t, deterministic=False, rngs=rngs)
+        how = {} if dropout_key is None else dict(deterministic=False, rngs=nnx.Rngs(dropout=dropout_key))
+        # Our levels are 1 … T; weights trained by others have learned 0 … T−1.
+        return lambda x_t, t: module(x_t, t - (1 - self.first_level), **how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +136,8 @@ def make_network(model, images):
     """The Network that config.model describes, for images of config.data."""
     if model.dtype not in ('float32', 'bfloat16'):
         raise ValueError(f"dtype is {model.dtype!r}, but must be 'float32' or 'bfloat16'")
+    if model.first_level not in (0, 1):
+        raise ValueError(f'first_level is {model.first_level}, but must be 1, or 0 for weights trained by others')
 
     def make(rngs):
         return UNet(
@@ -151,7 +153,7 @@ def make_network(model, images):
             rngs=rngs,
         )
 
-    return Network(make)
+    return Network(make, model.first_level)
 
 
 def make_optimizer(config):
@@ -247,6 +249,8 @@ def open_checkpoints(config, workdir):
 # What a run is; but where the same images lie, how they are fed, and the precision of arithmetic, may change.
 IDENTITY = ('data', 'model', 'schedule')
 INCIDENTAL = ('source', 'data_dir', 'cache', 'cache_dir', 'placement', 'max_bad_fraction', 'dtype')
+# Keys that runs from before they existed do not have, and what those runs did.
+SINCE = {'first_level': 1}
 
 
 def read_config(workdir):
@@ -273,12 +277,14 @@ def check_config(config, workdir, images=None):
     if stored is None:
         return
     asked = json.loads(json.dumps(config.to_dict()))
-    differences = [
-        f'    config.{part}.{key}: {stored.get(part, {}).get(key)!r} there, {asked[part].get(key)!r} asked'
-        for part in IDENTITY
-        for key in sorted(asked[part].keys() | stored.get(part, {}).keys())
-        if key not in INCIDENTAL and stored.get(part, {}).get(key) != asked[part].get(key)
-    ]
+    differences = []
+    for part in IDENTITY:
+        there = {key: value for key, value in SINCE.items() if key in asked[part]} | stored.get(part, {})
+        differences += [
+            f'    config.{part}.{key}: {there.get(key)!r} there, {asked[part].get(key)!r} asked'
+            for key in sorted(asked[part].keys() | there.keys())
+            if key not in INCIDENTAL and there.get(key) != asked[part].get(key)
+        ]
     before = stored.get('images', {})
     if images is not None and before and before['sha256'] != images.record['sha256']:
         differences.append(
