@@ -130,7 +130,7 @@ def test_what_cannot_be_followed_is_refused(name, asked, words):
 
 @pytest.mark.parametrize('pairs', [[[5, 5]], [[5, 6]], [[T + 1, 4]], [[4, -1]], np.zeros((0, 2), int), [[3, 2, 1]]])
 def test_pairs_that_are_none_are_refused(pairs):
-    with pytest.raises(ValueError, match='pairs|noise levels'):
+    with pytest.raises(ValueError, match=r'pairs|noise levels'):
         sampler.sample(
             KEYS,
             schedule.linear(T),
