@@ -23,8 +23,13 @@ def run(config, workdir):
     with experiment.naming('config.interop.source'):
         found = read(source, image_size=config.data.image_size)
     config = config.copy_and_resolve_references()
-    for part, values in found.settings.items():
-        config[part].update(values)
+    with experiment.naming('config.interop.source'):
+        for part, values in found.settings.items():
+            for key, value in values.items():
+                try:
+                    config[part][key] = value
+                except TypeError as error:
+                    raise ValueError(f'the files of {source} say that {part}.{key} is {value!r}: {error}') from error
     exp = experiment.build(config)
     expected = exp.abstract_state().params
     with experiment.naming('config.interop.source'):

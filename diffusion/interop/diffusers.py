@@ -126,9 +126,16 @@ class Config:
     def choose(self, key, default, choices):
         """choices[value], or an error that names the key and the value."""
         value = self.get(key, default)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise self.refuse(key, value, f'one of {", ".join(map(repr, choices))} is needed')
         return choices[value]
+
+    def number(self, key, default):
+        """A positive integer."""
+        value = self.get(key, default)
+        if type(value) is not int or value < 1:
+            raise self.refuse(key, value, 'a positive integer is needed')
+        return value
 
     def refuse(self, key, value, why):
         return ValueError(f'{self._path}: {key} is {value!r}, which this project does not have; {why}')
@@ -154,14 +161,16 @@ def network_settings(values, path):
         raise ValueError(f"{path}: _class_name is {name!r}, but only a 'UNet2DModel' can be imported")
     config = Config(values, path)
     config.require(NETWORK)
-    size, channels = config.get('sample_size', None), config.get('in_channels', 3)
+    size, channels = config.get('sample_size', None), config.number('in_channels', 3)
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if not isinstance(size, int):
         raise config.refuse('sample_size', size, 'a square, as 32 or [32, 32], is needed')
     if (out := config.get('out_channels', 3)) != channels:
         raise config.refuse('out_channels', out, f'as many as in_channels, {channels}, are needed: no learned variance')
-    widths = config.get('block_out_channels', (224, 448, 672, 896))
+    widths = config.get('block_out_channels', [224, 448, 672, 896])
+    if not isinstance(widths, list) or not widths or not all(type(width) is int and width > 0 for width in widths):
+        raise config.refuse('block_out_channels', widths, 'a list of positive integers is needed')
     if any(width % widths[0] for width in widths):
         raise config.refuse('block_out_channels', widths, f'multiples of the first, {widths[0]}, are needed')
     if (dim := config.get('time_embedding_dim', None)) not in (None, 4 * widths[0]):
@@ -169,9 +178,9 @@ def network_settings(values, path):
 
     attends = {}
     for way, attention, plain in (('down', 'AttnDownBlock2D', 'DownBlock2D'), ('up', 'AttnUpBlock2D', 'UpBlock2D')):
-        default = (attention,) * 3 + (plain,) if way == 'up' else (plain,) + (attention,) * 3
+        default = [attention] * 3 + [plain] if way == 'up' else [plain] + [attention] * 3
         types = config.get(f'{way}_block_types', default)
-        if len(types) != len(widths) or not set(types) <= {attention, plain}:
+        if not isinstance(types, list) or len(types) != len(widths) or any(t not in (attention, plain) for t in types):
             raise config.refuse(
                 f'{way}_block_types',
                 types,
@@ -180,7 +189,7 @@ def network_settings(values, path):
         attends[way] = [block == attention for block in types]
     if attends['up'] != attends['down'][::-1]:
         raise ValueError(f'{path}: down_block_types and up_block_types differ in where there is attention')
-    groups = config.get('norm_num_groups', 32)
+    groups = config.number('norm_num_groups', 32)
     if (own := config.get('attn_norm_num_groups', None)) not in (None, groups):
         raise config.refuse('attn_norm_num_groups', own, f'norm_num_groups, {groups}, is needed')
     heads = config.get('attention_head_dim', 8)
@@ -194,10 +203,10 @@ def network_settings(values, path):
         'model': {
             'channels': widths[0],
             'multipliers': tuple(width // widths[0] for width in widths),
-            'num_blocks': config.get('layers_per_block', 2),
+            'num_blocks': config.number('layers_per_block', 2),
             'attention_resolutions': tuple(size >> level for level, a in enumerate(attends['down']) if a),
             'groups': groups,
-            'dropout': float(config.get('dropout', 0.0)),
+            'dropout': config.get('dropout', 0.0),
             'first_level': 0,
         },
     }
@@ -211,10 +220,12 @@ def scheduler_settings(values, path):
     if name not in ('DDPMScheduler', 'DDIMScheduler'):
         raise ValueError(f"{path}: _class_name is {name!r}, but must be 'DDPMScheduler' or 'DDIMScheduler'")
     config = Config(values, path)
-    T = config.get('num_train_timesteps', 1000)
+    T = config.number('num_train_timesteps', 1000)
     stochastic = name == 'DDPMScheduler'
     kind = 'epsilon' if config.get('predict_epsilon', True) else 'sample'  # as older files say it
     clip = config.get('clip_sample', True)
+    if not isinstance(clip, bool):
+        raise config.refuse('clip_sample', clip, 'true or false is needed')
     spacing = config.choose('timestep_spacing', 'leading', dict(zip(SPACINGS, SPACINGS, strict=True)))
     # What this scheduler does not look at: a scheduler made of another one's config keeps the other's keys.
     inert = ['set_alpha_to_one'] if stochastic else ['variance_type']
