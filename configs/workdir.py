@@ -18,7 +18,8 @@ def get_config(workdir=''):
     config = default.get_config()
     try:
         with open(path, encoding='utf-8') as file:
-            config.update(json.load(file))
+            stored = json.load(file)
+        config.update({part: stored[part] for part in config if part in stored})
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise SystemExit(f'error: {path} is no config of this version: {error}') from error
     return config

@@ -45,6 +45,7 @@ ddim(batch_size=4, num_inference_steps={short}, eta=0.0, use_clipped_model_outpu
 
 def run(config, workdir):
     """Write export/<name>/ from the newest checkpoint. Returns the process's exit status."""
+    config = experiment.resolve(config, workdir)
     exp = experiment.build(config)
     with experiment.naming('config.interop'):
         step, params = experiment.load_params(exp, config, workdir, config.interop.weights)
@@ -98,13 +99,12 @@ def write_card(folder, config, workdir, step, params):
             f'{part}.{key}': value
             for part in ('data', 'model', 'schedule', 'train')
             for key, value in config[part].to_dict().items()
-            if key != 'data_dir'
+            if key not in experiment.INCIDENTAL
         },
+        'data.source': public(data.source),
+        **({'imported from': public(config.interop.source)} if config.interop.source else {}),
         **versions(),
     }
-    if config.interop.source:
-        project, _, place = config.interop.source.partition(':')
-        record['imported from'] = f'{project}: {os.path.basename(place) if os.path.exists(place) else place}'
 
     samples = likelihood = ''
     drawn, details = newest(workdir, 'samples', 'record.json', lambda record: record['params_sha256'] == digest)
@@ -123,7 +123,7 @@ def write_card(folder, config, workdir, step, params):
         with open(os.path.join(measured, 'ledger.md'), encoding='utf-8') as file:
             likelihood = f'\n## Likelihood\n\n{file.read().strip()}\n'
     card = CARD.format(
-        title=f'{data.source} at {data.image_size}×{data.image_size}, DDPM',
+        title=f'{public(data.source)} at {data.image_size}×{data.image_size}, DDPM',
         size=f'{data.image_size}×{data.image_size}×{data.channels}',
         count=sum(leaf.size for leaf in jax.tree.leaves(params)),
         T=config.schedule.T,
@@ -135,6 +135,12 @@ def write_card(folder, config, workdir, step, params):
     )
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
         file.write(card)
+
+
+def public(source):
+    """A source of images or weights, as PROJECT:PLACE, without the folders of this machine."""
+    project, _, place = source.partition(':')
+    return f'{project}:{os.path.basename(place.rstrip("/"))}' if os.path.exists(os.path.expanduser(place)) else source
 
 
 def newest(workdir, kind, file, of_these):

@@ -149,6 +149,21 @@ def test_on_the_command_line(tmp_path, capsys):
     assert_refused(main('--config=configs/workdir.py:nowhere', '--workdir=nowhere'), 'nowhere/config.json')
 
 
+def test_a_run_of_ones_own_pictures_is_exported_without_their_folders(tmp_path):
+    """Though the config leaves open what they are; and its config.json is a config, whatever else it tells."""
+    pictures = tmp_path / 'private' / 'cats'
+    pictures.mkdir(parents=True)
+    config = tiny({'data.source': f'folder:{pictures}', 'data.cache_dir': str(tmp_path / 'private')})
+    params = random_params(config, 1)
+    make_run(tmp_path / 'run', config, 1, params=params, ema=params)
+    path = tmp_path / 'run' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'images': {'count': 3}}))
+    config = config_of(tmp_path / 'run', data__image_size=0)
+    assert publish.run(config, str(tmp_path / 'run')) == 0
+    card = (tmp_path / 'run' / 'export' / 'step1-ema' / 'README.md').read_text()
+    assert 'private' not in card and 'folder:cats' in card and '| data.image_size | 8 |' in card
+
+
 def test_runs_from_before_levels_could_begin_at_0(tmp_path):
     config = tiny()
     experiment.remember_config(config, str(tmp_path))

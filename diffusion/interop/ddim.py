@@ -66,6 +66,8 @@ def network_settings(tensors, path, image_size):
         widths.append(tensors[name].shape[0])
     if any(width % channels for width in widths):
         raise ValueError(f'{path}: the widths {widths} are not multiples of the {channels} of conv_in.weight')
+    if image_size < 1:
+        raise ValueError(f'{path} does not say for images of which size it is: give config.data.image_size')
     levels = range(len(widths))
     num_blocks = sum(f'down.0.block.{i}.conv1.weight' in tensors for i in range(len(tensors)))
     return {

@@ -267,6 +267,12 @@ class Malice:
         return os.mkdir, ('made-by-a-checkpoint',)
 
 
+def test_the_size_of_images_is_not_in_the_file(ddim_network, tmp_path):
+    torch.save(ddim_state(ddim_network, levels=2), tmp_path / 'model.ckpt')
+    with pytest.raises(RunError, match=r'give config\.data\.image_size'):
+        import_to(tmp_path / 'ours', f'ddim:{tmp_path / "model.ckpt"}', {'data.image_size': 0})
+
+
 @pytest.mark.parametrize(
     ('content', 'words'),
     [
