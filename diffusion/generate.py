@@ -80,7 +80,7 @@ def run(config, workdir):
             'checkpoint_step': step,
             **asked.to_dict(),
             **done,
-            **({'timesteps': how['timesteps'].tolist()} if asked.compat else {}),
+            **({'timesteps': how['timesteps'].tolist(), 'last_noise': how['last_noise']} if asked.compat else {}),
             'count': len(images),
             'model': config.model.to_dict(),
             'params_sha256': experiment.digest(params),

@@ -203,6 +203,7 @@ def changed(tmp_path, file, **changes):
         ('downsample_padding', 1),
         ('downsample_type', 'resnet'),
         ('attention_head_dim', 4),
+        ('attention_head_dim', [8, 8]),
         ('attn_norm_num_groups', 1),
         ('mid_block_type', None),
         ('mid_block_scale_factor', 2),

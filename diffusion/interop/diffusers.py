@@ -195,7 +195,7 @@ def network_settings(values, path):
     heads = config.get('attention_head_dim', 8)
     if heads is not None:
         attended = {width for width, a in zip(widths, attends['down'], strict=True) if a} | {widths[-1]}
-        if attended != {heads}:
+        if type(heads) is not int or attended != {heads}:
             raise config.refuse('attention_head_dim', heads, f'one head is needed: null, for widths {sorted(attended)}')
 
     settings = {
