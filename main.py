@@ -4,6 +4,9 @@
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample      draw images
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=likelihood  every likelihood, term by term
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=data        what the network will see
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=export      a folder for diffusers
+    python main.py --config=configs/digits.py --workdir=runs/other --mode=import --config.interop.source=diffusers:PATH
+    python main.py --config=configs/workdir.py:runs/other --workdir=runs/other --mode=sample
 
 Any key of configs/default.py can be changed: --config.train.batch_size=64 --config.sample.eta=0.0
 """
@@ -21,6 +24,8 @@ MODES = {
     'sample': 'diffusion.generate',
     'likelihood': 'diffusion.evaluate',
     'data': 'diffusion.preview',
+    'import': 'diffusion.adopt',
+    'export': 'diffusion.publish',
 }
 
 config_flags.DEFINE_config_file('config', None, 'The config file, as configs/digits.py.', lock_config=True)

@@ -53,6 +53,7 @@ class Network:
     """A network without its parameters; those are a plain dict of arrays."""
 
     make: Any  # nnx.Rngs → nnx.Module
+    first_level: int = 1  # what its module calls level 1
 
     def init(self, key):
         """Fresh parameters."""
@@ -62,10 +63,9 @@ class Network:
         """The callable (x_t (B, ...), t (B,)) → (B, ...); with dropout where a key is given."""
         graph, _ = nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))))
         module = nnx.merge(graph, params)
-        if dropout_key is None:
-            return module
-        rngs = nnx.Rngs(dropout=dropout_key)
-        return lambda x_t, t: module(x_t, t, deterministic=False, rngs=rngs)
+        how = {} if dropout_key is None else dict(deterministic=False, rngs=nnx.Rngs(dropout=dropout_key))
+        # Our levels are 1 … T; weights trained by others have learned 0 … T−1.
+        return lambda x_t, t: module(x_t, t - (1 - self.first_level), **how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +154,8 @@ def make_network(model, images):
     """The Network that config.model describes, for images of config.data."""
     if model.dtype not in ('float32', 'bfloat16'):
         raise ValueError(f"dtype is {model.dtype!r}, but must be 'float32' or 'bfloat16'")
+    if model.first_level not in (0, 1):
+        raise ValueError(f'first_level is {model.first_level}, but must be 1, or 0 for weights trained by others')
 
     def make(rngs):
         return UNet(
@@ -170,7 +172,7 @@ def make_network(model, images):
             rngs=rngs,
         )
 
-    return Network(make)
+    return Network(make, model.first_level)
 
 
 def make_optimizer(config):
