@@ -39,12 +39,9 @@ def make_sampler(exp, params, shape, *, batch_size, **how):
 def run(config, workdir):
     """Draw sample.num_images images and write samples/<name>/. Returns the process's exit status."""
     asked = config.sample
-    with experiment.naming('config.sample'):
-        _check(asked)
     config = experiment.resolve(config, workdir)
     exp = experiment.build(config)
-    with experiment.naming('config.sample'):
-        step, params = experiment.load_params(exp, config, workdir, asked.weights)
+    step, params = experiment.load_params(exp, config, workdir, asked.weights)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     batch_size = min(asked.batch_size, asked.num_images)
     with experiment.naming('config.sample'):
@@ -110,13 +107,6 @@ def run(config, workdir):
     for file in ('grid.png', 'samples.npz', 'record.json'):
         print(os.path.join(folder, file))
     return 0
-
-
-def _check(asked):
-    for key in ('num_images', 'batch_size'):
-        if asked[key] < 1:
-            raise ValueError(f'{key} is {asked[key]}, but must be at least 1')
-    experiment.check_seed(asked.seed)
 
 
 def colour_drift(images, data_means):
