@@ -124,7 +124,7 @@ def test_stopped_and_gone_on_with_gives_the_same(workdir, monkeypatch, capsys):
         ({'variance': 'huge'}, "'small', 'large'"),
         ({'num_steps': 5}, '1 to 4'),
         ({'rtol': 0.0}, 'rtol'),
-        ({'weights': 'best'}, "'ema' or 'raw'"),
+        ({'weights': 'best'}, "'ema', 'raw'"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_by_its_key(workdir, change, message):

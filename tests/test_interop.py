@@ -164,21 +164,6 @@ def test_a_run_of_ones_own_pictures_is_exported_without_their_folders(tmp_path):
     assert 'private' not in card and 'folder:cats' in card and '| data.image_size | 8 |' in card
 
 
-def test_runs_from_before_levels_could_begin_at_0(tmp_path):
-    config = tiny()
-    experiment.remember_config(config, str(tmp_path))
-    stored = json.loads((tmp_path / 'config.json').read_text())
-    del stored['model']['first_level']
-    (tmp_path / 'config.json').write_text(json.dumps(stored))
-    experiment.check_config(config, str(tmp_path))
-    config.model.first_level = 0
-    with pytest.raises(RunError, match=r'config\.model\.first_level: 1 there, 0 asked'):
-        experiment.check_config(config, str(tmp_path))
-
-
-# ── What cannot be expressed is refused by its name ──────────────────────────────────────────────────────────────────
-
-
 def changed(tmp_path, file, **changes):
     """A copy of the fixture with these keys in one of its JSON files."""
     folder = shutil.copytree(FIXTURE, tmp_path / 'theirs')

@@ -39,7 +39,7 @@ def put_whole(array, sharding):
 
 def gather(array):
     """The whole of an array that may be split over devices and hosts, on every host."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
