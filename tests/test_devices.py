@@ -138,7 +138,7 @@ def test_remat_saves_memory_and_changes_nothing(seen):
     temp, off = seen['economies']['temp'], seen['economies']['off']
     assert temp['remat'] < 0.7 * temp['plain']
     assert off['remat'] < 1e-5
-    assert off['other dropout'] > 0.01  # the dropout is drawn again as it was
+    assert off['other dropout'] > 0.001  # the dropout is drawn again as it was
 
 
 def test_bfloat16_saves_memory_and_changes_little(seen):
