@@ -160,7 +160,7 @@ def test_two_hosts_go_on_as_four(stopped, tmp_path, cache):
     np.testing.assert_allclose(losses(four), losses(one), rtol=1e-5)
     pictures = [list((folder / 'samples' / 'progress').iterdir()) for folder in (four, one)]
     assert [len(files) for files in pictures] == [1, 1]
-    assert len(list((four / 'logs' / 'events').iterdir())) == len(list((workdir / 'logs' / 'events').iterdir())) + 1
+    assert len(list((four / 'logs').glob('events*'))) == len(list((workdir / 'logs').glob('events*'))) + 1
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_a_host_that_dies_ends_the_others(tmp_path, cache, killed):
         wait([other], workdir)
         assert time.monotonic() - started < timeout + 20
     assert other.returncode not in (0, None)
-    assert any(word in said(workdir, 1 - killed) for word in ('another host', 'heartbeat', 'peer', 'task'))
+    assert any(word in said(workdir, 1 - killed) for word in ('another host has gone', 'another task died'))
 
 
 @pytest.mark.parametrize(
