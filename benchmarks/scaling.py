@@ -29,7 +29,7 @@ NETWORKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Rates of one device, as the makers state them; bytes a second leave and arrive at once."""
+    """Rates of one device, as they are usually stated; bytes a second leave and arrive at once."""
 
     flops: float  # bfloat16, dense, a second
     memory: float  # bytes a second of its own memory
@@ -43,7 +43,6 @@ DEVICES = {
     'TPU v4': Device(flops=275e12, memory=1.2e12, near=90e9, group=4096, far=6.25e9, hop=1e-6),
     'TPU v5e': Device(flops=197e12, memory=0.81e12, near=90e9, group=256, far=3.125e9, hop=1e-6),
     'H100, NVLink + 400 Gb/s each': Device(flops=989e12, memory=3.35e12, near=450e9, group=8, far=50e9, hop=5e-6),
-    'A100, NVLink + 200 Gb/s each': Device(flops=312e12, memory=2.0e12, near=300e9, group=8, far=25e9, hop=5e-6),
 }
 UTILISATION = 0.35  # of the peak rate, by convolutions of this width where a device has enough images
 STATE_TRAFFIC = 4 * 9  # bytes a parameter: gradient read; parameters, EMA, two moments read and written
@@ -115,6 +114,23 @@ def markdown(rows):
             f'| {row["network"]} | {row["device"]} | {row["devices"]:,} | {row["batch"]:,} | {times} | '
             f'{row["images a second"]:,.0f} | {row["efficiency"]:.0%} … {row["efficiency, hidden"]:.0%} |'
         )
+    return '\n'.join(lines) + '\n'
+
+
+def markdown_of_memory(result):
+    """The bytes as docs/cluster.md shows them."""
+    lines = ['| CIFAR-10 on a device | state, MB | temporary, MB |', '|---|---:|---:|']
+    for name, found in result['CIFAR-10, bytes on a device'].items():
+        lines.append(f'| {name} | {found["state"] / 1e6:,.0f} | {found["temporary"] / 1e6:,.0f} |')
+    return '\n'.join(lines) + '\n'
+
+
+def markdown_of_rates(result):
+    """The images a second as docs/scaling.md shows them."""
+    lines = ['| mesh | images/s | state, MB | temporary, MB |', '|---|---:|---:|---:|']
+    for name, found in result['digits, batch of 64'].items():
+        rate = found['images a second, median of three']
+        lines.append(f'| {name} | {rate:,.0f} | {found["state"] / 1e6:.1f} | {found["temporary"] / 1e6:.1f} |')
     return '\n'.join(lines) + '\n'
 
 
@@ -227,16 +243,14 @@ def main():
         result[part][name] = found
         write_json(os.path.join('benchmarks', 'results', 'scaling-cpu.json'), result)
 
-    for devices in (1, 2, 4, 8):
-        for fsdp in sorted({1, devices}):
-            name = f'data {devices // fsdp} × fsdp {fsdp}'
-            keep('digits, batch of 64', name, in_a_process(devices, measure_rate, devices, fsdp))
     for name, changes in SAVINGS.items():
         found = in_a_process(1, measure_memory, 1, BATCH, **changes)
         keep('CIFAR-10, bytes on a device', f'1 device, batch of {BATCH}, {name}', found)
-    for fsdp in (1, 8):
-        name = f'8 devices, batch of {8 * BATCH}, fsdp={fsdp}'
-        keep('CIFAR-10, bytes on a device', name, in_a_process(8, measure_memory, fsdp, 8 * BATCH))
+    name = f'8 devices, batch of {8 * BATCH}, fsdp=8'
+    keep('CIFAR-10, bytes on a device', name, in_a_process(8, measure_memory, 8, 8 * BATCH))
+    for devices, fsdp in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 8)):
+        name = f'data {devices // fsdp} × fsdp {fsdp}'
+        keep('digits, batch of 64', name, in_a_process(devices, measure_rate, devices, fsdp))
     print(json.dumps(result, indent=2))
 
 
