@@ -3,17 +3,20 @@
 # make test        the test suite, in minutes
 # make test-slow   what takes longer: the demo's quality, likelihoods of a trained run
 # make peers       comparisons with PyTorch and diffusers, in an environment of their own
+# make chaos       kill a run at random moments, damage its checkpoints, fill its disk; KILLS=100 for the long form
 # make bench       the numbers of the README
 # make lint        style and format
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= test
+KILLS ?= 8
+CORRUPTIONS ?= 40
 
 python := $(VENV)/bin/python
 demo := runs/digits
 main := $(python) main.py --config=configs/digits.py --workdir=$(demo)
 
-.PHONY: demo prepare test test-slow peers bench lint install clean
+.PHONY: demo prepare test test-slow peers chaos bench lint install clean
 
 install: $(VENV)/installed
 
@@ -48,6 +51,9 @@ test-slow: install
 peers:
 	$(MAKE) install VENV=.venv-peers EXTRAS=test,peers
 	.venv-peers/bin/python -m pytest -m peers
+
+chaos: install
+	$(python) -m tests.chaos --kills=$(KILLS) --corruptions=$(CORRUPTIONS)
 
 bench: install
 	$(python) -m benchmarks.cost

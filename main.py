@@ -4,6 +4,9 @@
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample      draw images
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=likelihood  every likelihood, term by term
     python main.py --config=configs/digits.py --workdir=runs/digits --mode=data        what the network will see
+    python main.py --config=configs/digits.py --workdir=runs/digits --mode=export      a folder for diffusers
+    python main.py --config=configs/digits.py --workdir=runs/other --mode=import --config.interop.source=diffusers:PATH
+    python main.py --config=configs/workdir.py:runs/other --workdir=runs/other --mode=sample
 
 Any key of configs/default.py can be changed: --config.train.batch_size=64 --config.sample.eta=0.0
 """
@@ -21,6 +24,8 @@ MODES = {
     'sample': 'diffusion.generate',
     'likelihood': 'diffusion.evaluate',
     'data': 'diffusion.preview',
+    'import': 'diffusion.adopt',
+    'export': 'diffusion.publish',
 }
 
 config_flags.DEFINE_config_file('config', None, 'The config file, as configs/digits.py.', lock_config=True)
@@ -56,10 +61,13 @@ def main(argv):
         sys.exit(f'error: --workdir={flags.FLAGS.workdir} is no folder')
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.FATAL)  # what libraries find wrong reaches the user as our errors
-    from diffusion import experiment  # imports JAX, once the flags are known to be good
-    from diffusion.runtime.interrupt import EXIT_STATUS
+    try:
+        from diffusion import experiment  # imports JAX, once the flags are known to be good
+        from diffusion.runtime.interrupt import EXIT_STATUS
 
-    run = importlib.import_module(MODES[flags.FLAGS.mode]).run
+        run = importlib.import_module(MODES[flags.FLAGS.mode]).run
+    except KeyboardInterrupt:
+        sys.exit('interrupted')
     try:
         experiment.begin(flags.FLAGS.config)
         sys.exit(run(flags.FLAGS.config, workdir))

@@ -29,6 +29,7 @@ def get_config():
     config.model.groups = 32  # of GroupNorm
     config.model.dropout = 0.1  # probability
     config.model.remat = False  # compute activations again on the way back, a third more work for far less memory
+    config.model.first_level = 1  # what the network hears at level 1; 0 for weights of others (--mode=import sets it)
     config.model.dtype = 'float32'  # of convolutions and matmuls: 'float32', or 'bfloat16' on accelerators
 
     config.schedule = ConfigDict()
@@ -64,6 +65,7 @@ def get_config():
     config.sample.weights = 'ema'  # or 'raw'
     config.sample.batch_size = 256  # images at a time; the images do not depend on it
     config.sample.seed = 0  # image i depends on (seed, i) alone
+    config.sample.compat = ''  # as 'diffusers', 'diffusers-ddim', 'ddim' or 'ho' sample, whatever stands above
 
     config.likelihood = ConfigDict()
     config.likelihood.quantities = ('posterior', 'transition', 'printed', 'importance', 'flow')  # rows of the ledger
@@ -81,6 +83,10 @@ def get_config():
     config.likelihood.weights = 'ema'  # or 'raw'
     config.likelihood.batch_size = 100  # images at a time
     config.likelihood.seed = 0
+
+    config.interop = ConfigDict()
+    config.interop.source = ''  # of --mode=import: 'diffusers:FOLDER', 'diffusers:HUB_ID' or 'ddim:FILE'
+    config.interop.weights = 'ema'  # of --mode=export; or 'raw'
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices over which parameters, EMA and optimizer state are split

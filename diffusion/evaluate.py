@@ -51,13 +51,14 @@ def quantities(config, exp):
 def run(config, workdir):
     """Write likelihood/<name>/, part by part, going on where an earlier call stopped. Returns the exit status."""
     asked = config.likelihood
-    with experiment.naming('config.likelihood'):
-        _check(asked)
+    if not asked.quantities or not set(asked.quantities) <= set(QUANTITIES):
+        raise RunError(
+            f'config.likelihood.quantities is {asked.quantities}, but must name some of {", ".join(QUANTITIES)}'
+        )
     config = experiment.resolve(config, workdir)
     config.model.dtype = 'float32'
     exp = experiment.build(config)
-    with experiment.naming('config.likelihood'):
-        step, params = experiment.load_params(exp, config, workdir, asked.weights)
+    step, params = experiment.load_params(exp, config, workdir, asked.weights)
     images = experiment.load_images(config, asked.split)
     if asked.num_images > len(images):
         raise RunError(
@@ -104,26 +105,6 @@ class Part(NamedTuple):
 
     def path(self, folder):
         return os.path.join(folder, 'parts', f'{self.quantity}-{self.k}-{self.start:08d}.npz')
-
-
-def _check(asked):
-    unknown = [quantity for quantity in asked.quantities if quantity not in QUANTITIES]
-    if unknown or not asked.quantities:
-        raise ValueError(f'quantities is {asked.quantities}, but must name some of {", ".join(QUANTITIES)}')
-    for key, least in {
-        'num_images': 0,
-        'samples': 1,
-        'num_steps': 0,
-        'levels': 0,
-        'batch_size': 1,
-        'probes': -1,
-    }.items():
-        if asked[key] < least:
-            raise ValueError(f'{key} is {asked[key]}, but must be at least {least}')
-    experiment.check_seed(asked.seed)
-    for key in ('rtol', 'atol'):
-        if not 0 < asked[key] < 1:
-            raise ValueError(f'{key} is {asked[key]}, but must lie in (0, 1)')
 
 
 def _compute(functions, parts, folder, params, images, asked, mesh, interrupt):

@@ -14,8 +14,7 @@ import optax
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from diffusion import data, gaussian, schedule
-from diffusion.loss import WEIGHTINGS
+from diffusion import data, gaussian, keys, schedule
 from diffusion.networks.unet import UNet
 from diffusion.runtime import distributed
 from diffusion.runtime import mesh as meshes
@@ -53,6 +52,7 @@ class Network:
     """A network without its parameters; those are a plain dict of arrays."""
 
     make: Any  # nnx.Rngs → nnx.Module
+    first_level: int = 1  # what its module calls level 1
 
     def init(self, key):
         """Fresh parameters."""
@@ -62,10 +62,9 @@ class Network:
         """The callable (x_t (B, ...), t (B,)) → (B, ...); with dropout where a key is given."""
         graph, _ = nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))))
         module = nnx.merge(graph, params)
-        if dropout_key is None:
-            return module
-        rngs = nnx.Rngs(dropout=dropout_key)
-        return lambda x_t, t: module(x_t, t, deterministic=False, rngs=rngs)
+        how = {} if dropout_key is None else dict(deterministic=False, rngs=nnx.Rngs(dropout=dropout_key))
+        # Our levels are 1 … T; weights trained by others have learned 0 … T−1.
+        return lambda x_t, t: module(x_t, t - (1 - self.first_level), **how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,41 +109,34 @@ def keep_programs(config, workdir):
     compilation_cache.reset_cache()  # else JAX holds to what it found when it first compiled something
 
 
+def check(config):
+    """Raise RunError, which names the key, for a value that it cannot have, before anything is read or built."""
+    try:
+        keys.check(config)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
 def build(config):
     """The Experiment that a config describes. Raises RunError, which names the key, where it describes none."""
-    with naming('config.seed'):
-        check_seed(config.seed)
+    check(config)
     with naming('config.schedule'):
         noise_schedule = make_schedule(config.schedule)
     with naming('config.model.kind'):
-        if config.model.kind not in gaussian.KINDS:
-            raise ValueError(f'{config.model.kind!r} is none of {", ".join(gaussian.KINDS)}')
         gaussian.require_signal(noise_schedule, config.model.kind, noise_schedule.T)
     with naming('config.model'):
         network = make_network(config.model, config.data)
         jax.eval_shape(network.init, jax.random.key(0))
     with naming('config.mesh'):
         mesh = meshes.make_mesh(config.mesh.fsdp)
-    with naming('config.train.loss'):
-        if config.train.loss not in WEIGHTINGS:
-            raise ValueError(f'{config.train.loss!r} is none of {", ".join(WEIGHTINGS)}')
-    with naming('config.train'):
-        optimizer, learning_rate = make_optimizer(config.train)
+    optimizer, learning_rate = make_optimizer(config.train)
     return Experiment(noise_schedule, network, optimizer, learning_rate, mesh)
-
-
-def check_seed(seed):
-    """Raise ValueError for what cannot be a seed."""
-    if not 0 <= seed < 2**31:
-        raise ValueError(f'seed is {seed}, but must lie in [0, 2³¹)')
 
 
 def make_schedule(config):
     """The Schedule that config.schedule describes."""
     if config.name not in schedule.SCHEDULES:
         raise ValueError(f'name is {config.name!r}, but must be one of {", ".join(schedule.SCHEDULES)}')
-    if config.T < 1:
-        raise ValueError(f'T is {config.T}, but a chain has at least one noise level')
     if config.name == 'cosine':
         return schedule.cosine(config.T, config.offset, config.max_beta)
     return schedule.SCHEDULES[config.name](config.T, config.beta_start, config.beta_end)
@@ -152,8 +144,6 @@ def make_schedule(config):
 
 def make_network(model, images):
     """The Network that config.model describes, for images of config.data."""
-    if model.dtype not in ('float32', 'bfloat16'):
-        raise ValueError(f"dtype is {model.dtype!r}, but must be 'float32' or 'bfloat16'")
 
     def make(rngs):
         return UNet(
@@ -170,29 +160,11 @@ def make_network(model, images):
             rngs=rngs,
         )
 
-    return Network(make)
+    return Network(make, model.first_level)
 
 
 def make_optimizer(config):
     """Adam behind a clipped gradient, and its learning rate as a function of the steps done."""
-    for key in (
-        'batch_size',
-        'accumulate',
-        'num_steps',
-        'max_bad_steps',
-        'checkpoint_every',
-        'keep_checkpoints',
-        'log_every',
-    ):
-        if config[key] < 1:
-            raise ValueError(f'{key} is {config[key]}, but must be at least 1')
-    for key in ('warmup_steps', 'grad_clip', 'sample_every'):
-        if config[key] < 0:
-            raise ValueError(f'{key} is {config[key]}, but must not be negative')
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(f'ema_decay is {config.ema_decay}, but must lie in [0, 1)')
-    if not 0 < config.learning_rate < float('inf'):
-        raise ValueError(f'learning_rate is {config.learning_rate}, but must be positive')
 
     def learning_rate(step):
         return config.learning_rate * jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
@@ -213,6 +185,7 @@ def resolve(config, workdir):
 
     As in the run that `workdir` holds, if it holds one; else from a look at the pictures, and said.
     """
+    check(config)
     config = config.copy_and_resolve_references()
     opened = [part for part in ('image_size', 'channels') if not config.data[part]]
     if not opened and config.model.channels:
@@ -226,7 +199,8 @@ def resolve(config, workdir):
     with naming('config.data'):
         seen = data.survey(config.data.source, crop=config.data.crop, data_dir=config.data.data_dir)
         if not seen.sizes:
-            raise ValueError(f'none of the {seen.seen} pictures looked at can be decoded: {seen.bad[:3]}')
+            first = ''.join(f'\n    {name!r} {reason}' for name, reason in seen.bad[:5])
+            raise ValueError(f'none of the {seen.seen} pictures looked at can be decoded. The first:{first}')
     if not config.data.image_size:
         config.data.image_size = chosen_size(seen.sizes)
     if not config.data.channels:
@@ -369,10 +343,8 @@ def digest(params):
 def load_params(exp, config, workdir, weights):
     """(step, params) of the newest checkpoint. Raises RunError where there is none.
 
-    weights: 'ema' or 'raw'; ValueError for another.
+    weights: 'ema' or 'raw'.
     """
-    if weights not in ('ema', 'raw'):
-        raise ValueError(f"weights is {weights!r}, but must be 'ema' or 'raw'")
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
         raise RunError(
             f'there is no run in {workdir} (no folder checkpoints/ in it): train one first with --mode=train'

@@ -59,12 +59,15 @@ def predict(schedule, kind, output, x_t, t, *, clip=False) -> Prediction:
         'x0'    ε̂ = (x_t − √ᾱ_t·x̂_0)/√(1−ᾱ_t)
         'v'     x̂_0 = √ᾱ_t·x_t − √(1−ᾱ_t)·v̂,   ε̂ = √(1−ᾱ_t)·x_t + √ᾱ_t·v̂
 
-    With `clip`, x̂_0 is clipped to [−1, 1], and ε̂ is derived again so that the two still make x_t.
+    With `clip`, x̂_0 is clipped to [−1, 1], and ε̂ is derived again so that the two still make x_t; with
+    clip='x0-only' ε̂ stays what it was, and they do not (diffusers' DDIM).
 
-    output, x_t: (B, ...); t: (B,) or scalar, t ≥ 1.
-    Raises ValueError for another kind, and for 'eps' at a level where ᾱ_t = 0: x_t then holds nothing
-    of x_0 (x̂_0 is NaN where `t` is traced).
+    output, x_t: (B, ...); t: (B,) or scalar, t ≥ 1; clip: False, True or 'x0-only'.
+    Raises ValueError for another kind or clip, and for 'eps' at a level where ᾱ_t = 0: x_t then holds
+    nothing of x_0 (x̂_0 is NaN where `t` is traced).
     """
+    if clip not in (False, True, 'x0-only'):
+        raise ValueError(f"clip is {clip!r}, but must be False, True or 'x0-only'")
     signal, noise = like(schedule.signal(t), x_t), like(schedule.noise(t), x_t)
     if kind == 'eps':
         require_signal(schedule, kind, t)
@@ -78,7 +81,7 @@ def predict(schedule, kind, output, x_t, t, *, clip=False) -> Prediction:
         raise _unknown(kind)
     if clip:
         x0 = jnp.clip(prediction.x0, -1, 1)
-        prediction = Prediction(x0, (x_t - signal * x0) / noise)
+        prediction = Prediction(x0, prediction.eps if clip == 'x0-only' else (x_t - signal * x0) / noise)
     return prediction
 
 

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from diffusion import data, experiment, sampler
+from diffusion import compat, data, experiment, sampler
 from diffusion.experiment import RunError
 from diffusion.metrics import frechet
 from diffusion.report.grid import save_grid
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.files import versions, write_json
-from diffusion.schedule import timesteps
 
 LARGEST_FRECHET = 4096  # values an image; the covariance has the square of that
 
@@ -41,27 +40,19 @@ def make_sampler(exp, params, shape, *, batch_size, **how):
 def run(config, workdir):
     """Draw sample.num_images images and write samples/<name>/. Returns the process's exit status."""
     asked = config.sample
-    with experiment.naming('config.sample'):
-        _check(asked)
     config = experiment.resolve(config, workdir)
     exp = experiment.build(config)
-    with experiment.naming('config.sample'):
-        step, params = experiment.load_params(exp, config, workdir, asked.weights)
+    step, params = experiment.load_params(exp, config, workdir, asked.weights)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     batch_size = min(asked.batch_size, asked.num_images)
+    with experiment.naming('config.sample'):
+        keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip')
+        how = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys})
+        done = {key: how[key] for key in keys}
+        how = {key: value for key, value in how.items() if key not in ('num_steps', 'spacing')}
     started = time.perf_counter()
     with experiment.naming('config.sample'):
-        draw = make_sampler(
-            exp,
-            params,
-            shape,
-            batch_size=batch_size,
-            timesteps=timesteps(exp.schedule.T, asked.num_steps, asked.spacing),
-            kind=config.model.kind,
-            eta=asked.eta,
-            variance=asked.variance,
-            clip=asked.clip,
-        )
+        draw = make_sampler(exp, params, shape, batch_size=batch_size, kind=config.model.kind, **how)
     compiled = time.perf_counter()
     batches = []
     show = dict(desc='sample', unit='image', dynamic_ncols=True, disable=not meshes.is_first())
@@ -77,8 +68,9 @@ def run(config, workdir):
         return 0
 
     name = (
-        f'step{step}-{asked.weights}-eta{asked.eta:.12g}-{asked.num_steps}{asked.spacing}-{asked.variance}'
-        f'{"" if asked.clip else "-noclip"}-{config.model.dtype}-n{asked.num_images}-seed{asked.seed}'
+        f'step{step}-{asked.weights}-eta{done["eta"]:.12g}-{done["num_steps"]}{done["spacing"]}-{done["variance"]}'
+        f'{"" if done["clip"] else "-noclip"}{"-as-" * bool(asked.compat)}{asked.compat}-{config.model.dtype}'
+        f'-n{asked.num_images}-seed{asked.seed}'
     )
     folder = os.path.join(workdir, 'samples', name)
     save_grid(os.path.join(folder, 'grid.png'), images)
@@ -91,6 +83,8 @@ def run(config, workdir):
         {
             'checkpoint_step': step,
             **asked.to_dict(),
+            **done,
+            **({'timesteps': how['timesteps'].tolist(), 'last_noise': how['last_noise']} if asked.compat else {}),
             'count': len(images),
             'model': config.model.to_dict(),
             'params_sha256': params_digest,
@@ -114,13 +108,6 @@ def run(config, workdir):
     for file in ('grid.png', 'samples.npz', 'record.json'):
         print(os.path.join(folder, file))
     return 0
-
-
-def _check(asked):
-    for key in ('num_images', 'batch_size'):
-        if asked[key] < 1:
-            raise ValueError(f'{key} is {asked[key]}, but must be at least 1')
-    experiment.check_seed(asked.seed)
 
 
 def colour_drift(images, data_means):

@@ -21,8 +21,12 @@ def run(config, workdir):
     sizes = ', '.join(f'{width}×{height}' for (height, width), _ in seen.sizes.most_common(5))
     print(f'{seen.count} pictures in {asked.source}; of {seen.seen} looked at, {seen.grey} are grey;')
     print(f'{len(seen.sizes)} sizes: {sizes}{" …" * (len(seen.sizes) > 5)}')
+    if seen.bad:
+        share = len(seen.bad) / seen.seen
+        refused = ', which training refuses' if share > asked.max_bad_fraction else ''
+        print(f'{len(seen.bad)} of them cannot be used ({share:.1%}{refused}), of which the first:')
     for name, reason in seen.bad[:5]:
-        print(f'    cannot be used: {name!r} {reason}')
+        print(f'    {name!r} {reason}')
     if seen.images is None:
         raise experiment.RunError(f'config.data: none of the {seen.seen} pictures looked at can be used')
 
@@ -41,6 +45,7 @@ def run(config, workdir):
         'shape': list(seen.images.shape[1:]),
         'flip': asked.flip,
         'preprocessing': None,
+        'fingerprint': 'digits',
     }
     if asked.source != 'digits':
         preprocess = Preprocessing(**how)

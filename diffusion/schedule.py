@@ -169,7 +169,7 @@ def _quad(T, num_steps):
 SPACINGS = {'trailing': _trailing, 'leading': _leading, 'linspace': _linspace, 'uniform': _uniform, 'quad': _quad}
 
 
-def timesteps(T: int, num_steps: int, spacing: str = 'trailing') -> np.ndarray:
+def timesteps(T: int, num_steps: int, spacing: str = 'trailing', *, exact: bool = True) -> np.ndarray:
     """The noise levels that a chain of `num_steps` steps visits, first > … > last = 0.
 
     The chain's steps are the pairs (t, s) = (levels[i], levels[i+1]); with num_steps = T all spacings
@@ -184,16 +184,18 @@ def timesteps(T: int, num_steps: int, spacing: str = 'trailing') -> np.ndarray:
 
     diffusers and the DDIM code count levels from 0 where this project counts from 1.
 
-    Returns (num_steps+1,) int64.
+    Returns (num_steps+1,) int64; without `exact`, the different levels of whatever number of steps comes out.
     Raises ValueError where the spacing does not give exactly `num_steps` different steps (the DDIM
-    code then silently runs another number), or would start at level 1.
+    code then silently runs another number) and `exact` is asked, or would start at level 1.
     """
     if spacing not in SPACINGS:
         raise ValueError(f'spacing is {spacing!r}, but must be one of {", ".join(SPACINGS)}')
     if not 1 <= num_steps <= T:
         raise ValueError(f'num_steps is {num_steps}, but a schedule of T={T} levels allows 1 to {T}')
     levels = _levels(T, num_steps, spacing)
-    if len(levels) != num_steps or np.any(np.diff(levels) >= 0):
+    if not exact:
+        levels = np.unique(levels)[::-1]
+    elif len(levels) != num_steps or np.any(np.diff(levels) >= 0):
         possible = [n for n in range(1, T + 1) if _is_exact(T, n, spacing)]
         near = sorted(possible, key=lambda n: abs(n - num_steps))[:2]
         raise ValueError(

@@ -185,11 +185,9 @@ def feed(config, exp, images, start):
     """What `train_step` takes of each step from `start` on: (images, indices) on the devices.
 
     data.placement 'device' keeps all images there, and only their numbers are sent; 'host' sends batches,
-    gathered ahead of the step that needs them; 'auto' keeps those that fit. Raises RunError for another placement.
+    gathered ahead of the step that needs them; 'auto' keeps those that fit. RunError: 'device' without a cache.
     """
     placement, stop = config.data.placement, config.train.num_steps
-    if placement not in ('auto', 'device', 'host'):
-        raise RunError(f"config.data.placement is {placement!r}, but must be 'auto', 'device' or 'host'")
     on_device = config.data.cache and meshes.fits(exp.mesh, images.images.nbytes)
     if placement == 'device' and not config.data.cache:
         raise RunError('config.data.placement is device, but with config.data.cache=False images are decoded anew')

@@ -99,6 +99,11 @@ def test_clipping_keeps_the_pair_on_x_t(t, kind):
     clipped = gaussian.predict(sch, kind, jnp.sin(3 * x_t), x_t, t, clip=True)
     np.testing.assert_array_equal(clipped.x0, np.clip(raw.x0, -1, 1))
     np.testing.assert_allclose(gaussian.q_sample(sch, clipped.x0, t, clipped.eps), x_t, atol=2e-6)
+    halfway = gaussian.predict(sch, kind, jnp.sin(3 * x_t), x_t, t, clip='x0-only')
+    np.testing.assert_array_equal(halfway.x0, clipped.x0)
+    np.testing.assert_array_equal(halfway.eps, raw.eps)
+    with pytest.raises(ValueError, match="clip is 'x0', but must be False, True or 'x0-only'"):
+        gaussian.predict(sch, kind, x_t, x_t, t, clip='x0')
 
 
 def test_q_sample_moments_and_batched_levels():

@@ -191,6 +191,7 @@ def test_each_setting_makes_other_images_in_a_folder_of_their_own(workdir, five,
         ({'batch_size': 0}, ('batch_size', '0')),
         ({'weights': 'average'}, ('weights', "'average'", 'ema', 'raw')),
         ({'seed': -1}, ('seed', '-1')),
+        ({'compat': 'Ho'}, ('compat', "'Ho'", "'ho'", "'diffusers'")),
     ],
 )
 def test_a_wrong_setting_is_named(workdir, changes, words):

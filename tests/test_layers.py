@@ -18,6 +18,8 @@ MODULES = sorted(
 # Each may import those below it, and its own folder.
 ORDER = [
     'preview',
+    'adopt',
+    'publish',
     'train',
     'generate',
     'evaluate',
@@ -26,6 +28,7 @@ ORDER = [
     'sampler',
     'likelihood',
     'gaussian',
+    'compat',
     'schedule',
 ]
 SUPPLIERS = ['networks', 'data', 'runtime', 'interop', 'metrics', 'report']

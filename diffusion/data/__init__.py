@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import grain
@@ -56,8 +57,8 @@ class Survey(NamedTuple):
     count: int  # of all pictures
     seen: int  # of them looked at
     bad: list  # (name, reason) of those seen that cannot be decoded or are not of the size asked
-    sizes: collections.Counter  # of (height, width)
-    grey: int  # pictures without colour
+    sizes: collections.Counter  # of (height, width), of those decoded
+    grey: int  # of those decoded, without colour
     images: np.ndarray | None  # (n, H, W, C) uint8: those seen, preprocessed
 
 
@@ -72,19 +73,22 @@ def survey(source, split='train', *, image_size=0, channels=0, crop='', data_dir
     preprocess = Preprocessing(crop, image_size, channels) if image_size else None
     pictures = open_source(source, split, data_dir)
     numbers = np.unique(np.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().astype(int))
-    bad, sizes, grey, images = [], collections.Counter(), 0, []
-    for i in map(int, numbers):
+
+    def look(i):
+        """(height, width), whether it is grey, the image: each None where there is none; and why not."""
+        size = is_grey = None
         try:
-            content, _ = pictures.read(i)
-            picture = decode(content)
-            if preprocess:
-                images.append(preprocess(content))
+            picture = decode(pictures.read(i)[0])
+            size, is_grey = picture.size[::-1], _is_grey(picture)
+            return size, is_grey, preprocess and preprocess.apply(picture), None
         except ValueError as error:
-            bad.append((pictures.names[i], str(error)))
-            continue
-        sizes[picture.size[::-1]] += 1
-        grey += _is_grey(picture)
-    return Survey(len(pictures), len(numbers), bad, sizes, grey, np.asarray(images) if images else None)
+            return size, is_grey, None, (pictures.names[i], str(error))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = zip(*pool.map(look, map(int, numbers)), strict=True)
+    sizes, grey, images, bad = ([one for one in part if one is not None] for part in found)
+    images = np.asarray(images) if images else None
+    return Survey(len(pictures), len(numbers), bad, collections.Counter(sizes), sum(grey), images)
 
 
 def _is_grey(picture):

@@ -1,12 +1,15 @@
 """Decoded pictures: once, in parallel, into one file on disk, from which training reads them ever after."""
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -33,10 +36,16 @@ class Images:
 
 
 class Undecoded:
-    """Images that are decoded whenever they are asked for: for what is too large for the disk."""
+    """Images that are decoded whenever they are asked for: for what is too large for the disk.
+
+    All could be decoded once. One that cannot be any more is replaced by the next that can, with a warning: a
+    picture that was moved does not end a run. Raises ValueError where RETRIES pictures in a row are gone.
+    """
+
+    RETRIES = 20
 
     def __init__(self, source, preprocess, good):
-        self._source, self._preprocess, self._good = source, preprocess, good
+        self._source, self._preprocess, self._good, self._gone = source, preprocess, good, set()
         self.shape = (len(good), preprocess.image_size, preprocess.image_size, preprocess.channels)
         self.dtype = np.dtype(np.uint8)
         self.nbytes = int(np.prod(self.shape))
@@ -45,9 +54,21 @@ class Undecoded:
         return len(self._good)
 
     def __getitem__(self, indices):
-        good = self._good[indices]
-        images = [self._preprocess(self._source.read(int(i))[0]) for i in np.ravel(good)]
-        return np.asarray(images, np.uint8).reshape(*np.shape(good), *self.shape[1:])
+        rows = np.arange(len(self))[indices]
+        images = [self._decode(row) for row in np.ravel(rows)]
+        return np.asarray(images, np.uint8).reshape(*np.shape(rows), *self.shape[1:])
+
+    def _decode(self, row):
+        for other in range(row, row + self.RETRIES):
+            i = int(self._good[other % len(self)])
+            try:
+                return self._preprocess(self._source.read(i)[0])
+            except ValueError as error:
+                complaint = f'{self._source.names[i]!r}, which could be decoded before, {error}'
+                if i not in self._gone:
+                    self._gone.add(i)
+                    print(f'warning: {complaint}; the next picture takes its place', flush=True)
+        raise ValueError(f'{complaint}; nor can the {self.RETRIES - 1} before it: is the disk still there?')
 
 
 def decoded(source, preprocess, *, directory, max_bad_fraction, keep=True):
@@ -60,20 +81,33 @@ def decoded(source, preprocess, *, directory, max_bad_fraction, keep=True):
 
     Raises ValueError where too many pictures are bad, and where there is no room.
     """
-    key = hashlib.sha256(digest_of([source.identity, preprocess.record(), keep])).hexdigest()[:16]
+    key = hashlib.sha256(digest_of([source.identity, source.classes, preprocess.record(), keep])).hexdigest()[:16]
     entry = os.path.join(directory, key)
     try:
         if not os.path.exists(entry):
             os.makedirs(directory, exist_ok=True)
             with _alone(entry):
                 if not os.path.exists(entry):
-                    _build(entry, source, preprocess, max_bad_fraction, keep)
-        return _open(entry, source, preprocess, max_bad_fraction, keep)
+                    try:
+                        _build(entry, source, preprocess, max_bad_fraction, keep)
+                    except BaseException:
+                        shutil.rmtree(entry + '.new', ignore_errors=True)
+                        raise
+        try:
+            return _open(entry, source, preprocess, max_bad_fraction, keep)
+        except TooManyBadError:
+            raise
+        except (FileNotFoundError, ValueError, KeyError, EOFError) as error:
+            raise ValueError(f'the decoded images in {entry} are damaged ({error}): remove that folder') from error
     except OSError as error:
         raise ValueError(
             f'the cache of decoded images in {directory} cannot be used: {error.strerror or error}; '
             'choose another place by --config.data.cache_dir=…'
         ) from error
+
+
+class TooManyBadError(ValueError):
+    """More pictures cannot be used than data.max_bad_fraction allows."""
 
 
 @contextlib.contextmanager
@@ -100,7 +134,7 @@ def _open(entry, source, preprocess, max_bad_fraction, keep):
     good = np.load(os.path.join(entry, 'good.npy'), allow_pickle=False)
     labels = np.load(os.path.join(entry, 'labels.npy'), allow_pickle=False)
     shape = (record['count'], preprocess.image_size, preprocess.image_size, preprocess.channels)
-    if keep:
+    if keep and len(good):
         images = np.memmap(os.path.join(entry, 'images.bin'), np.uint8, 'r', shape=shape)
     else:
         images = Undecoded(source, preprocess, good)
@@ -116,10 +150,23 @@ def _accept(bad, source, listed, max_bad_fraction):
     if bad > max_bad_fraction * len(source):
         with open(listed, encoding='utf-8') as file:
             first = ''.join(f'\n    {line.rstrip()}' for line, _ in zip(file, range(5), strict=False))
-        raise ValueError(
-            f'{_complaint(bad, source, listed)}; more than data.max_bad_fraction={max_bad_fraction:g}. '
+        enough = math.ceil(1000 * bad / len(source)) / 1000
+        raise TooManyBadError(
+            f'{_complaint(bad, source, listed)}; more than data.max_bad_fraction={max_bad_fraction:g}: '
+            f'remove or mend them, or allow so many by --config.data.max_bad_fraction={enough}. '
             f'The first:{first}'
         )
+
+
+def _in_order(pool, function, items, ahead):
+    """As pool.map, but with at most `ahead` results that nobody has taken yet: they would fill the memory."""
+    pending = collections.deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) == ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _build(entry, source, preprocess, max_bad_fraction, keep):
@@ -141,12 +188,14 @@ def _build(entry, source, preprocess, max_bad_fraction, keep):
             os.posix_fallocate(file.fileno(), 0, need)  # a disk that fills up would else kill the process later
     images = np.memmap(path, np.uint8, 'r+', shape=(len(source), size)) if need else None
     labels = np.full(len(source), -1, np.int32)
-    reasons, total = {}, np.zeros(preprocess.channels)
+    reasons, total, digest, stop = {}, np.zeros(preprocess.channels), hashlib.sha256(), threading.Event()
 
     def decode(start):
-        """The pictures of one chunk; returns the sum of each channel."""
-        sums = np.zeros(preprocess.channels)
+        """The good pictures of one chunk, and the sum of each channel."""
+        found, sums = [], np.zeros(preprocess.channels)
         for i in range(start, min(start + CHUNK, len(source))):
+            if stop.is_set():
+                break
             try:
                 content, label = source.read(i)
                 image = preprocess(content)
@@ -154,20 +203,25 @@ def _build(entry, source, preprocess, max_bad_fraction, keep):
                 reasons[i] = str(error)
                 continue
             labels[i] = -1 if label is None else label
+            found.append(image)
             sums += image.sum(axis=(0, 1), dtype=np.float64)
             if keep:
                 images[i] = image.reshape(-1)
-        return sums
+        return found, sums
 
+    workers = 2 * (os.cpu_count() or 1)
     with (
-        ThreadPoolExecutor(max_workers=2 * (os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(source), desc='decode', unit='image', dynamic_ncols=True) as bar,
     ):
         try:
-            for sums in pool.map(decode, range(0, len(source), CHUNK)):
+            for found, sums in _in_order(pool, decode, range(0, len(source), CHUNK), 2 * workers):
                 total += sums
+                for image in found:
+                    digest.update(image)
                 bar.update(min(CHUNK, len(source) - bar.n))
         except BaseException:
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -180,10 +234,7 @@ def _build(entry, source, preprocess, max_bad_fraction, keep):
     if keep and reasons:  # move the good ones together
         for row, i in enumerate(good):
             images[row] = images[i]
-    digest = hashlib.sha256()
     if keep:
-        for start in range(0, len(good), 4096):
-            digest.update(images[start : min(start + 4096, len(good))])
         images.flush()
         os.truncate(path, len(good) * size)
     record = {
@@ -192,7 +243,7 @@ def _build(entry, source, preprocess, max_bad_fraction, keep):
         'preprocessing': preprocess.record(),
         'fingerprint': preprocess.fingerprint(),
         'channel_means': (total / max(1, len(good) * preprocess.image_size**2)).tolist(),  # of 0 … 255
-        'sha256': digest.hexdigest() if keep else hashlib.sha256(digest_of(source.identity)).hexdigest(),
+        'sha256': digest.hexdigest(),  # of the pixels, whether they are kept or not
     }
     np.save(os.path.join(new, 'good.npy'), good)
     np.save(os.path.join(new, 'labels.npy'), labels[good])

@@ -87,7 +87,10 @@ class Preprocessing:
 
     def __call__(self, content):
         """The array, uint8 (image_size, image_size, channels), of a picture's bytes. Raises ValueError as `decode`."""
-        image = decode(content)
+        return self.apply(decode(content))
+
+    def apply(self, image):
+        """The same of a picture that `decode` returned. Raises ValueError where it is too small, or no square."""
         cut, resampling = CROPS[self.crop]
         top, left, size = cut(image.height, image.width)
         if top < 0 or left < 0 or top + size > image.height or left + size > image.width:
@@ -103,6 +106,13 @@ class Preprocessing:
         return np.asarray(image).reshape(self.image_size, self.image_size, self.channels)
 
 
+def _upright(image):
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF: what the camera noted is lost, but the pixels are there
+        return image.copy()
+
+
 def decode(content):
     """A picture's bytes as a Pillow image in grey ('L') or colour ('RGB').
 
@@ -113,10 +123,11 @@ def decode(content):
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
+            image = _upright(image)
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError('is no picture of a known format' if content else 'is empty') from error
     except Exception as error:  # Pillow's decoders raise whatever they like: a damaged file must not end a run
-        kind = 'is empty' if not content else 'cannot be decoded'
-        raise ValueError(f'{kind} ({type(error).__name__}: {str(error)[:200]})') from error
+        raise ValueError(f'cannot be decoded ({type(error).__name__}: {str(error)[:200]})') from error
     if image.mode.startswith('I'):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:

@@ -39,7 +39,11 @@ def prepare_folder(source, name, data_dir):
 
     def examples(pictures):
         for i in range(len(pictures)):
-            content, label = pictures.read(i)
+            try:
+                content, label = pictures.read(i)
+            except ValueError as error:
+                print(f'warning: {pictures.names[i]!r} {error}; it is left out', flush=True)
+                continue
             yield i, {'image': content} | ({'label': label} if classes else {})
 
     builder = tfds.dataset_builders.AdhocBuilder(
@@ -74,12 +78,9 @@ def main():
             where = prepare_dataset(asked.dataset, data_dir, asked.manual_dir)
     except (ValueError, OSError, AssertionError) as error:
         sys.exit(f'error: {error}')
-    name = os.path.relpath(where, data_dir) if data_dir else asked.name or asked.dataset
+    name = asked.name if asked.dataset.startswith('folder:') else asked.dataset
     print(f'prepared in {where}')
-    print(
-        f'use it by --config.data.source=tfds:{os.path.dirname(name) or name}'
-        + (f' --config.data.data_dir={data_dir}' if data_dir else '')
-    )
+    print(f'use it by --config.data.source=tfds:{name}' + (f' --config.data.data_dir={data_dir}' if data_dir else ''))
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Sequence
 
@@ -45,7 +46,7 @@ def folder(path, split, data_dir=''):
     Where there are folders train/, test/ … they are the splits; otherwise all is the split 'train'. Where
     all pictures lie in subfolders, the first of them is the class.
     """
-    path = os.path.join(data_dir, os.path.expanduser(path))
+    path = os.path.abspath(os.path.join(os.path.expanduser(data_dir), os.path.expanduser(path)))
     if not os.path.exists(path):
         raise ValueError(
             f'there is no folder or zip file {path}\n'
@@ -54,11 +55,17 @@ def folder(path, split, data_dir=''):
     if os.path.isdir(path):
         files, read = _walk(path), functools.partial(_read_file, path)
     elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)  # stays open as long as the source; nothing is unpacked
+        try:
+            archive = zipfile.ZipFile(path)  # stays open as long as the source; nothing is unpacked
+        except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
+            raise ValueError(f'the zip file {path} is damaged ({error}): fetch or make it again') from error
         files = [(i.filename, i.file_size, i.CRC) for i in archive.infolist() if _is_picture(i.filename)]
         read = functools.partial(_read_member, archive)
     else:
-        raise ValueError(f'{path} is neither a folder nor a zip file')
+        raise ValueError(
+            f'{path} is neither a folder nor a whole zip file\n'
+            '    point at the folder that the pictures are in:  --config.data.source=folder:/path/to/pictures'
+        )
     if not files:
         raise ValueError(f'there are no pictures below {path} (by suffix: {" ".join(SUFFIXES)})')
     roots = _roots(files)
@@ -99,15 +106,22 @@ def _no_split(split, path, roots):
 
 
 def _is_picture(name):
-    hidden = any(part.startswith(('.', '__MACOSX')) for part in name.split('/'))
-    return name.lower().endswith(SUFFIXES) and not hidden
+    return name.lower().endswith(SUFFIXES) and not any(map(_is_hidden, name.split('/')))
+
+
+def _is_hidden(part):
+    return part == '__MACOSX' or (part.startswith('.') and part not in ('.', '..'))
+
+
+def _tell(error):
+    print(f'warning: the folder {error.filename!r} cannot be read ({error.strerror}): its pictures are left out')
 
 
 def _walk(root):
     """(path below root, size, time of change) of each picture."""
     files, seen = [], set()
-    for parent, folders, names in os.walk(root, followlinks=True):
-        folders.sort()
+    for parent, folders, names in os.walk(root, followlinks=True, onerror=_tell):
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
         place = os.path.realpath(parent)
         if place in seen:  # a link that leads back
             folders.clear()
@@ -119,7 +133,8 @@ def _walk(root):
             if _is_picture(name):
                 try:
                     status = os.stat(os.path.join(root, name))
-                    files.append((name, status.st_size, status.st_mtime_ns))
+                    if stat.S_ISREG(status.st_mode):
+                        files.append((name, status.st_size, status.st_mtime_ns))
                 except OSError:  # a link to nothing: reading it will say so
                     files.append((name, -1, 0))
     return files
@@ -160,7 +175,13 @@ def tfds(name, split, data_dir=''):
     folder = os.path.join(folder, found[-1])
     import tensorflow_datasets as tfds_library
 
-    builder = tfds_library.builder_from_directory(folder)
+    try:
+        builder = tfds_library.builder_from_directory(folder)
+    except Exception as error:  # whatever the parsers of its JSON files raise
+        raise ValueError(
+            f'the dataset in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})\n'
+            f'    remove that folder and prepare it again:  make prepare DATASET={name}'
+        ) from error
     if builder.info.file_format is None or builder.info.file_format.value != 'array_record':
         raise ValueError(
             f'the dataset in {folder} has {builder.info.file_format and builder.info.file_format.value} files, '
@@ -178,10 +199,19 @@ def tfds(name, split, data_dir=''):
             break
     else:
         raise ValueError(f'the dataset in {folder} has no split {split!r}; it has {", ".join(builder.info.splits)}')
-    examples = builder.as_data_source(
-        split=alias,
-        decoders={key: tfds_library.decode.SkipDecoding() for key in images},
-    )
+    try:
+        examples = builder.as_data_source(
+            split=alias,
+            decoders={key: tfds_library.decode.SkipDecoding() for key in images},
+        )
+        count, info, files = len(examples), builder.info.splits[alias], _files_of(folder, alias)
+        if len(files) != len(info.shard_lengths):
+            raise ValueError(f'it has {len(files)} array_record files of {len(info.shard_lengths)}')
+    except Exception as error:  # a file that is missing or cut off
+        raise ValueError(
+            f'split {alias!r} of the dataset in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})\n'
+            f'    remove that folder and prepare it again:  make prepare DATASET={name}'
+        ) from error
 
     def read(i):
         try:
@@ -190,13 +220,19 @@ def tfds(name, split, data_dir=''):
             raise ValueError(f'cannot be read ({type(error).__name__}: {str(error)[:200]})') from error
         return bytes(example[image]), int(example['label']) if labelled else None
 
-    info = builder.info.splits[alias]
     return Source(
-        [f'{name}, {alias}, example {i}' for i in range(len(examples))],
+        [f'{name}, {alias}, example {i}' for i in range(count)],
         read,
         list(features['label'].names) if labelled else None,
-        [name, found[-1], alias, len(examples), list(info.shard_lengths), info.num_bytes],
+        [name, found[-1], alias, count, list(info.shard_lengths), info.num_bytes, files],
     )
+
+
+def _files_of(folder, split):
+    """(name, size, time of change) of each file of one split."""
+    names = sorted(name for name in os.listdir(folder) if f'-{split}.array_record' in name)
+    status = [os.stat(os.path.join(folder, name)) for name in names]
+    return [[name, s.st_size, s.st_mtime_ns] for name, s in zip(names, status, strict=True)]
 
 
 def _versions(folder):

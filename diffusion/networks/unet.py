@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 fan_avg = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
@@ -20,10 +21,27 @@ def time_embedding(t, dim):
 
     t: (B,) integer or real; dim: even, at least 4. Returns (B, dim) float32.
     """
-    half = dim // 2
-    frequencies = jnp.exp(-math.log(10_000) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = t.astype(jnp.float32)[:, None] * _frequencies(dim)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+def _frequencies(dim):
+    half = dim // 2
+    return jnp.exp(-math.log(10_000) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+
+
+def advance(kernel):
+    """The kernel of the layer behind `time_embedding`, turned so that the layer answers at t what it did at t+1.
+
+        sin((t+1)ω) = sin tω·cos ω + cos tω·sin ω,    cos((t+1)ω) = cos tω·cos ω − sin tω·sin ω
+
+    kernel: (dim, features). Returns (dim, features) float32, computed in float64.
+    """
+    half = len(kernel) // 2
+    angles = np.asarray(_frequencies(len(kernel)), np.float64)
+    sin, cos = np.sin(angles)[:, None], np.cos(angles)[:, None]
+    of_sin, of_cos = np.asarray(kernel[:half], np.float64), np.asarray(kernel[half:], np.float64)
+    return np.concatenate([cos * of_sin - sin * of_cos, sin * of_sin + cos * of_cos]).astype(np.float32)
 
 
 def _conv(inputs, outputs, size=3, *, rngs, dtype, strides=1, padding='SAME', init=fan_avg):

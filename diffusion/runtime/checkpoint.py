@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self):
+        _hush()
         return self
 
     def __exit__(self, kind, *exception):
@@ -139,6 +141,18 @@ class Checkpoints:
             os.rename(self.path(step), target)
         if beyond:
             self._manager.reload()
+
+
+@functools.cache
+def _hush():
+    """TensorStore tells a loop that asyncio has closed of each array that is damaged beyond the first: no news."""
+    hook = sys.excepthook
+
+    def filtered(kind, error, traceback):
+        if str(error) != 'Event loop is closed':
+            hook(kind, error, traceback)
+
+    sys.excepthook = filtered
 
 
 def checksums(tree):

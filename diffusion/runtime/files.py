@@ -9,7 +9,8 @@ import platform
 def write_json(path, value):
     """Write `value` as indented JSON; a reader sees the old file or the new one, never a part."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + '.new', 'w', encoding='utf-8') as file:
+    # A name that is no Unicode (a lone surrogate, to Python) is written as \udc80, which JSON reads back as it was.
+    with open(path + '.new', 'w', encoding='utf-8', errors='backslashreplace') as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write('\n')
     os.replace(path + '.new', path)

@@ -4,9 +4,7 @@ Its timestep t, 0 … T−1, is our level t+1, and its chain ends at timestep �
 """
 
 import functools
-import itertools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffusion import gaussian, sampler, schedule
-from diffusion.networks.unet import UNet
+from diffusion import compat, sampler, schedule
+from diffusion.interop import diffusers as folders
+from diffusion.interop.tensors import put, take
+from diffusion.networks.unet import UNet, advance
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -73,6 +73,7 @@ LAYOUTS = {
     'plain': dict(image_size=8, image_channels=1, channels=8, multipliers=(1, 2), num_blocks=1, attention=()),
     'attention': dict(image_size=8, image_channels=3, channels=16, multipliers=(1, 2), num_blocks=1, attention=(4,)),
     'shallow': dict(image_size=7, image_channels=3, channels=20, multipliers=(1,), num_blocks=2, attention=(7,)),
+    'deep': dict(image_size=8, image_channels=1, channels=8, multipliers=(1, 2), num_blocks=3, attention=(8, 4)),
     'odd': dict(image_size=12, image_channels=2, channels=12, multipliers=(1, 3, 2), num_blocks=1, attention=(3, 12)),
     'cifar10': dict(
         image_size=16, image_channels=3, channels=16, multipliers=(1, 2, 2, 2), num_blocks=2, attention=(8,)
@@ -123,54 +124,15 @@ def their_network(*, image_size, image_channels, channels, multipliers, num_bloc
     return network.eval()
 
 
-RENAMED = {
-    r'time_embedding\.linear_': 'time',
-    r'time_emb_proj': 'time',
-    r'conv_norm_out': 'norm_out',
-    r'conv_shortcut': 'shortcut',
-    r'(down|up)_blocks': r'\1',
-    r'(down|up)samplers\.0\.conv': 'resample',
-    r'mid_block\.resnets\.0': 'mid1',
-    r'mid_block\.resnets\.1': 'mid2',
-    r'mid_block\.attentions\.0': 'mid_attention',
-    r'resnets': 'blocks',
-    r'group_norm': 'norm',
-    r'to_q': 'query',
-    r'to_k': 'key',
-    r'to_v': 'value',
-    r'to_out\.0': 'out',
-}
+def tensors_of(network):
+    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
 
 
-def params_of(state):
-    """Our parameters, a nested dict, from the state dict of diffusers' network."""
-    params = {}
-    for name, tensor in state.items():
-        for pattern, new in RENAMED.items():
-            name = re.sub(pattern, new, name)
-        *path, leaf = name.split('.')
-        array = tensor.numpy()
-        if leaf == 'weight':
-            leaf = 'scale' if array.ndim == 1 else 'kernel'
-            array = array.transpose({1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[array.ndim])
-        node = params
-        for part in path:
-            node = node.setdefault(int(part) if part.isdigit() else part, {})
-        node[leaf] = array
-    return params
-
-
-def shapes_of(tree):
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def our_network(state, *, attention, groups=4, **settings):
+def our_network(network, *, attention, groups=4, **settings):
     """Our network and diffusers' weights for it: (graph, params)."""
     args = dict(attention_resolutions=attention, groups=groups, dropout=0.0, dtype=jnp.float32)
     graph, expected = nnx.split(nnx.eval_shape(lambda: UNet(**settings, **args, rngs=nnx.Rngs(0))))
-    params = params_of(state)
-    assert shapes_of(params) == shapes_of(nnx.to_pure_dict(expected))
-    return graph, params
+    return graph, take(tensors_of(network), nnx.to_pure_dict(expected), folders.names, 'their network')
 
 
 @functools.partial(jit, static_argnums=0)
@@ -205,15 +167,27 @@ def test_networks_are_equal(name):
     x, t = inputs(LAYOUTS[name], t=[0, 1, 37, 999])
     theirs = call(network, x, t)
     assert theirs.std() > 0.1
-    ours = our_output(*our_network(network.state_dict(), **LAYOUTS[name]), x, t)
-    assert distance(ours, theirs) < 1e-5
+    graph, params = our_network(network, **LAYOUTS[name])
+    assert distance(our_output(graph, params, x, t), theirs) < 1e-5
+
+    back = put(params, folders.names)
+    assert back.keys() == network.state_dict().keys()
+    for tensor, array in back.items():
+        np.testing.assert_array_equal(array, network.state_dict()[tensor])
+    # A network that hears levels 1 … T is exported so that it hears their timesteps, and says the same.
+    levels = np.array([1, 2, 38, 1000])
+    heard = params | {'time1': params['time1'] | {'kernel': advance(params['time1']['kernel'])}}
+    network.load_state_dict({name: torch.as_tensor(array) for name, array in put(heard, folders.names).items()})
+    said = our_output(graph, params, x, levels)
+    assert distance(said, call(network, x, levels - 1)) < 1e-5
+    assert distance(said, theirs) > 1e-4
 
 
 def test_the_full_network_of_cifar10():
     network = their_network(**FULL, groups=32)
     assert network.num_parameters() == 35_746_307
     x, t = inputs(FULL, t=[500])
-    ours = our_output(*our_network(network.state_dict(), **FULL, groups=32), x, t)
+    ours = our_output(*our_network(network, **FULL, groups=32), x, t)
     assert distance(ours, call(network, x, t)) < 1e-5
 
 
@@ -221,7 +195,7 @@ def test_each_setting_of_their_network_is_heard():
     """The comparison would notice each of the ways in which others' U-Nets differ (FIELD §2.10)."""
     layout = LAYOUTS['attention']
     x, t = inputs(layout, t=[3, 700])
-    ours = our_output(*our_network(their_network(**layout).state_dict(), **layout), x, t)
+    ours = our_output(*our_network(their_network(**layout), **layout), x, t)
     for change in (
         dict(downsample_padding=1),
         dict(flip_sin_to_cos=True),
@@ -271,11 +245,11 @@ def sample(net, shape, levels, **how):
     return np.asarray(program(keys()))
 
 
-def theirs(scheduler, num_steps, monkeypatch, *, net=toy, shape=SHAPE, last_noise=False, **how):
-    """The chain of diffusers' pipelines, with our x_T and noises."""
+def theirs(scheduler, num_steps, monkeypatch, *, net=toy, shape=SHAPE, last_noise=False, steps_to=None, **how):
+    """The chain of diffusers' pipelines, with our x_T and the noises that we draw for the levels it steps to."""
     levels = their_levels(scheduler, num_steps)
     x = torch.from_numpy(noises(shape)[levels[0]])
-    for t, s in zip(levels, [*levels[1:], 0], strict=True):
+    for t, s in zip(levels, [*levels[1:], 0] if steps_to is None else steps_to, strict=True):
         output = net(torch, x, torch.tensor(t))
         z = torch.from_numpy(noises(shape)[s]) * (s > 0 or last_noise)
         for name in ('ddim', 'ddpm'):
@@ -343,7 +317,7 @@ def test_trajectories_of_equal_networks(monkeypatch):
     """A network of theirs hears their timestep, one less than our level."""
     layout = LAYOUTS['plain']
     network, shape = their_network(**layout), (8, 8, 1)
-    net = nnx.merge(*our_network(network.state_dict(), **layout))
+    net = nnx.merge(*our_network(network, **layout))
     for scheduler, how, our_how in (
         (ddim('leading', True), dict(eta=0.3, use_clipped_model_output=True), dict(eta=0.3)),
         (ddpm('leading', True, 'large'), {}, dict(eta=1.0, variance='large')),
@@ -356,50 +330,63 @@ def test_trajectories_of_equal_networks(monkeypatch):
         assert_equal(images, their_images)
 
 
-# ── Where diffusers errs ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── Where diffusers errs: our default differs, and compat agrees ─────────────────────────────────────────────────────
 
 
-def replay(pairs, eta, *, clip=False):
-    """Our kernel along steps that need not be a chain: evaluated at t, made for s."""
-    x = noises()[pairs[0][0]]
-    for (t, s), following in zip(pairs, [*(t for t, _ in pairs[1:]), 0], strict=True):
-        prediction = gaussian.predict(SCH, 'eps', toy(jnp, x, t), x, t)
-        if clip:
-            prediction = prediction._replace(x0=jnp.clip(prediction.x0, -1, 1))
-        mean, std = gaussian.posterior(SCH, prediction, s, t, eta=eta)
-        x = mean + std * noises()[following] * (following > 0)
-    return np.asarray(x)
+def as_they_do(compat_mode, num_steps, spacing, eta, clip, variance='small'):
+    """Our images with a compat mode, the levels that its steps lead to, and our images by default."""
+    how = compat.resolve(compat_mode, T, num_steps=num_steps, spacing=spacing, eta=eta, variance=variance, clip=clip)
+    assert how.pop('num_steps') == num_steps and how.pop('spacing') == spacing
+    levels = how.pop('timesteps')
+    default = ours(schedule.timesteps(T, num_steps, spacing), eta=eta, variance=variance, clip=clip)
+    return ours(levels, **how), levels[:, 1] if levels.ndim == 2 else levels[1:], default
 
 
-@pytest.mark.parametrize('eta', [0.0, 1.0])
-@pytest.mark.parametrize('num_steps, spacing', [(10, 'linspace'), (50, 'linspace'), (7, 'trailing'), (30, 'trailing')])
-def test_their_ddim_steps_to_levels_that_it_does_not_visit_next(num_steps, spacing, eta, monkeypatch):
-    """It always steps down by ⌊T/S⌋, whatever the spacing, and so may even end above level 0 (FIELD §2.5)."""
-    levels = schedule.timesteps(T, num_steps, spacing)
-    images = theirs(ddim(spacing, False), num_steps, monkeypatch, eta=eta)
-    pairs = [(int(t), max(int(t) - T // num_steps, 0)) for t in levels[:-1]]
-    assert any(s != following for (_, s), following in zip(pairs, levels[1:], strict=True))
-    assert (pairs[-1][1] > 0) == (num_steps == 7)
-    assert_equal(replay(pairs, eta), images)
-    assert np.abs(ours(levels, eta=eta, clip=False) - images).max() > 3e-3
+@pytest.mark.parametrize('clip', [True, False])
+@pytest.mark.parametrize('eta', [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    'num_steps, spacing',
+    [
+        *((n, spacing) for n in (10, 50) for spacing in ('leading', 'trailing', 'linspace')),
+        *((n, spacing) for n in (7, 30) for spacing in ('leading', 'trailing')),
+        (T, 'leading'),
+    ],
+)
+def test_compat_with_their_ddim(num_steps, spacing, eta, clip, monkeypatch):
+    """As it is called by default: it leaves ε̂ as it is where x̂_0 is clipped (FIELD §2.6), and always steps down by
+    ⌊T/S⌋, even to levels that it does not visit next, or above level 0 at the end (FIELD §2.5)."""
+    images, steps_to, default = as_they_do('diffusers-ddim', num_steps, spacing, eta, clip)
+    assert_equal(images, theirs(ddim(spacing, clip), num_steps, monkeypatch, eta=eta, steps_to=steps_to))
+    if eta < 1:
+        np.testing.assert_array_equal(images, as_they_do('diffusers', num_steps, spacing, eta, clip)[0])
+    follows = np.array_equal(steps_to, schedule.timesteps(T, num_steps, spacing)[1:])
+    assert follows == (spacing == 'leading' or (spacing == 'trailing' and T % num_steps == 0))
+    assert (steps_to[-1] > 0) == (spacing == 'trailing' and T % num_steps > 0 and num_steps == 7)
+    # At 1000 steps clipping is rare enough for both ways to agree.
+    if not follows or (clip and num_steps < T):
+        assert np.abs(default - images).max() > 3e-3
+    elif not clip:
+        assert_equal(default, images)
 
 
+@pytest.mark.parametrize('clip', [True, False])
+@pytest.mark.parametrize('variance', ['small', 'large'])
+@pytest.mark.parametrize('spacing', ['leading', 'trailing', 'linspace'])
 @pytest.mark.parametrize('num_steps', [10, 50])
-def test_their_ddpm_adds_noise_on_the_last_step(num_steps, monkeypatch):
-    """Of 'trailing' chains, whose last timestep is not 0: √β of the last, long step; all but none of 'fixed_small'."""
-    levels = schedule.timesteps(T, num_steps, 'trailing')
-    images = theirs(ddpm('trailing', True, 'large'), num_steps, monkeypatch, last_noise=True)
-    quiet = ours(levels, eta=1.0, variance='large', clip=True)
-    assert_equal(quiet + np.sqrt(SCH.beta(0, levels[-2])) * noises()[0], images)
-    assert np.abs(quiet - images).max() > 0.1
-    images = theirs(ddpm('trailing', True, 'small'), num_steps, monkeypatch, last_noise=True)
-    assert_equal(ours(levels, eta=1.0, clip=True), images)
+def test_compat_with_their_ddpm(num_steps, spacing, variance, clip, monkeypatch):
+    """It adds noise on the last step of 'trailing' chains, whose last timestep is not 0: √β of that long step with
+    'fixed_large', all but none with 'fixed_small'."""
+    images, steps_to, default = as_they_do('diffusers', num_steps, spacing, 1.0, clip, variance)
+    scheduler = ddpm(spacing, clip, variance)
+    assert_equal(images, theirs(scheduler, num_steps, monkeypatch, steps_to=steps_to, last_noise=True))
+    if spacing == 'trailing' and variance == 'large':
+        assert np.abs(default - images).max() > 0.1
+    else:
+        np.testing.assert_array_equal(default, images)
 
 
-def test_their_ddim_does_not_derive_the_noise_again_from_a_clipped_image(monkeypatch):
-    """Unless asked to (FIELD §2.6): x̂_0 and ε̂ then no longer make x_t."""
-    levels = schedule.timesteps(T, 10, 'leading')
-    images = theirs(ddim('leading', True), 10, monkeypatch, eta=0.3)
-    pairs = [(int(t), int(s)) for t, s in itertools.pairwise(levels)]
-    assert_equal(replay(pairs, 0.3, clip=True), images)
-    assert np.abs(ours(levels, eta=0.3, clip=True) - images).max() > 1e-2
+@pytest.mark.parametrize('num_steps', [61, 103])
+def test_trailing_steps_from_a_level_that_is_none_are_not_followed(num_steps):
+    assert their_levels(ddim('trailing', True), num_steps)[-1] == 0  # timestep −1
+    with pytest.raises(ValueError, match='timestep −1'):
+        compat.resolve('diffusers', T, num_steps=num_steps, spacing='trailing', eta=0.0, variance='small', clip=True)

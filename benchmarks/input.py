@@ -1,0 +1,167 @@
+"""How fast images come, by each path, and how long training waits for them.
+
+    python -m benchmarks.input [--source=folder:PATH] [--image_size=32]
+
+Images/s: decoded from their files (cold), gathered from the cache, and on the device; beside Grain's own loader
+and PyTorch's (where it is installed), which decode the same files by Pillow. And the share of the time of training
+steps, with the digits' network and batches of 32, that is spent waiting for the next batch. Without --source, on
+synthetic JPEGs.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+
+import grain
+import jax
+import numpy as np
+from PIL import Image
+
+from configs import digits
+from diffusion import data, experiment, train
+from diffusion.data.sources import open_source
+from diffusion.runtime.files import versions, write_json
+
+BATCH = 128
+PEER_IMAGES = 12_800  # that each of the peers decodes
+
+
+def synthetic(folder, count=10_000, size=32):
+    """A folder of smooth coloured JPEGs."""
+    random = np.random.default_rng(0)
+    for i in range(count):
+        small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize((size, size), Image.Resampling.BICUBIC).save(os.path.join(folder, f'{i:05d}.jpg'), quality=90)
+    return f'folder:{folder}'
+
+
+def rate(batches, count):
+    """Images/s of the first `count` images, after a first batch."""
+    next(batches)
+    start, seen = time.perf_counter(), 0
+    while seen < count:
+        seen += len(next(batches))
+    return seen / (time.perf_counter() - start)
+
+
+def decode_by_pillow(read, image_size, i):
+    """What anyone would write."""
+    with Image.open(io.BytesIO(read(i)[0])) as image:
+        return np.asarray(image.convert('RGB').resize((image_size, image_size), Image.Resampling.LANCZOS))
+
+
+def grain_loader(pictures, image_size):
+    """Grain's batches of decoded pictures, shuffled, decoded by its threads."""
+    numbers = grain.MapDataset.source(range(len(pictures))).shuffle(seed=0).repeat()
+    decoded = numbers.map(functools.partial(decode_by_pillow, pictures.read, image_size))
+    threads = grain.ReadOptions(num_threads=2 * os.cpu_count(), prefetch_buffer_size=4 * BATCH)
+    return iter(decoded.to_iter_dataset(threads).batch(BATCH))
+
+
+def torch_loader(pictures, image_size):
+    """PyTorch's batches of decoded pictures, shuffled, decoded by one process a core."""
+    import torch
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(pictures)
+
+        def __getitem__(self, i):
+            return torch.from_numpy(decode_by_pillow(pictures.read, image_size, i).copy())
+
+    loader = torch.utils.data.DataLoader(Pictures(), BATCH, shuffle=True, num_workers=os.cpu_count(), drop_last=True)
+    return iter(loader)
+
+
+def on_device(images, steps):
+    """Images/s that a jitted gather on the device yields, with the order of the batch sent at each step."""
+    whole, order = jax.device_put(images.images[:]), data.Order(len(images), BATCH, 0)
+    gather = jax.jit(lambda whole, indices: whole[indices])
+    jax.block_until_ready(gather(whole, order[0]))
+    start = time.perf_counter()
+    for step in range(steps):
+        batch = gather(whole, order[step])
+    jax.block_until_ready(batch)
+    return steps * BATCH / (time.perf_counter() - start)
+
+
+def waiting(images, placement, *, steps, warm_up=50):
+    """The share of the time of training steps, as train.run makes them, that is spent in next(batches)."""
+    config = digits.get_config()
+    config.data.placement = placement
+    exp = experiment.build(config)
+    state = jax.jit(exp.init)(jax.random.key(0))
+    batches = train.feed(config, exp, images, 0)
+    batch = next(batches)
+    step_fn = train.compile_step(config, exp, state, *batch)
+    pending, waited = None, 0.0
+    for step in range(warm_up + steps):
+        if step == warm_up:
+            jax.block_until_ready(state)
+            begun, waited = time.perf_counter(), 0.0
+        state, metrics = step_fn(state, *batch)
+        before = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - before
+        if pending:
+            jax.device_get(pending)
+        pending = metrics
+    jax.block_until_ready(state)
+    took = time.perf_counter() - begun
+    return {'share': waited / took, 'milliseconds a step': 1000 * took / steps}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--source', help='folder:PATH, a zip file likewise, or tfds:NAME; synthetic pictures without')
+    parser.add_argument('--image_size', type=int, default=32)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        source = asked.source or synthetic(place)
+        load = functools.partial(
+            data.load, source, image_size=asked.image_size, channels=3, crop='center', cache_dir=f'{place}/cache'
+        )
+        pictures = open_source(source, 'train')
+        peers = {'Grain, decoding by Pillow in threads': rate(grain_loader(pictures, asked.image_size), PEER_IMAGES)}
+        if importlib.util.find_spec('torch'):
+            count = min(PEER_IMAGES, len(pictures) - 2 * BATCH)
+            peers['PyTorch, decoding by Pillow in processes'] = rate(torch_loader(pictures, asked.image_size), count)
+        begun = time.perf_counter()
+        images = load()
+        cold = len(images) / (time.perf_counter() - begun)
+        order, steps = data.Order(len(images), BATCH, 0), 2000
+        small = load(image_size=8, channels=1)
+        result = {
+            'images': len(images),
+            'image size': asked.image_size,
+            'images/s': {
+                'from files into the cache': cold,
+                'from files, not cached': rate(
+                    data.prefetch(load(cache=False), order, 0, PEER_IMAGES // BATCH + 1), PEER_IMAGES
+                ),
+                'from the cache': rate(data.prefetch(images, order, 0, steps + 1), steps * BATCH),
+                'on the device': on_device(images, steps),
+                **peers,
+            },
+            'waiting for data, digits network at 8×8': {
+                'device': waiting(small, 'device', steps=400),
+                'host': waiting(small, 'host', steps=400),
+            },
+            'device': jax.devices()[0].device_kind,
+            'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+            'versions': versions() | {'grain': importlib.metadata.version('grain')},
+            'command': 'python -m benchmarks.input' + ' --source=folder:PATH' * bool(asked.source),
+        }
+    print(json.dumps(result, indent=2))
+    write_json(os.path.join('benchmarks', 'results', f'input-{jax.default_backend()}.json'), result)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,1 @@
+"""Other projects' weights: their files and names for ours, and back."""

@@ -1,0 +1,294 @@
+"""Kill a training at random moments, fill its disk, damage its checkpoints; nothing may be lost and nothing silent.
+
+    python -m tests.chaos [--kills=15] [--corruptions=40] [--seed=0] [--write]
+
+A tiny network learns the digits once without a disturbance. Then the same command is killed at random moments, also
+inside saves, with SIGKILL, SIGTERM and Ctrl-C, and typed again until it is done: the checkpoint and the logged
+numbers have to be those of the undisturbed run, bit by bit. Files of its checkpoints are cut, flipped, deleted and
+exchanged: the run has to go on from an intact one with a warning, or say that there is none, and never to use wrong
+numbers. Its disk is filled (a small tmpfs, where one can be mounted). Prints a table of faults and outcomes; --write
+puts it into docs/reliability.md. Exit status 1 where anything went wrong.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 400
+SETTINGS = {
+    'model.channels': 8,
+    'model.groups': 4,
+    'model.attention_resolutions': '()',
+    'train.batch_size': 16,
+    'train.num_steps': STEPS,
+    'train.checkpoint_every': 10,
+    'train.log_every': 1,
+    'train.sample_every': 100,
+}
+MARK = '<!-- the table below is written by python -m tests.chaos --write -->'
+
+
+def command(workdir, **changes):
+    """The command line of the run; the folder of compiled programs is shared, for starts cost most of the time."""
+    settings = SETTINGS | {'compile_cache': workdir.parent / 'compiled'} | changes
+    flags = [f'--config.{key}={value}' for key, value in settings.items()]
+    return [sys.executable, 'main.py', '--config=configs/digits.py', f'--workdir={workdir}', *flags]
+
+
+def start(workdir, **changes):
+    return subprocess.Popen(
+        command(workdir, **changes), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    """(exit status, output) once it has ended."""
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output
+
+
+def arrays(workdir, step=STEPS):
+    """{part and path: array} of a checkpoint, read by Orbax alone."""
+    found = {}
+    for part in ('params', 'ema', 'opt_state'):
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(workdir / 'checkpoints' / str(step) / part)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            found[part + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return found
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(one[key].tobytes() == other[key].tobytes() for key in one)
+
+
+def logged(workdir):
+    """What metrics.jsonl tells of each step, but for the time it took."""
+    lines = (workdir / 'logs' / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ('images_per_second', 'colour_drift')} for line in lines
+    ]
+
+
+class Table:
+    """Counts of faults and outcomes; `bad` of those that must not be."""
+
+    def __init__(self):
+        self.counts, self.bad = collections.Counter(), []
+
+    def add(self, fault, outcome, ok=True, detail=''):
+        self.counts[fault, outcome] += 1
+        if not ok:
+            self.bad.append(f'{fault}: {outcome}\n{detail}')
+
+    def markdown(self):
+        rows = [f'| {fault} | {outcome} | {count} |' for (fault, outcome), count in sorted(self.counts.items())]
+        return '\n'.join(['| fault | outcome | times |', '|---|---|---:|', *rows]) + '\n'
+
+
+def kills(table, folder, reference, number, rng):
+    """Kill runs until `number` kills are done; compare each run that got to its end."""
+    seconds, killed = 5.0, 0
+    while killed < number:
+        workdir = folder / f'run{killed}'
+        begun = time.monotonic()
+        while True:
+            before = unfinished(workdir)
+            process = start(workdir)
+            what = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            if killed < number:
+                wait_to_kill(process, workdir, rng.uniform(0, 1.2 * seconds), rng.random() < 0.3)
+                inside = bool(unfinished(workdir) - before)
+                process.send_signal(what)
+            status, output = finish(process)
+            if status == 0:
+                break
+            killed += 1
+            fault = f'{what.name}, {"inside a save" if inside else "between saves"}'
+            if what == signal.SIGKILL or (what, status) == (signal.SIGTERM, -signal.SIGTERM):
+                table.add(fault, 'dead at once', status == -what, output)  # SIGTERM: before the run listens to it
+            elif status == 75:
+                table.add(fault, 'saved, exit status 75', 'Traceback' not in output, output)
+            else:
+                quiet = status in (1, 130) and 'Traceback' not in output
+                table.add(fault, 'ended before the first step', quiet, f'{status} {output}')
+        seconds = min(seconds, time.monotonic() - begun)
+        table.add(
+            'a run killed again and again until it is done',
+            'parameters, EMA and optimizer bit by bit those of the unbroken run',
+        ) if same(arrays(workdir), arrays(reference)) else table.add('killed run', 'OTHER NUMBERS', False, str(workdir))
+        right = logged(workdir) == logged(reference)
+        table.add('its log', 'each step once, with the same numbers' if right else 'ANOTHER LOG', right, str(workdir))
+        shutil.rmtree(workdir)
+
+
+def unfinished(workdir):
+    """(name, inode) of the checkpoints that are being written, or were when their process died."""
+    found = set()
+    for path in (workdir / 'checkpoints').glob('*tmp*'):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def wait_to_kill(process, workdir, seconds, in_save):
+    """Wait so long, or until a checkpoint is being written."""
+    before, deadline = unfinished(workdir), time.monotonic() + (60 if in_save else seconds)
+    while time.monotonic() < deadline and process.poll() is None:
+        if in_save and unfinished(workdir) - before:
+            return
+        time.sleep(0 if in_save else 0.01)
+
+
+def corruptions(table, folder, reference, number, rng):
+    """Damage one file of the newest checkpoint, and ask for one step more."""
+    steps = sorted(int(path.name) for path in (reference / 'checkpoints').iterdir())
+    originals = {step: arrays(reference, step) for step in steps}
+    newest = reference / 'checkpoints' / str(steps[-1])
+    files = sorted(path.relative_to(reference) for path in newest.rglob('*') if path.is_file())
+    import logging
+
+    from diffusion.runtime.checkpoint import Checkpoints, DamagedError
+
+    logging.disable(logging.CRITICAL)
+    describe = None
+    for _ in range(number):
+        workdir = folder / 'damaged'
+        shutil.copytree(reference, workdir)
+        fault = rng.choice(['truncated', 'a bit flipped', 'deleted', 'exchanged with another', 'zeros written over'])
+        everywhere = rng.random() < 0.15  # in all checkpoints alike
+        path = rng.choice(files)
+        other = rng.choice(files)
+        for step in steps if everywhere else steps[-1:]:
+            place = [
+                workdir / 'checkpoints' / str(step) / file.relative_to(f'checkpoints/{steps[-1]}')
+                for file in (path, other)
+            ]
+            if all(p.exists() for p in place):
+                damage(rng, fault, *place)
+        if describe is None:
+            describe = abstract(reference)
+        warnings = []
+        try:
+            with Checkpoints(workdir / 'checkpoints') as checkpoints:
+                step, trees = checkpoints.restore_newest(warnings.append, **describe)
+        except DamagedError as error:
+            named = str(workdir / 'checkpoints') in str(error)
+            table.add(
+                f'a file of a checkpoint {fault}', 'no intact one: a clear error', named and everywhere, str(error)
+            )
+        except Exception as error:
+            table.add(f'a file of a checkpoint {fault}', 'TRACEBACK', False, repr(error))
+        else:
+            found = {
+                part + jax.tree_util.keystr(place): np.asarray(leaf)
+                for part, tree in zip(describe, trees, strict=True)
+                for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
+            right = sorted(a.tobytes() for a in found.values()) == sorted(a.tobytes() for a in originals[step].values())
+            if step == steps[-1]:
+                outcome = 'it holds nothing that is needed: used, the numbers are right'
+            else:
+                outcome = 'named in a warning, an older one used, its numbers are right'
+                right = right and str(workdir / 'checkpoints' / str(steps[-1])) in ' '.join(warnings)
+            table.add(
+                f'a file of a checkpoint {fault}', outcome if right else 'WRONG NUMBERS', right, f'{path} {other}'
+            )
+        shutil.rmtree(workdir)
+
+
+def abstract(workdir):
+    """Descriptions of the trees of a run, as training asks for them."""
+    from ml_collections import ConfigDict
+
+    from diffusion import experiment
+
+    config = ConfigDict(json.loads((workdir / 'config.json').read_text(encoding='utf-8')))
+    state = experiment.build(config).abstract_state()
+    return {'params': state.params, 'ema': state.ema, 'opt_state': state.opt_state}
+
+
+def damage(rng, fault, path, other):
+    content = bytearray(path.read_bytes())
+    if fault == 'truncated':
+        os.truncate(path, rng.randrange(max(1, len(content))))
+    elif fault == 'a bit flipped' and content:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+    elif fault == 'zeros written over' and content:
+        at = rng.randrange(len(content))
+        content[at : at + 64] = bytes(len(content[at : at + 64]))
+        path.write_bytes(content)
+    elif fault == 'deleted':
+        path.unlink()
+    elif fault == 'exchanged with another':
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+
+
+def full_disk(table, folder, reference):
+    """On a disk that holds two checkpoints and no more: they stay whole, and with room again the run goes on."""
+    disk = folder / 'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'none', disk], capture_output=True).returncode:
+        print('no tmpfs can be mounted here: the full disk is not tried')
+        return
+    fault = 'a full disk'
+    try:
+        workdir = disk / 'run'
+        status, output = finish(start(workdir, compile_cache=folder / 'compiled'))
+        kept = sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+        right = status == 1 and 'could not be saved' in output and 'Traceback' not in output and kept
+        table.add(fault, 'told, trained on, ended with an error; earlier checkpoints whole', bool(right), output)
+        subprocess.run(['mount', '-o', 'remount,size=100m', disk], check=True)
+        status, output = finish(start(workdir, compile_cache=folder / 'compiled'))
+        right = status == 0 and same(arrays(workdir), arrays(reference)) and logged(workdir) == logged(reference)
+        table.add(fault, 'with room again: bit by bit the unbroken run', right, output)
+    finally:
+        subprocess.run(['umount', disk], check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kills', type=int, default=15)
+    parser.add_argument('--corruptions', type=int, default=40)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--write', action='store_true', help='put the table into docs/reliability.md')
+    asked = parser.parse_args()
+    table, rng, begun = Table(), random.Random(asked.seed), time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        reference = folder / 'reference'
+        status, output = finish(start(reference))
+        if status:
+            sys.exit(f'the undisturbed run failed:\n{output}')
+        corruptions(table, folder, reference, asked.corruptions, rng)
+        full_disk(table, folder, reference)
+        kills(table, folder, reference, asked.kills, rng)
+    print(table.markdown())
+    print(f'{time.monotonic() - begun:.0f} s')
+    if asked.write:
+        page = ROOT / 'docs' / 'reliability.md'
+        text = page.read_text(encoding='utf-8').partition(MARK)[0]
+        page.write_text(f'{text}{MARK}\n\n{table.markdown()}', encoding='utf-8')
+    if table.bad:
+        sys.exit('\n\n'.join(['what must not be:', *table.bad]))
+
+
+if __name__ == '__main__':
+    main()

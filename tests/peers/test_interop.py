@@ -1,0 +1,370 @@
+"""Folders and checkpoints of others, made by others' code: imported, exported, and read again by theirs.
+
+`python -m tests.peers.test_interop` writes tests/fixtures/pipeline anew.
+"""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs import workdir as configs_workdir
+from diffusion import experiment, publish, sampler, schedule
+from diffusion.experiment import RunError
+from tests.test_generate import make_run, random_params
+from tests.test_interop import FIXTURE, import_to
+from tests.test_train import tiny
+
+torch = pytest.importorskip('torch')
+diffusers = pytest.importorskip('diffusers')
+pytestmark = pytest.mark.peers
+
+# ruff: noqa: E402 (after what may be missing)
+from tests.peers.test_diffusers import LAYOUTS, call, distance, inputs, jit, their_network
+
+LAYOUT = LAYOUTS['attention']
+
+
+def save_pipeline(folder, network, scheduler=None):
+    diffusers.DDPMPipeline(network, scheduler or diffusers.DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def network():
+    return their_network(**LAYOUT)
+
+
+def net_of(workdir, weights='ema'):
+    """The network of a workdir, with the config that it holds."""
+    config = configs_workdir.get_config(str(workdir))
+    exp = experiment.build(config)
+    _, params = experiment.load_params(exp, config, str(workdir), weights)
+    return jit(exp.network.net(params))
+
+
+def assert_heard(workdir, network, weights='ema'):
+    """A workdir's network says at level t what theirs says at timestep t − 1."""
+    x, t = inputs(LAYOUT, t=[1, 2, 38, 1000])
+    assert distance(net_of(workdir, weights)(x, t), call(network, x, t - 1)) < 1e-5
+
+
+# ── The fixture of tests/test_interop.py ─────────────────────────────────────────────────────────────────────────────
+
+SMALL = dict(image_size=8, image_channels=1, channels=4, multipliers=(1, 2), num_blocks=1, attention=(4,), groups=2)
+
+
+def expected(pipeline):
+    """What diffusers makes of the fixture: outputs at some timesteps, and images of DDIM in 10 steps."""
+    x, t = inputs(SMALL, t=[0, 1, 37, 99])
+    x_T = np.random.default_rng(2).normal(size=(4, 8, 8, 1)).astype(np.float32)
+    images = torch.as_tensor(x_T).permute(0, 3, 1, 2)
+    scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(10)
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            images = scheduler.step(pipeline.unet(images, timestep).sample, timestep, images, eta=0.0).prev_sample
+    ddim = images.permute(0, 2, 3, 1).numpy()
+    return dict(x=x, t=t, output=call(pipeline.unet, x, t).numpy(), x_T=x_T, ddim=ddim)
+
+
+def test_the_fixture_is_what_diffusers_says():
+    pipeline = diffusers.DDPMPipeline.from_pretrained(FIXTURE)
+    with np.load(FIXTURE / 'expected.npz') as stored:
+        for name, array in expected(pipeline).items():
+            np.testing.assert_allclose(stored[name], array, rtol=1e-5, atol=1e-6)
+            assert array.std() > 0.1
+
+
+# ── diffusers → us ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize('form', ['pipeline', 'flat', 'network alone', 'sharded', 'fp16', 'bf16', 'bin', 'old names'])
+def test_every_form_of_folder(form, network, tmp_path):
+    folder, workdir = tmp_path / 'theirs', tmp_path / 'ours'
+    variant = {'fp16': torch.float16, 'bf16': torch.bfloat16}.get(form)
+    if variant:
+        network = network.to(variant)
+    how = {'network alone': {}, 'sharded': {'max_shard_size': '40KB'}, 'bin': {'safe_serialization': False}}
+    if form in how:
+        network.save_pretrained(folder, **how[form])
+    else:
+        save_pipeline(folder, network)
+    if form == 'sharded':
+        assert len(list(folder.glob('*.safetensors'))) > 2
+    if form == 'flat':
+        for path in [*folder.glob('unet/*'), *folder.glob('scheduler/*')]:
+            path.rename(folder / path.name)
+    if form == 'old names':  # as the files of 2022 have them, which diffusers still renames
+        path = folder / 'unet' / 'diffusion_pytorch_model.safetensors'
+        old = {}
+        for name, tensor in load_file(path).items():
+            for new, was in (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value'), ('to_out.0', 'proj_attn')):
+                name = name.replace(f'.{new}.', f'.{was}.')
+            old[name] = tensor
+        assert old.keys() != load_file(path).keys()
+        save_file(old, path, metadata={'format': 'pt'})
+        network = diffusers.UNet2DModel.from_pretrained(folder / 'unet')
+    import_to(workdir, f'diffusers:{folder}')
+    assert_heard(workdir, network.float())
+
+
+@pytest.mark.parametrize(
+    ('scheduler', 'settings'),
+    [
+        (
+            dict(beta_schedule='scaled_linear', variance_type='fixed_large', clip_sample=False, beta_end=0.012),
+            {
+                'schedule': {'name': 'quadratic', 'T': 1000, 'beta_start': 1e-4, 'beta_end': 0.012},
+                'model': {'kind': 'eps'},
+                'sample': {'eta': 1.0, 'variance': 'large', 'clip': False, 'spacing': 'leading', 'num_steps': 1000},
+            },
+        ),
+        (
+            dict(
+                num_train_timesteps=100, beta_schedule='sigmoid', prediction_type='sample', timestep_spacing='trailing'
+            ),
+            {
+                'schedule': {'name': 'sigmoid', 'T': 100},
+                'model': {'kind': 'x0'},
+                'sample': {'variance': 'small', 'clip': True, 'spacing': 'trailing', 'num_steps': 100},
+            },
+        ),
+        (
+            dict(
+                cls='DDIMScheduler',
+                beta_schedule='squaredcos_cap_v2',
+                prediction_type='v_prediction',
+                timestep_spacing='linspace',
+            ),
+            {
+                'schedule': {'name': 'cosine', 'T': 1000},
+                'model': {'kind': 'v'},
+                'sample': {'eta': 0.0, 'variance': 'small', 'clip': True, 'spacing': 'linspace', 'num_steps': 50},
+            },
+        ),
+    ],
+    ids=['ddpm', 'x0', 'ddim'],
+)  # fmt: skip
+def test_the_scheduler_says_how_to_sample(scheduler, settings, network, tmp_path):
+    """The schedule that we build of it is theirs, but for the rounding of their float32 product."""
+    their_scheduler = getattr(diffusers, scheduler.pop('cls', 'DDPMScheduler'))(**scheduler)
+    folder = tmp_path / 'theirs'
+    network.save_pretrained(folder / 'unet')
+    their_scheduler.save_pretrained(folder / 'scheduler')
+    import_to(tmp_path / 'ours', f'diffusers:{folder}')
+    config = configs_workdir.get_config(str(tmp_path / 'ours')).to_dict()
+    for part, values in settings.items():
+        assert {key: config[part][key] for key in values} == values
+    ours = experiment.build(configs_workdir.get_config(str(tmp_path / 'ours'))).schedule
+    assert len(their_scheduler.alphas_cumprod) == ours.T
+    np.testing.assert_allclose(
+        ours.alpha_bar(np.arange(1, ours.T + 1)), their_scheduler.alphas_cumprod, rtol=5e-5, atol=1e-6
+    )
+
+
+# ── The DDIM authors' checkpoints ────────────────────────────────────────────────────────────────────────────────────
+
+
+def ddim_state(network, levels):
+    """A state dict of the names and shapes of the DDIM code's Model, with the weights of diffusers' network."""
+    state = {}
+    for name, tensor in network.state_dict().items():
+        parts = name.split('.')
+        root, rest = parts[0], parts[1:]
+        if root == 'time_embedding':
+            name = f'temb.dense.{int(rest[0][-1]) - 1}.{rest[1]}'
+        elif root == 'conv_norm_out':
+            name = f'norm_out.{rest[0]}'
+        elif root in ('down_blocks', 'up_blocks', 'mid_block'):
+            if root == 'mid_block':
+                place = f'mid.attn_{int(rest[1]) + 1}' if rest[0] == 'attentions' else f'mid.block_{int(rest[1]) + 1}'
+                leaf = rest[2:]
+            else:
+                way = root.split('_')[0]
+                level = int(rest[0]) if way == 'down' else levels - 1 - int(rest[0])
+                kind = {'resnets': 'block', 'attentions': 'attn'}.get(rest[1])
+                place = f'{way}.{level}.{kind}.{rest[2]}' if kind else f'{way}.{level}.{way}sample'
+                leaf = rest[3:]
+            leaf = '.'.join(leaf)
+            for new, theirs in (
+                ('time_emb_proj', 'temb_proj'), ('conv_shortcut', 'nin_shortcut'), ('group_norm', 'norm'),
+                ('to_q', 'q'), ('to_k', 'k'), ('to_v', 'v'), ('to_out.0', 'proj_out'),
+            ):  # fmt: skip
+                leaf = leaf.replace(new, theirs)
+            name = f'{place}.{leaf}'
+            if '.attn' in name and tensor.ndim == 2:
+                tensor = tensor[:, :, None, None]  # their attention is made of 1×1 convolutions
+        state[name] = tensor.clone()
+    return state
+
+
+# Of models/diffusion.py with ch 32, ch_mult [1, 2], one block a level, attention at the lower resolution.
+SOME_OF_THEIR_NAMES = {
+    'temb.dense.0.weight': (128, 32),
+    'conv_in.weight': (32, 3, 3, 3),
+    'down.0.block.0.norm1.weight': (32,),
+    'down.0.downsample.conv.weight': (32, 32, 3, 3),
+    'down.1.block.0.temb_proj.weight': (64, 128),
+    'down.1.block.0.nin_shortcut.weight': (64, 32, 1, 1),
+    'down.1.attn.0.q.weight': (64, 64, 1, 1),
+    'down.1.attn.0.proj_out.bias': (64,),
+    'mid.block_1.conv1.weight': (64, 64, 3, 3),
+    'mid.attn_1.norm.weight': (64,),
+    'mid.block_2.norm2.bias': (64,),
+    'up.0.block.1.conv1.weight': (32, 64, 3, 3),
+    'up.1.attn.1.k.bias': (64,),
+    'up.1.upsample.conv.weight': (64, 64, 3, 3),
+    'norm_out.bias': (32,),
+    'conv_out.weight': (3, 32, 3, 3),
+}
+DDIM_LAYOUT = dict(image_size=8, image_channels=3, channels=32, multipliers=(1, 2), num_blocks=1, attention=(4,))
+
+
+@pytest.fixture(scope='module')
+def ddim_network():
+    return their_network(**DDIM_LAYOUT, groups=32)
+
+
+@pytest.mark.parametrize('form', ['a run', 'a run without EMA', 'a converted DDPM', 'another size of image'])
+def test_the_ddim_authors_checkpoints(form, ddim_network, tmp_path):
+    state = ddim_state(ddim_network, levels=2)
+    assert {name: tuple(state[name].shape) for name in SOME_OF_THEIR_NAMES} == SOME_OF_THEIR_NAMES
+    raw = {name: 1.5 * tensor for name, tensor in state.items()}  # of a run, the EMA is the network that we look for
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
+    run = [{f'module.{name}': tensor for name, tensor in raw.items()}, optimizer.state_dict(), 7, 790_000, state]
+    torch.save({'a run': run, 'a run without EMA': run[:4]}.get(form, state), tmp_path / 'model.ckpt')
+    size = 16 if form == 'another size of image' else 8
+    import_to(tmp_path / 'ours', f'ddim:{tmp_path / "model.ckpt"}', {'data.image_size': size})
+
+    config = configs_workdir.get_config(str(tmp_path / 'ours'))
+    assert (config.data.image_size, config.data.channels, config.model.kind) == (size, 3, 'eps')
+    assert (config.schedule.name, config.schedule.T, config.schedule.beta_end) == ('linear', 1000, 0.02)
+    assert config.model.attention_resolutions == (size // 2,)
+    record = json.loads((tmp_path / 'ours' / 'import.json').read_text())
+    assert record.get('step') == (790_000 if 'run' in form else None)
+    x, t = inputs(DDIM_LAYOUT | {'image_size': size}, t=[1, 2, 38, 1000])
+    if form == 'a run without EMA':
+        ddim_network = their_network(**DDIM_LAYOUT, groups=32)
+        ddim_network.load_state_dict({name: 1.5 * tensor for name, tensor in ddim_network.state_dict().items()})
+    assert distance(net_of(tmp_path / 'ours')(x, t), call(ddim_network, x, t - 1)) < 1e-5
+    assert (record['params_sha256'] == record['ema_sha256']) == (form != 'a run')
+    if form == 'a run':
+        raw = net_of(tmp_path / 'ours', 'raw')(x, t)
+        assert distance(raw, net_of(tmp_path / 'ours')(x, t)) > 0.1
+
+
+def without(state, name):
+    return {key: tensor for key, tensor in state.items() if key != name}
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ('made-by-a-checkpoint',)
+
+
+def test_the_size_of_images_is_not_in_the_file(ddim_network, tmp_path):
+    torch.save(ddim_state(ddim_network, levels=2), tmp_path / 'model.ckpt')
+    with pytest.raises(RunError, match=r'give config\.data\.image_size'):
+        import_to(tmp_path / 'ours', f'ddim:{tmp_path / "model.ckpt"}', {'data.image_size': 0})
+
+
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        (lambda state: Malice(), 'cannot be read as tensors alone'),
+        (lambda state: [state], 'list of 1'),
+        (lambda state: {'state': state}, 'no state dict'),
+        (lambda state: {'weight': torch.ones(3)}, 'conv_in.weight'),
+        (lambda state: without(state, 'mid.attn_1.q.bias'), r'mid\.attn_1\.q\.bias \(64,\) is missing'),
+        (
+            lambda state: state | {'up.1.attn.0.k.weight': torch.ones(64, 64, 3, 3)},
+            r'up\.1\.attn\.0\.k\.weight has the shape \(64, 64, 3, 3\)',
+        ),
+    ],
+)
+def test_other_checkpoints_are_refused(content, words, ddim_network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content(ddim_state(ddim_network, levels=2)), 'model.ckpt')
+    with pytest.raises(RunError, match=words):
+        import_to(tmp_path / 'ours', 'ddim:model.ckpt')
+    assert sorted(os.listdir()) == ['model.ckpt']  # what is refused leaves nothing, and has run nothing
+
+
+# ── us → diffusers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind'), [('linear', 'eps'), ('linear', 'v'), ('sigmoid', 'eps'), ('constant', 'eps')]
+)
+def test_an_exported_run_draws_the_same_images(name, kind, tmp_path, monkeypatch):
+    """A run of ours, level 1 … T, in diffusers' own pipelines: DDIM, and DDPM with the noise that we draw."""
+    config = tiny(
+        {
+            'schedule.name': name, 'schedule.T': 20, 'schedule.beta_start': 1e-3, 'schedule.beta_end': 0.3,
+            'model.kind': kind, 'model.attention_resolutions': (8,), 'sample.spacing': 'leading',
+        }
+    )  # fmt: skip
+    params = random_params(config, 1)
+    workdir = make_run(tmp_path / 'ours', config, 5, params=params, ema=params)
+    assert publish.run(config, str(workdir)) == 0
+    folder = workdir / 'export' / 'step5-ema'
+
+    exp = experiment.build(config)
+    keys = jax.random.split(jax.random.key(1), 3)
+
+    def noise(level):
+        draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), (8, 8, 1)))(keys)
+        return torch.as_tensor(np.array(draw)).permute(0, 3, 1, 2)
+
+    for pipeline, how, ask in (
+        (diffusers.DDIMPipeline, dict(num_steps=10, eta=0.0, variance='small'), dict(use_clipped_model_output=True)),
+        (diffusers.DDPMPipeline, dict(num_steps=20, eta=1.0, variance='small'), {}),
+    ):
+        levels = schedule.timesteps(20, how.pop('num_steps'), 'leading')
+        net = exp.network.net(params)
+        how |= dict(shape=(8, 8, 1), timesteps=levels, kind=kind)
+        ours = jit(lambda keys, net=net, how=how: sampler.sample(keys, exp.schedule, net, **how))(keys)
+        pipe = pipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        drawn = iter([levels[0], *levels[1:]])
+        for module in ('pipelines.ddim.pipeline_ddim', 'pipelines.ddpm.pipeline_ddpm', 'schedulers.scheduling_ddpm'):
+            monkeypatch.setattr(
+                f'diffusers.{module}.randn_tensor', lambda *_, drawn=drawn, **__: noise(int(next(drawn)))
+            )
+        images = pipe(batch_size=3, num_inference_steps=len(levels) - 1, output_type='np', **ask).images
+        assert images.std() > 0.1
+        np.testing.assert_allclose(np.clip(np.asarray(ours) / 2 + 0.5, 0, 1), images, atol=1e-4)
+
+
+def test_from_them_and_back_is_the_same_file(network, tmp_path):
+    """And what their DDIMPipeline saves, which keeps the keys of the scheduler that it was made of, is read as well."""
+    theirs = save_pipeline(tmp_path / 'theirs', network, diffusers.DDPMScheduler(variance_type='fixed_large'))
+    import_to(tmp_path / 'ours', f'diffusers:{theirs}')
+    assert publish.run(configs_workdir.get_config(str(tmp_path / 'ours')), str(tmp_path / 'ours')) == 0
+    folder = tmp_path / 'ours' / 'export' / 'step0-ema'
+    weights = 'unet/diffusion_pytorch_model.safetensors'
+    back, there = load_file(folder / weights), load_file(theirs / weights)
+    assert back.keys() == there.keys()
+    for name in back:
+        np.testing.assert_array_equal(back[name], there[name])
+    again = diffusers.DDPMPipeline.from_pretrained(folder)
+    for config, was in (
+        (again.unet.config, network.config),
+        (again.scheduler.config, diffusers.DDPMScheduler(variance_type='fixed_large').config),
+    ):
+        for key in set(was) - {'_name_or_path', '_diffusers_version', '_use_default_values'}:
+            assert json.dumps(config[key]) == json.dumps(was[key]), key  # a list or a tuple
+    diffusers.DDIMPipeline.from_pretrained(folder).save_pretrained(tmp_path / 'ddim')
+    import_to(tmp_path / 'again', f'diffusers:{tmp_path / "ddim"}')
+    assert_heard(tmp_path / 'again', network)
+
+
+if __name__ == '__main__':
+    shutil.rmtree(FIXTURE, ignore_errors=True)
+    save_pipeline(FIXTURE, their_network(**SMALL), diffusers.DDPMScheduler(100, variance_type='fixed_large'))
+    np.savez_compressed(FIXTURE / 'expected.npz', **expected(diffusers.DDPMPipeline.from_pretrained(FIXTURE)))
