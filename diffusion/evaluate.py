@@ -116,7 +116,14 @@ def _compute(functions, parts, folder, params, images, asked, mesh, interrupt):
     missing = [part for part, found in zip(parts, there, strict=True) if not found]
     size = min(asked.batch_size, len(images))
     size += -size % mesh.size
-    programs = {name: jax.jit(function, out_shardings=meshes.replicated(mesh)) for name, function in functions.items()}
+
+    def program(function):
+        def on_mesh(key, params, x0):
+            return function(key, meshes.whole(mesh, params), x0)
+
+        return jax.jit(on_mesh, out_shardings=meshes.replicated(mesh))
+
+    programs = {name: program(function) for name, function in functions.items()}
     stopping = meshes.Agreement(mesh)
     show = dict(desc='likelihood', unit='part', dynamic_ncols=True, disable=not first)
     done = len(parts) - len(missing)

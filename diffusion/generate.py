@@ -30,7 +30,8 @@ def make_sampler(exp, params, shape, *, batch_size, **how):
     def draw(params, seed, start):
         indices = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), meshes.split_batch(exp.mesh))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-        return sampler.sample(keys, exp.schedule, exp.network.net(params), shape=shape, **how)
+        net = exp.network.net(meshes.whole(exp.mesh, params))
+        return sampler.sample(keys, exp.schedule, net, shape=shape, **how)
 
     draw = jax.jit(draw, out_shardings=meshes.replicated(exp.mesh)).lower(params, 0, 0).compile()
     return lambda params, seed, start, stop: data.to_uint8(draw(params, seed, start))[: stop - start]

@@ -55,19 +55,20 @@ def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay,
         net = exp.network.net(params, dropout_key=dropout_key)
         return loss_at(exp.schedule, net, x0, t, eps, kind=kind, weighting=weighting).mean()
 
-    gradient_of = jax.value_and_grad(mean_loss)
+    gradient_of, whole = jax.value_and_grad(mean_loss), meshes.whole(exp.mesh, state.params)
     if accumulate == 1:
-        value, gradient = gradient_of(state.params, dropout_key, x0, t, eps)
+        value, gradient = gradient_of(whole, dropout_key, x0, t, eps)
     else:
-        parts = [meshes.microbatches(exp.mesh, whole, accumulate) for whole in (x0, t, eps)]
+        parts = [meshes.microbatches(exp.mesh, x, accumulate) for x in (x0, t, eps)]
         keys = jax.random.split(dropout_key, accumulate)
         zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient_of(state.params, *part)), None
+            return jax.tree.map(jnp.add, total, gradient_of(whole, *part)), None
 
         total, _ = jax.lax.scan(add, zero, (keys, *parts))
         value, gradient = jax.tree.map(lambda leaf: leaf / accumulate, total)
+    gradient = meshes.like_state(exp.mesh, gradient)
     updates, opt_state = exp.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))

@@ -50,6 +50,19 @@ def microbatches(mesh, x, count):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp'))))
 
 
+def whole(mesh, tree):
+    """Within a compiled program: every device is given the whole of what is split, as FSDP does with parameters.
+
+    Left to itself, XLA would split some products by their columns instead, and send activations around.
+    """
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def like_state(mesh, tree):
+    """Within a compiled program: each device goes on with its part only, as `split_state` has it."""
+    return jax.lax.with_sharding_constraint(tree, split_state(mesh, tree))
+
+
 class Agreement:
     """What any host says, all hosts know one step later; no host waits for it."""
 

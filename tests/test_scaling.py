@@ -1,0 +1,59 @@
+"""The model on paper of docs/scaling.md: its limits, and that the page shows what the program computes."""
+
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks import scaling
+from tests.test_main import ROOT
+
+DEVICE = scaling.Device(flops=1e12, memory=1e12, near=1e9, group=8, far=1e8, hop=0.0)
+
+
+def test_the_page_shows_what_the_program_computes():
+    page = (ROOT / 'docs' / 'scaling.md').read_text(encoding='utf-8')
+    assert scaling.markdown(scaling.paper()) in page
+
+
+def test_one_device_reduces_nothing():
+    assert scaling.all_reduce_time(1e9, 1, dataclasses.replace(DEVICE, hop=1.0)) == 0
+
+
+def test_a_ring_of_many_sends_everything_twice():
+    """Each byte goes around once to be added, and once more as the sum; half of it, between two devices."""
+    assert scaling.all_reduce_time(1e9, 2, DEVICE) == pytest.approx(1.0)
+    assert scaling.all_reduce_time(1e9, 8, DEVICE) == pytest.approx(2 * 7 / 8)
+    one_group = dataclasses.replace(DEVICE, group=10**6)
+    assert scaling.all_reduce_time(1e9, 10**6, one_group) == pytest.approx(2, rel=1e-3)
+
+
+def test_between_groups_each_device_sends_its_part():
+    """Two groups of eight: an eighth of the bytes, over links that are ten times slower."""
+    within, both = (scaling.all_reduce_time(1e9, n, DEVICE) for n in (8, 16))
+    assert both - within == pytest.approx(1e9 / 8 / 1e8)
+
+
+def test_what_follows_is_what_is_computed():
+    for device in scaling.DEVICES.values():
+        cifar, lsun = scaling.NETWORKS['CIFAR-10'], scaling.NETWORKS['LSUN 256']
+        few, many = (scaling.step_time(cifar, device, n, 128)['step'] for n in (8, 128))
+        assert 1 < few / many < 3
+        few, many = (scaling.step_time(lsun, device, n, 8 * n)['step'] for n in (8, 1024))
+        assert few / many > 0.85
+    far = scaling.step_time(cifar, scaling.DEVICES['H100, NVLink + 400 Gb/s each'], 64, 1024)
+    assert far['reduce'] > 0.75 * far['compute']
+
+
+def test_hiding_a_reduction_saves_it_at_most():
+    for row in scaling.paper():
+        assert (row['compute ms'] + row['update ms']) * (1 - 1e-9) <= row['hidden ms'] <= row['step ms']
+        assert 0 < row['efficiency'] <= row['efficiency, hidden'] <= 1 + 1e-9
+
+
+def test_what_was_measured_is_what_the_page_of_memory_says():
+    result = json.loads((ROOT / 'benchmarks' / 'results' / 'scaling-cpu.json').read_text(encoding='utf-8'))
+    page = (ROOT / 'docs' / 'cluster.md').read_text(encoding='utf-8')
+    assert scaling.markdown_of_memory(result) in page
+    page = (ROOT / 'docs' / 'scaling.md').read_text(encoding='utf-8')
+    assert scaling.markdown_of_rates(result) in page
