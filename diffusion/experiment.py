@@ -120,7 +120,7 @@ def check(config):
 def build(config):
     """The Experiment that a config describes. Raises RunError, which names the key, where it describes none."""
     check(config)
-    with naming('config.schedule'):
+    with naming(f'config.schedule ({", ".join(f"{key}={value!r}" for key, value in config.schedule.items())})'):
         noise_schedule = make_schedule(config.schedule)
     with naming('config.model.kind'):
         gaussian.require_signal(noise_schedule, config.model.kind, noise_schedule.T)

@@ -19,7 +19,7 @@ from diffusion.experiment import RunError
 from tests.galleries import encoded, fill, noise
 from tests.test_data_pictures import ROOT
 
-NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem != '__init__')
+NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in ('__init__', 'workdir'))
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +207,7 @@ def test_each_config_is_one(name):
     if name == 'folder':
         config.data.update(image_size=32, channels=3)
         config.model.update(experiment.chosen_network(32, 1000))
-    experiment.check_seed(config.seed)
+    experiment.check(config)
     experiment.make_schedule(config.schedule)
     experiment.make_optimizer(config.train)
     size = num_params(config)

@@ -24,6 +24,7 @@ ORDER = [
     'generate',
     'evaluate',
     'experiment',
+    'keys',
     'loss',
     'sampler',
     'likelihood',
