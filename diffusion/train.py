@@ -282,7 +282,8 @@ class Loop:
             if self._writer:
                 self._writer.scalars(step, **values, **self._also, skipped=self.bad)
         if self._bad_in_a_row >= train.max_bad_steps:
-            kept = f'the checkpoint of step {self._saved} is good' if self._saved else 'there is no checkpoint yet'
+            steps = self._checkpoints.steps()
+            kept = f'the checkpoint of step {steps[0]} is good' if steps else 'there is no checkpoint yet'
             found = ', '.join(f'{name} {values[name]}' for name in ('loss', 'grad_norm', 'param_norm'))
             raise RunError(
                 f'{found} at step {step}, the last of {self._bad_in_a_row} in a row that were not finite and changed '

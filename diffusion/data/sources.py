@@ -77,6 +77,9 @@ def folder(path, split, data_dir=''):
     classes = None
     if all(len(part) > 1 for part in parts.values()):
         classes = sorted({part[0] for part in parts.values()})
+    elif any(len(part) > 1 for part in parts.values()):
+        alone = sum(len(part) == 1 for part in parts.values())
+        print(f'no labels: {alone} of {len(parts)} pictures in {path} lie in no class folder', flush=True)
     number = {name: i for i, name in enumerate(classes or ())}
     labels = [number.get(parts[file][0]) for file in chosen]
     names = [name for name, *_ in chosen]

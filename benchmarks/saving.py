@@ -1,0 +1,49 @@
+"""How long the training loop stands still while a checkpoint of the 35.7M-parameter network is begun.
+
+    python -m benchmarks.saving
+
+The state (parameters, EMA, Adam: 572 MB) is copied, and written in the background; the loop goes on in between.
+"""
+
+import json
+import os
+import platform
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from configs import cifar10
+from diffusion import experiment
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.files import versions, write_json
+
+
+def main(repetitions=4):
+    exp = experiment.build(cifar10.get_config())
+    state = jax.block_until_ready(jax.jit(exp.init)(jax.random.key(0)))
+    stalls, writes = [], []
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=1, writing=True) as checkpoints:
+        for step in range(repetitions):
+            start = time.perf_counter()
+            checkpoints.save(step, params=state.params, ema=state.ema, opt_state=state.opt_state)
+            stalls.append(time.perf_counter() - start)
+            checkpoints.wait()
+            writes.append(time.perf_counter() - start)
+    result = {
+        'state megabytes': sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6,
+        'stall seconds, median but the first': float(np.median(stalls[1:])),
+        'stall seconds, all (the first compiles the checksums)': stalls,
+        'seconds until it is written, all': writes,
+        'device': jax.devices()[0].device_kind,
+        'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+        'versions': versions(),
+        'command': 'python -m benchmarks.saving',
+    }
+    print(json.dumps(result, indent=2))
+    write_json(os.path.join('benchmarks', 'results', f'saving-{jax.default_backend()}.json'), result)
+
+
+if __name__ == '__main__':
+    main()
