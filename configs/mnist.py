@@ -3,7 +3,7 @@
     make prepare DATASET=mnist
     python main.py --config=configs/mnist.py --workdir=runs/mnist
 
-MINUTES. --config.data.source=folder:PATH takes a folder or zip file
+4,000 steps of 32 images take about 20 minutes on two CPU cores. --config.data.source=folder:PATH takes a folder or zip file
 of PNGs with train/ and test/ instead.
 """
 
@@ -25,7 +25,7 @@ def get_config():
     config.model.dropout = 0.0
 
     config.train.batch_size = 32
-    config.train.num_steps = 10_000
+    config.train.num_steps = 4000
     config.train.learning_rate = 1e-3
     config.train.warmup_steps = 500
     config.train.ema_decay = 0.999

@@ -282,8 +282,8 @@ class Loop:
             if self._writer:
                 self._writer.scalars(step, **values, **self._also, skipped=self.bad)
         if self._bad_in_a_row >= train.max_bad_steps:
-            steps = self._checkpoints.steps()
-            kept = f'the checkpoint of step {steps[0]} is good' if steps else 'there is no checkpoint yet'
+            any_saved = self._saved or self._checkpoints.steps()  # that of an import is of step 0
+            kept = f'the checkpoint of step {self._saved} is good' if any_saved else 'there is no checkpoint yet'
             found = ', '.join(f'{name} {values[name]}' for name in ('loss', 'grad_norm', 'param_norm'))
             raise RunError(
                 f'{found} at step {step}, the last of {self._bad_in_a_row} in a row that were not finite and changed '

@@ -336,7 +336,7 @@ def test_a_killed_build_is_built_again(tmp_path, sha256):
     assert [process.returncode for process in (one, other)] == [0, 0], outputs
     assert [out.splitlines()[-1] for out, _ in outputs] == [sha256, sha256]
     assert sorted(log.stat().st_size if log.exists() else 0 for log in logs[1:]) == [0, 150]
-    assert sum('another process decodes the same images' in out for out, _ in outputs) == 1
+    assert sum('another process decodes the same images' in out for out, _ in outputs) <= 1  # 0 if one began too late
     assert len(entries(directory)) == 1
 
 
