@@ -3,8 +3,8 @@
     make prepare DATASET=mnist
     python main.py --config=configs/mnist.py --workdir=runs/mnist
 
-4,000 steps of 32 images take about 20 minutes on two CPU cores. --config.data.source=folder:PATH takes a folder or zip file
-of PNGs with train/ and test/ instead.
+4,000 steps of 32 images take about 20 minutes on two CPU cores. --config.data.source=folder:PATH takes a folder or
+zip file of PNGs with train/ and test/ instead.
 """
 
 from configs import default
