@@ -124,9 +124,9 @@ def kills(table, folder, reference, number, rng):
                 table.add(fault, 'dead at once', status == -what, output)  # SIGTERM: before the run listens to it
             elif status == 75:
                 table.add(fault, 'saved, exit status 75', 'Traceback' not in output, output)
-            else:
-                quiet = status in (1, 130) and 'Traceback' not in output
-                table.add(fault, 'ended before the first step', quiet, f'{status} {output}')
+            else:  # before it listens, or after it is done
+                idle = 'compiling' not in output or 'complete:' in output
+                table.add(fault, 'ended before or after its steps', idle, f'{status} {output}')
         seconds = min(seconds, time.monotonic() - begun)
         table.add(
             'a run killed again and again until it is done',
@@ -245,7 +245,7 @@ def full_disk(table, folder, reference):
     """On a disk that holds two checkpoints and no more: they stay whole, and with room again the run goes on."""
     disk = folder / 'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'none', disk], capture_output=True).returncode:
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'none', disk], capture_output=True).returncode:
         print('no tmpfs can be mounted here: the full disk is not tried')
         return
     fault = 'a full disk'
