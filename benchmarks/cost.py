@@ -6,19 +6,16 @@ Compile time of the sampler for 10 and 1000 steps, and the time of the posterior
 T = 1000 in units of the same number of network evaluations alone. Medians over interleaved repetitions.
 """
 
-import json
-import os
-import platform
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.record import circumstances, store
 from configs import digits
 from diffusion import experiment, generate
 from diffusion.likelihood.elbo import elbo
-from diffusion.runtime.files import versions, write_json
 from diffusion.schedule import timesteps
 
 BATCH, SHAPE, IMAGES = 50, (8, 8, 1), 1000
@@ -78,13 +75,9 @@ def main():
         'sampler compile time, 1000 steps over 10': compiled[1000] / compiled[10],
         'ELBO of 1,000 images over network evaluations alone, median of the batches': float(np.median(ratios)),
         'ELBO of 1,000 images over network evaluations alone, all batches': ratios,
-        'device': jax.devices()[0].device_kind,
-        'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-        'versions': versions(),
-        'command': 'python -m benchmarks.cost',
+        **circumstances('cost'),
     }
-    print(json.dumps(result, indent=2))
-    write_json(os.path.join('benchmarks', 'results', f'cost-{jax.default_backend()}.json'), result)
+    store('cost', result)
 
 
 if __name__ == '__main__':

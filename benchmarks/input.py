@@ -13,9 +13,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
-import json
 import os
-import platform
 import tempfile
 import time
 
@@ -24,10 +22,10 @@ import jax
 import numpy as np
 from PIL import Image
 
+from benchmarks.record import circumstances, store
 from configs import digits
 from diffusion import data, experiment, train
 from diffusion.data.sources import open_source
-from diffusion.runtime.files import versions, write_json
 
 BATCH = 128
 PEER_IMAGES = 12_800  # that each of the peers decodes
@@ -154,13 +152,10 @@ def main():
                 'device': waiting(small, 'device', steps=400),
                 'host': waiting(small, 'host', steps=400),
             },
-            'device': jax.devices()[0].device_kind,
-            'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-            'versions': versions() | {'grain': importlib.metadata.version('grain')},
-            'command': 'python -m benchmarks.input' + ' --source=folder:PATH' * bool(asked.source),
+            'grain': importlib.metadata.version('grain'),
+            **circumstances('input' + ' --source=folder:PATH' * bool(asked.source)),
         }
-    print(json.dumps(result, indent=2))
-    write_json(os.path.join('benchmarks', 'results', f'input-{jax.default_backend()}.json'), result)
+    store('input', result)
 
 
 if __name__ == '__main__':

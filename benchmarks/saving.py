@@ -5,19 +5,16 @@
 The state (parameters, EMA, Adam: 572 MB) is copied, and written in the background; the loop goes on in between.
 """
 
-import json
-import os
-import platform
 import tempfile
 import time
 
 import jax
 import numpy as np
 
+from benchmarks.record import circumstances, store
 from configs import cifar10
 from diffusion import experiment
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.runtime.files import versions, write_json
 
 
 def main(repetitions=4):
@@ -36,13 +33,9 @@ def main(repetitions=4):
         'stall seconds, median but the first': float(np.median(stalls[1:])),
         'stall seconds, all (the first compiles the checksums)': stalls,
         'seconds until it is written, all': writes,
-        'device': jax.devices()[0].device_kind,
-        'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-        'versions': versions(),
-        'command': 'python -m benchmarks.saving',
+        **circumstances('saving'),
     }
-    print(json.dumps(result, indent=2))
-    write_json(os.path.join('benchmarks', 'results', f'saving-{jax.default_backend()}.json'), result)
+    store('saving', result)
 
 
 if __name__ == '__main__':

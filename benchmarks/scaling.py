@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -228,13 +227,12 @@ def main():
     if parser.parse_args().paper:
         print(markdown(paper()), end='')
         return
-    from diffusion.runtime.files import versions, write_json
+    from benchmarks.record import circumstances
+    from diffusion.runtime.files import write_json
 
     result = {
         'note': 'simulated devices share the cores, so that images a second cannot rise with their number',
-        'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-        'versions': versions(),
-        'command': 'python -m benchmarks.scaling',
+        **circumstances('scaling'),
         'digits, batch of 64': {},
         'CIFAR-10, bytes on a device': {},
     }

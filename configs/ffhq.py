@@ -6,17 +6,11 @@ The 70,000 pictures are not in the TFDS catalogue: unpack them, or leave them in
 take 14 GB in data.cache_dir. Ho et al. trained CelebA-HQ for 500,000 steps of 64 images on a TPU v3-128.
 """
 
-from configs import default
+from configs import lsun_church
 
 
 def get_config():
-    config = default.get_config()
+    config = lsun_church.get_config()
     config.data.source = 'folder:ffhq'
-    config.data.image_size = 256
-    config.data.crop = 'center'
-    config.model.multipliers = (1, 1, 2, 2, 4, 4)
-    config.model.dropout = 0.0
-    config.train.batch_size = 64
     config.train.num_steps = 500_000
-    config.train.learning_rate = 2e-5
     return config

@@ -8,19 +8,13 @@ Decoded, the 3,033,042 images would take 596 GB, so that they are decoded whenev
 with --config.data.cache=True --config.data.cache_dir=… once.
 """
 
-from configs import default
+from configs import lsun_church
 
 
 def get_config():
-    config = default.get_config()
+    config = lsun_church.get_config()
     config.data.source = 'tfds:lsun/bedroom'
-    config.data.image_size = 256
-    config.data.crop = 'center'
     config.data.flip = False
     config.data.cache = False
-    config.model.multipliers = (1, 1, 2, 2, 4, 4)
-    config.model.dropout = 0.0
-    config.train.batch_size = 64
     config.train.num_steps = 2_400_000
-    config.train.learning_rate = 2e-5
     return config

@@ -20,6 +20,7 @@ from diffusion.generate import colour_drift
 from diffusion.loss import draw, loss_at
 from diffusion.report.grid import save_grid
 from diffusion.runtime import mesh as meshes
+from diffusion.runtime.errors import first_line
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.writer import Writer
 from diffusion.schedule import timesteps
@@ -299,7 +300,7 @@ class Loop:
         except (OSError, ValueError) as error:
             self._saved = max(self._checkpoints.steps(), default=0)
             self._retry = step + self._train.log_every
-            _warn(f'the checkpoint of step {step} could not be saved ({_first_line(error)}); trying again')
+            _warn(f'the checkpoint of step {step} could not be saved ({first_line(error)}); trying again')
 
     def _finish(self, step):
         """Wait for the last save. Raises RunError where it fails."""
@@ -307,7 +308,7 @@ class Loop:
             self._checkpoints.wait()
         except (OSError, ValueError) as error:
             self._saved = max(self._checkpoints.steps(), default=0)
-            _warn(_first_line(error))
+            _warn(first_line(error))
         if self._saved < step:
             raise RunError(
                 f'step {step} could not be saved in {self._workdir}/checkpoints; the newest checkpoint there is of '
@@ -334,10 +335,6 @@ class Loop:
 
 def _warn(message):
     tqdm.write(f'warning: {message}', file=sys.stderr)
-
-
-def _first_line(error):
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
 
 
 def progress_sampler(config, exp, params):

@@ -26,7 +26,8 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+
+from tests.test_train import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 400
@@ -60,17 +61,6 @@ def finish(process):
     """(exit status, output) once it has ended."""
     output, _ = process.communicate(timeout=600)
     return process.returncode, output
-
-
-def arrays(workdir, step=STEPS):
-    """{part and path: array} of a checkpoint, read by Orbax alone."""
-    found = {}
-    for part in ('params', 'ema', 'opt_state'):
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(workdir / 'checkpoints' / str(step) / part)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            found[part + jax.tree_util.keystr(path)] = np.asarray(leaf)
-    return found
 
 
 def same(one, other):
@@ -131,7 +121,9 @@ def kills(table, folder, reference, number, rng):
         table.add(
             'a run killed again and again until it is done',
             'parameters, EMA and optimizer bit by bit those of the unbroken run',
-        ) if same(arrays(workdir), arrays(reference)) else table.add('killed run', 'OTHER NUMBERS', False, str(workdir))
+        ) if same(checkpoint(workdir, STEPS), checkpoint(reference, STEPS)) else table.add(
+            'killed run', 'OTHER NUMBERS', False, str(workdir)
+        )
         right = logged(workdir) == logged(reference)
         table.add('its log', 'each step once, with the same numbers' if right else 'ANOTHER LOG', right, str(workdir))
         shutil.rmtree(workdir)
@@ -158,7 +150,7 @@ def wait_to_kill(process, workdir, seconds, in_save):
 def corruptions(table, folder, reference, number, rng):
     """Damage one file of the newest checkpoint, and ask for one step more."""
     steps = sorted(int(path.name) for path in (reference / 'checkpoints').iterdir())
-    originals = {step: arrays(reference, step) for step in steps}
+    originals = {step: checkpoint(reference, step) for step in steps}
     newest = reference / 'checkpoints' / str(steps[-1])
     files = sorted(path.relative_to(reference) for path in newest.rglob('*') if path.is_file())
     import logging
@@ -257,7 +249,11 @@ def full_disk(table, folder, reference):
         table.add(fault, 'told, trained on, ended with an error; earlier checkpoints whole', bool(right), output)
         subprocess.run(['mount', '-o', 'remount,size=100m', disk], check=True)
         status, output = finish(start(workdir, compile_cache=folder / 'compiled'))
-        right = status == 0 and same(arrays(workdir), arrays(reference)) and logged(workdir) == logged(reference)
+        right = (
+            status == 0
+            and same(checkpoint(workdir, STEPS), checkpoint(reference, STEPS))
+            and logged(workdir) == logged(reference)
+        )
         table.add(fault, 'with room again: bit by bit the unbroken run', right, output)
     finally:
         subprocess.run(['umount', disk], check=True)

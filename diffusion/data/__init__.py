@@ -8,7 +8,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from diffusion.data.cache import Images, decoded
@@ -160,6 +159,8 @@ class Order:
 
 def prefetch(images, order, start, stop):
     """The batches images[order[k]] for start ≤ k < stop, one after the other, gathered ahead by Grain's threads."""
+    import grain  # takes a second, which only this needs
+
     return iter(
         grain.MapDataset.source(_Batches(images, order, start, stop)).to_iter_dataset(
             grain.ReadOptions(num_threads=min(16, 2 * (os.cpu_count() or 1)), prefetch_buffer_size=16)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from diffusion.runtime.errors import first_line
+
 # Of many tasks that read or write at once one tells what went wrong, by an exception; asyncio would print the others.
 logging.getLogger('asyncio').setLevel(logging.CRITICAL + 1)
 
@@ -108,8 +110,9 @@ class Checkpoints:
                 if wrong:
                     raise ValueError(f'{len(wrong)} arrays are not those that were written: {name}{wrong[0]} …')
         except Exception as error:  # damage shows itself in Orbax, TensorStore, JSON or the file system
-            reason = next(iter(str(error).splitlines()), '')[:400]
-            raise DamagedError(f'{self.path(step)} is damaged ({type(error).__name__}: {reason})') from error
+            raise DamagedError(
+                f'{self.path(step)} is damaged ({type(error).__name__}: {first_line(error, 400)})'
+            ) from error
         return tuple(restored[name] for name in trees)
 
     def restore_newest(self, warn, **trees):

@@ -6,6 +6,8 @@ import sys
 
 import jax
 
+from diffusion.runtime.errors import first_line
+
 
 def connect(*, coordinator, num_processes, process_id, detect, timeout):
     """Join the processes of this run, before anything touches a device; one process alone needs none of it.
@@ -51,5 +53,5 @@ def lost(error):
         return None
     return (
         f'process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another host '
-        f'has gone ({str(error).splitlines()[0][:300]}); the same command on all hosts goes on from the last checkpoint'
+        f'has gone ({first_line(error)}); the same command on all hosts goes on from the last checkpoint'
     )
