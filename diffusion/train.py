@@ -155,14 +155,18 @@ def describe(exp, state, flops):
 def restore(exp, checkpoints, *, seed):
     """The TrainState of the newest checkpoint, or a new one where there is none yet."""
     abstract = exp.abstract_state()
-    trees = {name: getattr(abstract, name) for name in ('params', 'ema', 'opt_state')}
     with experiment.intact():
-        found = checkpoints.restore_newest(print, **trees)
+        found = checkpoints.restore_newest(print, **_saved_of(abstract))
     if found is None:
         return jax.jit(exp.init, out_shardings=_shardings(abstract))(jax.random.key(seed))
     step, trees = found
     checkpoints.put_aside(step)
     return TrainState(meshes.put_whole(np.int32(step), abstract.step.sharding), *trees)
+
+
+def _saved_of(state):
+    """The trees of a checkpoint."""
+    return {'params': state.params, 'ema': state.ema, 'opt_state': state.opt_state}
 
 
 def compile_step(config, exp, state, images, indices):
@@ -224,6 +228,7 @@ class Loop:
         train, step = self._train, int(state.step)
         asked = meshes.Agreement(self._exp.mesh)
         self._saved = self._retry = step
+        self._checkpoints.reserve(**_saved_of(state))
         self._rate = _Rate()
         writing = Writer(os.path.join(self._workdir, 'logs'), step=step, warn=_warn) if meshes.is_first() else None
         with (
@@ -245,7 +250,7 @@ class Loop:
                 if pending:
                     self._settle(*pending)
                 pending = step, metrics
-                saving = step % train.checkpoint_every == 0 or step == self._retry
+                saving = step % train.checkpoint_every == 0 or step == self._retry or self._checkpoints.failed
                 sampling = train.sample_every and step % train.sample_every == 0
                 if saving or sampling:
                     self._settle(*pending)
@@ -295,7 +300,7 @@ class Loop:
     def _save(self, step, state):
         """Save in the background. What fails is told, and tried again after a while, which is no reason to stop."""
         try:
-            self._checkpoints.save(step, self._record, params=state.params, ema=state.ema, opt_state=state.opt_state)
+            self._checkpoints.save(step, self._record, **_saved_of(state))
             self._saved = step
         except (OSError, ValueError) as error:
             self._saved = max(self._checkpoints.steps(), default=0)

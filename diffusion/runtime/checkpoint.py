@@ -1,5 +1,7 @@
 """Checkpoints: named trees of arrays at a step, written by Orbax in the background, whole or not at all."""
 
+import concurrent.futures
+import contextlib
 import functools
 import logging
 import os
@@ -7,10 +9,10 @@ import shutil
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from diffusion.runtime import mesh as meshes
 from diffusion.runtime.errors import first_line
 
 # Of many tasks that read or write at once one tells what went wrong, by an exception; asyncio would print the others.
@@ -38,12 +40,15 @@ class Checkpoints:
             create=writing,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._background = concurrent.futures.ThreadPoolExecutor(1)
+        self._writing = self._copies = None
 
     def __enter__(self):
         _hush()
         return self
 
     def __exit__(self, kind, *exception):
+        self._background.shutdown()
         if kind is None or jax.process_count() == 1 or not issubclass(kind, jax.errors.JaxRuntimeError):
             self._manager.close()  # which waits for all hosts; where a computation failed, one has gone
 
@@ -62,25 +67,70 @@ class Checkpoints:
         record: JSON that is kept with them. Raises OSError or ValueError where that cannot be done, also for what
         went wrong with the one before; what that left half done is removed.
         """
-        os.makedirs(self.directory, exist_ok=True)
-        need = 1.3 * sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + 2e6
-        free = shutil.disk_usage(self.directory).free
-        if need > free:  # before TensorStore finds out, array by array
-            raise OSError(f'it takes {need / 1e6:.1f} MB, but {self.directory} has {free / 1e6:.1f} MB left')
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        sums = {name: checksums(tree) for name, tree in trees.items()}
-        about = {'step': int(step), 'checksums': sums, 'record': record or {}}
-        try:
-            self._manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
-        except Exception:
-            self._clear()
-            raise
+        self.wait()
+        refusal = self._refusal(sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
+        if meshes.any_host(refusal):
+            raise OSError(refusal or 'another host cannot write it')
+        if jax.process_count() == 1:
+            self._writing = self._background.submit(self._write, step, record, self._copy(trees))
+        else:  # in which the hosts meet, so that it has its place among all that they do together
+            self._write(step, record, trees)
+
+    def reserve(self, **trees):
+        """Set memory aside for the copies of `trees`, in the background, so that the first save need not."""
+        if jax.process_count() == 1:
+            self._copies = self._background.submit(jax.tree.map, lambda leaf: np.ones(leaf.shape, leaf.dtype), trees)
+
+    def _copy(self, trees):
+        """What is written: the next step reuses the buffers of `trees`."""
+        if self._copies is None:
+            self.reserve(**trees)
+        copies = self._copies.result()
+        for leaf in jax.tree.leaves(trees):
+            if isinstance(leaf, jax.Array):
+                leaf.copy_to_host_async()  # under way, all of them
+        jax.tree.map(np.copyto, copies, trees)
+        return copies
+
+    @property
+    def failed(self):
+        """Whether the last write is known to have gone wrong: `wait` and `save` will raise."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self):
         """Wait for the last write. Raises OSError or ValueError where it went wrong."""
-        try:
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+        with self._clearing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+
+    def _refusal(self, nbytes):
+        """Why a checkpoint of so many bytes cannot be written, or ''; before TensorStore finds out, array by array."""
+        try:
+            os.makedirs(self.directory, exist_ok=True)
+            free = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            return str(error)
+        need = 1.3 * nbytes + 2e6
+        if need > free:
+            return f'it takes {need / 1e6:.1f} MB, but {self.directory} has {free / 1e6:.1f} MB left'
+        return ''
+
+    def _write(self, step, record, trees):
+        sums = {name: checksums(tree) for name, tree in trees.items()}
+        about = {'step': int(step), 'checksums': sums, 'record': record or {}}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        with self._clearing():
+            self._manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
+            if jax.process_count() == 1:
+                self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _clearing(self):
+        try:
+            yield
         except Exception:
             self._clear()
             raise
@@ -161,19 +211,27 @@ def _hush():
 def checksums(tree):
     """{path: number} of a tree of arrays: Σ_i w_i·bits(x_i) mod 2³², w_i odd and different for each place.
 
-    It does not depend on how the arrays are split over devices, and any single flipped bit changes it.
+    It does not depend on how the arrays are split over devices and hosts, each of which sums what it has, and any
+    single flipped bit changes it.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = [(jax.tree_util.keystr(path), _sum(leaf)) for path, leaf in leaves]  # under way, all of them
-    return {path: int(value) for path, value in sums}
+    sums = meshes.sum_over_hosts(np.array([_sum(leaf) for _, leaf in leaves], np.uint32))
+    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
 
 
-@jax.jit
-def _sum(x):
-    bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
-    index = functools.reduce(
-        lambda index, axis: index * np.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis),
-        range(x.ndim),
-        jnp.zeros(x.shape, jnp.uint32),
-    )
-    return jnp.sum(bits * (index * np.uint32(2654435762) + np.uint32(1)), dtype=jnp.uint32)
+def _sum(array):
+    """Of the parts of an array that no other host counts."""
+    if isinstance(array, np.ndarray):
+        parts = [(array, array.ndim * [0])]
+    else:
+        shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+        parts = [(np.asarray(shard.data), [places.start or 0 for places in shard.index]) for shard in shards]
+    total = 0
+    for part, start in parts:
+        index = np.zeros((), np.uint32)  # of each place, in the whole array
+        for size, length, first in zip(array.shape, part.shape, start, strict=True):
+            places = np.arange(first, first + length).astype(np.uint32)
+            index = index[..., None] * np.uint32(size) + places
+        bits = part.view({2: np.uint16, 4: np.uint32}[part.dtype.itemsize]).astype(np.uint32)
+        total += int(np.sum(bits * (index * np.uint32(2654435762) + np.uint32(1)), dtype=np.uint32))
+    return total % 2**32

@@ -86,6 +86,18 @@ def is_first():
     return jax.process_index() == 0
 
 
+def any_host(flag):
+    """Whether any host says so; they wait for each other."""
+    return bool(sum_over_hosts(np.array([bool(flag)], np.uint32))[0])
+
+
+def sum_over_hosts(array):
+    """Σ over hosts of an array that each of them has; they wait for each other."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.process_allgather(array)).sum(0, dtype=array.dtype)
+
+
 def from_first(array):
     """What the first host has, on all hosts; also, all hosts wait for each other."""
     return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
