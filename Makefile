@@ -16,7 +16,7 @@ python := $(VENV)/bin/python
 demo := runs/digits
 main := $(python) main.py --config=configs/digits.py --workdir=$(demo)
 
-.PHONY: demo prepare test test-slow peers chaos bench lint install clean
+.PHONY: demo prepare test test-slow test-versions peers chaos bench lint install clean
 
 install: $(VENV)/installed
 
@@ -46,6 +46,10 @@ test: install
 
 test-slow: install
 	$(python) -m pytest -m slow
+
+# With OTHER=path/to/python of an environment that has another version of JAX: runs go on from one to the other.
+test-versions: install
+	OTHER_PYTHON="$(abspath $(OTHER))" $(python) -m pytest tests/test_versions.py
 
 # In an environment of its own: PyTorch is large, and nothing else needs it.
 peers:

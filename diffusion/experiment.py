@@ -20,7 +20,7 @@ from diffusion.runtime import distributed
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.checkpoint import Checkpoints, DamagedError
 from diffusion.runtime.files import write_json
-from diffusion.runtime.lock import lock
+from diffusion.runtime.lock import Lock
 
 
 class RunError(Exception):
@@ -322,14 +322,16 @@ def _plain(config):
 
 @contextlib.contextmanager
 def hold(workdir):
-    """Keep other trainings off `workdir`. Raises RunError where one is under way, or it cannot be written to."""
+    """Keep other trainings off `workdir`. Raises RunError where one is under way, or it cannot be written to.
+
+    Yields the Lock, on the first host, and None on others.
+    """
     with contextlib.ExitStack() as stack:
         try:
-            if meshes.is_first():
-                stack.enter_context(lock(workdir))
+            held = stack.enter_context(Lock(workdir)) if meshes.is_first() else None
         except OSError as error:
             raise RunError(f'--workdir={workdir} cannot be used: {error}') from error
-        yield
+        yield held
 
 
 def digest(params):

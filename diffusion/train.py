@@ -104,14 +104,14 @@ def run(config, workdir):
             f'config.train.batch_size is {train.batch_size}, but there are only {len(images)} images: '
             'ask for a smaller batch, or find more pictures'
         )
-    with experiment.hold(workdir), Interrupt() as interrupt:
+    with experiment.hold(workdir) as held, Interrupt() as interrupt:
         experiment.check_config(config, workdir, images)  # nobody changes it from here on
         experiment.keep_programs(config, workdir)
         with experiment.open_checkpoints(config, workdir, writing=True) as checkpoints:
-            return _train(config, workdir, exp, images, checkpoints, interrupt)
+            return _train(config, workdir, exp, images, checkpoints, held, interrupt)
 
 
-def _train(config, workdir, exp, images, checkpoints, interrupt):
+def _train(config, workdir, exp, images, checkpoints, held, interrupt):
     num_steps, where = config.train.num_steps, f'checkpoints in {workdir}/checkpoints'
     state = restore(exp, checkpoints, seed=config.seed)
     step = int(state.step)
@@ -126,7 +126,7 @@ def _train(config, workdir, exp, images, checkpoints, interrupt):
     compiled_step = compile_step(config, exp, state, *first)
     flops = (compiled_step.cost_analysis() or {}).get('flops', math.nan)
     print(f'{describe(exp, state, flops)}; compiled in {time.perf_counter() - started:.1f} s', flush=True)
-    loop = Loop(config, workdir, exp, images, checkpoints, interrupt, flops)
+    loop = Loop(config, workdir, exp, images, checkpoints, held, interrupt, flops)
     step = loop.run(compiled_step, state, itertools.chain([first], batches))
     if loop.bad:
         print(f'{loop.bad} steps were skipped because their numbers were not finite')
@@ -213,11 +213,11 @@ def _shardings(tree):
 class Loop:
     """The steps of one process, and what happens between them: logs, checkpoints, sample grids."""
 
-    def __init__(self, config, workdir, exp, images, checkpoints, interrupt, flops):
+    def __init__(self, config, workdir, exp, images, checkpoints, held, interrupt, flops):
         self._config, self._train, self._workdir, self._exp = config, config.train, workdir, exp
-        self._data_means = np.asarray(images.record['channel_means'])
+        self._images, self._data_means = images, np.asarray(images.record['channel_means'])
         self._record = {'images': {key: images.record[key] for key in ('count', 'sha256', 'fingerprint')}}
-        self._checkpoints, self._interrupt = checkpoints, interrupt
+        self._checkpoints, self._held, self._interrupt = checkpoints, held, interrupt
         self._flops, self._peak = flops, meshes.peak_flops(exp.mesh.devices.flat[0])
         self._draw = None
         self._also, self._was_right = {}, False
@@ -230,9 +230,9 @@ class Loop:
         self._saved = self._retry = step
         self._checkpoints.reserve(**_saved_of(state))
         self._rate = _Rate()
-        writing = Writer(os.path.join(self._workdir, 'logs'), step=step, warn=_warn) if meshes.is_first() else None
+        alone = jax.process_count() == 1
         with (
-            writing or contextlib.nullcontext() as self._writer,
+            contextlib.ExitStack() as self._stack,
             tqdm(
                 total=train.num_steps,
                 initial=step,
@@ -242,6 +242,7 @@ class Loop:
                 disable=not meshes.is_first(),
             ) as self._bar,
         ):
+            self._open_logs(step)
             pending, batch = None, next(batches)
             while step < train.num_steps and not asked(self._interrupt):
                 state, metrics = compiled_step(state, *batch)
@@ -250,7 +251,8 @@ class Loop:
                 if pending:
                     self._settle(*pending)
                 pending = step, metrics
-                saving = step % train.checkpoint_every == 0 or step == self._retry or self._checkpoints.failed
+                saving = step % train.checkpoint_every == 0 or step == self._retry
+                saving |= alone and (self._checkpoints.failed or (step % train.log_every == 0 and self._held.lost()))
                 sampling = train.sample_every and step % train.sample_every == 0
                 if saving or sampling:
                     self._settle(*pending)
@@ -297,15 +299,32 @@ class Loop:
                 'may help.'
             )
 
+    def _open_logs(self, step):
+        self._writer = None
+        if meshes.is_first():
+            self._writer = self._stack.enter_context(Writer(os.path.join(self._workdir, 'logs'), step=step, warn=_warn))
+
     def _save(self, step, state):
         """Save in the background. What fails is told, and tried again after a while, which is no reason to stop."""
         try:
+            if self._held and self._held.lost():
+                self._begin_anew(step)
             self._checkpoints.save(step, self._record, **_saved_of(state))
             self._saved = step
         except (OSError, ValueError) as error:
             self._saved = max(self._checkpoints.steps(), default=0)
             self._retry = step + self._train.log_every
             _warn(f'the checkpoint of step {step} could not be saved ({first_line(error)}); trying again')
+
+    def _begin_anew(self, step):
+        """The workdir was removed or moved under the run: make it once more, with all that a run consists of."""
+        try:
+            self._held.take()
+        except BlockingIOError as error:
+            raise RunError(f'{self._workdir} was removed or moved under this run, and now {error}') from error
+        experiment.remember_config(self._config, self._workdir, self._images, step)
+        self._open_logs(step)
+        _warn(f'{self._workdir} was removed or moved under the run: it is made anew, and goes on from step {step}')
 
     def _finish(self, step):
         """Wait for the last save. Raises RunError where it fails."""

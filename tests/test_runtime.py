@@ -7,12 +7,14 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
@@ -20,7 +22,7 @@ from diffusion.runtime import interrupt
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.files import write_json
 from diffusion.runtime.interrupt import Interrupt
-from diffusion.runtime.lock import lock
+from diffusion.runtime.lock import Lock
 from diffusion.runtime.writer import Writer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -108,6 +110,40 @@ def test_what_is_saved_may_be_overwritten_at_once(tmp_path):
     with Checkpoints(tmp_path, keep=3, writing=True) as checkpoints:
         (params,) = checkpoints.restore(1, params=describe({'x': x}))
     np.testing.assert_array_equal(params['x'], np.ones(size))
+
+
+def test_a_slow_disk_stops_nobody(tmp_path, monkeypatch):
+    """It is held up until the loop has gone on; then another save waits for the first."""
+    gone_on, save = threading.Event(), ocp.CheckpointManager.save
+    monkeypatch.setattr(
+        ocp.CheckpointManager, 'save', lambda *args, **kwargs: gone_on.wait(60) and save(*args, **kwargs)
+    )
+    x = jnp.zeros(1000)
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
+        checkpoints.save(1, params={'x': x})
+        assert not (tmp_path / '1').exists() and not checkpoints.failed
+        gone_on.set()
+        checkpoints.save(2, params={'x': x})
+        assert (tmp_path / '1').exists()
+    assert (tmp_path / '2').exists()
+
+
+def test_what_goes_wrong_in_the_background_is_told(tmp_path, monkeypatch):
+    x = jnp.zeros(1000)
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
+        checkpoints.save(1, params={'x': x})
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.CheckpointManager, 'save', lambda *args, **kwargs: os.stat('/nowhere'))
+            checkpoints.save(2, params={'x': x})
+            while not checkpoints.failed:
+                time.sleep(0.01)
+            with pytest.raises(OSError, match='/nowhere'):
+                checkpoints.wait()
+        assert not checkpoints.failed and checkpoints.steps() == [1]
+        checkpoints.save(3, params={'x': x})
+        checkpoints.wait()
+        assert checkpoints.steps() == [3, 1]
 
 
 KILLED = """
@@ -325,8 +361,8 @@ def test_eight_devices():
 def test_a_workdir_is_held_by_one_process_and_let_go_when_it_dies(tmp_path):
     program = f"""
 import sys, time
-from diffusion.runtime.lock import lock
-with lock({str(tmp_path / 'run')!r}):
+from diffusion.runtime.lock import Lock
+with Lock({str(tmp_path / 'run')!r}):
     print('held', flush=True)
     time.sleep(60)
 """
@@ -335,12 +371,12 @@ with lock({str(tmp_path / 'run')!r}):
         assert process.stdout.readline() == 'held\n'
         with (
             pytest.raises(BlockingIOError, match=f'process {process.pid} on .* is training'),
-            lock(str(tmp_path / 'run')),
+            Lock(str(tmp_path / 'run')),
         ):
             pass
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-    with lock(str(tmp_path / 'run')), pytest.raises(BlockingIOError), lock(str(tmp_path / 'run')):
+    with Lock(str(tmp_path / 'run')), pytest.raises(BlockingIOError), Lock(str(tmp_path / 'run')):
         pass

@@ -1,5 +1,6 @@
 """Training: one step against arithmetic by hand, and whole runs as processes that are stopped and go on."""
 
+import contextlib
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ from configs import digits
 from diffusion import data, experiment, schedule, train
 from diffusion.experiment import Experiment, RunError, TrainState
 from diffusion.runtime import mesh as meshes
+from diffusion.runtime.lock import Lock
 from tests.test_main import CONFIG, ROOT, assert_refused, main
 
 TINY = {
@@ -450,28 +452,40 @@ def test_a_bad_step_among_good_ones_is_left_out():
             np.testing.assert_array_equal(kept, before)
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(unbroken, tmp_path, shared):
-    """A grid of samples at each step makes it slow enough for a signal to arrive."""
-    workdir = tmp_path / 'run'
-    command = flags(workdir, train__num_steps=LONG, train__sample_every=1)
-    log = workdir / 'logs' / 'metrics.jsonl'
+@contextlib.contextmanager
+def started(command, environment):
+    """A run as a process, ended with the block."""
     process = subprocess.Popen(
         [sys.executable, 'main.py', *command],
         cwd=ROOT,
-        env=os.environ | shared,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=120)
+        yield process
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
+
+
+def await_step(workdir, step, process):
+    """Until that step is logged."""
+    log, deadline = workdir / 'logs' / 'metrics.jsonl', time.monotonic() + 300
+    while process.poll() is None and not (log.exists() and metrics(workdir) and metrics(workdir)[-1][0] >= step):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(unbroken, tmp_path, shared):
+    """A grid of samples at each step makes it slow enough for a signal to arrive."""
+    workdir = tmp_path / 'run'
+    command = flags(workdir, train__num_steps=LONG, train__sample_every=1)
+    with started(command, shared) as process:
+        await_step(workdir, 1, process)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert 'Traceback' not in errors
     (step,) = saved(workdir)  # nothing but the signal saved it
@@ -484,6 +498,55 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(unbroken, tmp_path, s
     assert f'step {step} of {LONG}' in again.stdout
     assert_bitwise(checkpoint(workdir, LONG), checkpoint(unbroken, LONG))
     assert metrics(workdir) == metrics(unbroken)
+
+
+def test_a_workdir_that_is_moved_under_the_run_is_made_anew(unbroken, tmp_path, shared):
+    workdir, moved = tmp_path / 'run', tmp_path / 'moved'
+    with started(flags(workdir, train__num_steps=10**5, train__checkpoint_every=4), shared) as process:
+        await_step(workdir, 5, process)
+        workdir.rename(moved)
+        await_step(workdir, 10, process)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert f'{workdir} was removed or moved under the run' in errors and 'Traceback' not in errors
+    assert metrics(moved) == metrics(unbroken, last=len(metrics(moved)))
+    step = saved(workdir)[-1]
+    assert f'stopped after step {step}, which is saved' in output
+    again = main(*flags(workdir, train__num_steps=step + 2), **shared)
+    assert again.returncode == 0 and f'step {step} of {step + 2}' in again.stdout, again.stderr
+
+
+def test_a_workdir_that_another_run_has_taken_is_left_to_it(tmp_path, shared):
+    workdir = tmp_path / 'run'
+    with started(flags(workdir, train__num_steps=10**5), shared) as process:
+        await_step(workdir, 1, process)
+        workdir.rename(tmp_path / 'moved')
+        with Lock(str(workdir)):
+            _, errors = process.communicate(timeout=120)
+    assert_refused(subprocess.CompletedProcess([], process.returncode, '', errors), str(workdir), f'{os.getpid()}')
+    assert [path.name for path in workdir.iterdir()] == ['.lock']
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(unbroken, tmp_path, shared):
+    """A file lies where the folder of checkpoints would be; then it is gone."""
+    workdir = tmp_path / 'run'
+    with started(flags(workdir, train__num_steps=10**5, train__checkpoint_every=4), shared) as process:
+        await_step(workdir, 1, process)
+        in_the_way = workdir / 'checkpoints'
+        in_the_way.rename(tmp_path / 'before')
+        in_the_way.write_text('not a folder')
+        step = metrics(workdir)[-1][0]
+        await_step(workdir, step + 20, process)
+        in_the_way.unlink()
+        await_step(workdir, metrics(workdir)[-1][0] + 20, process)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert 'could not be saved' in errors and 'trying again' in errors and 'Traceback' not in errors
+    steps = saved(workdir)
+    assert f'stopped after step {steps[-1]}, which is saved' in output
+    assert metrics(workdir, last=LONG) == metrics(unbroken)
 
 
 @pytest.mark.parametrize(
