@@ -183,7 +183,20 @@ def compile_step(config, exp, state, images, indices):
     )
     out_shardings = _shardings(state), meshes.replicated(exp.mesh)
     with experiment.naming('config.train'):
-        return jax.jit(step_fn, donate_argnums=0, out_shardings=out_shardings).lower(state, images, indices).compile()
+        lowered = jax.jit(step_fn, donate_argnums=0, out_shardings=out_shardings).lower(state, images, indices)
+        return lowered.compile(compiler_options=compiler_options(config, exp.mesh.size))
+
+
+def compiler_options(config, devices):
+    """How XLA is to order a step. On CPUs it begins early what could run beside other things.
+
+    That is good for small steps. Of large ones each operation keeps all cores busy, and what was begun early waits in
+    memory: such steps are ordered for the least memory; but not with remat, whose savings that order undoes.
+    """
+    batch = config.train.batch_size / devices / config.train.accumulate
+    activation = batch * config.data.image_size**2 * config.model.channels
+    large = jax.default_backend() == 'cpu' and activation > 2**19 and not config.model.remat
+    return {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if large else {}
 
 
 def feed(config, exp, images, start):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion.networks.conv import conv_general_dilated
+
 fan_avg = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 zeros = nnx.initializers.zeros_init()
 
@@ -46,7 +48,15 @@ def advance(kernel):
 
 def _conv(inputs, outputs, size=3, *, rngs, dtype, strides=1, padding='SAME', init=fan_avg):
     return nnx.Conv(
-        inputs, outputs, (size, size), strides=strides, padding=padding, kernel_init=init, dtype=dtype, rngs=rngs
+        inputs,
+        outputs,
+        (size, size),
+        strides=strides,
+        padding=padding,
+        kernel_init=init,
+        conv_general_dilated=conv_general_dilated,
+        dtype=dtype,
+        rngs=rngs,
     )
 
 
