@@ -4,7 +4,7 @@
 # make test-slow   what takes longer: the demo's quality, likelihoods of a trained run
 # make peers       comparisons with PyTorch and diffusers, in an environment of their own
 # make chaos       kill a run at random moments, damage its checkpoints, fill its disk; KILLS=100 for the long form
-# make bench       the numbers of the README
+# make bench       the numbers of the README; with VENV=.venv-peers EXTRAS=test,peers beside PyTorch's
 # make lint        style and format
 PYTHON ?= python3
 VENV ?= .venv
@@ -62,6 +62,9 @@ chaos: install
 bench: install
 	$(python) -m benchmarks.cost
 	$(python) -m benchmarks.digits $(demo)/samples/*/samples.npz
+	$(python) -m benchmarks.input
+	$(python) -m benchmarks.saving
+	$(python) -m benchmarks.peers
 
 lint: install
 	$(python) -m ruff check .

@@ -4,7 +4,7 @@
 
 Images/s: decoded from their files (cold), gathered from the cache, and on the device; beside Grain's own loader
 and PyTorch's (where it is installed), which decode the same files by Pillow. And the share of the time of training
-steps, with the digits' network and batches of 32, that is spent waiting for the next batch. Without --source, on
+steps, with the digits' network and batches of 32, that is lost by waiting for the next batch. Without --source, on
 synthetic JPEGs.
 """
 
@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import os
 import tempfile
 import time
@@ -90,30 +91,46 @@ def on_device(images, steps):
     return steps * BATCH / (time.perf_counter() - start)
 
 
-def waiting(images, placement, *, steps, warm_up=50):
-    """The share of the time of training steps, as train.run makes them, that is spent in next(batches)."""
+def waiting(images, placement, *, segments=8, steps=100):
+    """The share of the time of training steps, as train.run makes them, for which they wait for their batch.
+
+    By comparison, in turns, with the same steps on one batch that is on the device already; the medians of the
+    segments. Also what share of the time the host spends in next(batches), which the device may not notice.
+    """
     config = digits.get_config()
     config.data.placement = placement
+    config.train.num_steps = 10**6
     exp = experiment.build(config)
     state = jax.jit(exp.init)(jax.random.key(0))
     batches = train.feed(config, exp, images, 0)
-    batch = next(batches)
-    step_fn = train.compile_step(config, exp, state, *batch)
-    pending, waited = None, 0.0
-    for step in range(warm_up + steps):
-        if step == warm_up:
-            jax.block_until_ready(state)
-            begun, waited = time.perf_counter(), 0.0
-        state, metrics = step_fn(state, *batch)
-        before = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - before
-        if pending:
-            jax.device_get(pending)
-        pending = metrics
-    jax.block_until_ready(state)
-    took = time.perf_counter() - begun
-    return {'share': waited / took, 'milliseconds a step': 1000 * took / steps}
+    first = next(batches)
+    step_fn = train.compile_step(config, exp, state, *first)
+
+    def segment(batches):
+        """(seconds, of which in next(batches)) a step."""
+        nonlocal state
+        jax.block_until_ready(state)
+        begun, inside, pending, batch = time.perf_counter(), 0.0, None, next(batches)
+        for _ in range(steps):
+            state, metrics = step_fn(state, *batch)
+            before = time.perf_counter()
+            batch = next(batches)
+            inside += time.perf_counter() - before
+            if pending:
+                jax.device_get(pending)
+            pending = metrics
+        jax.block_until_ready(state)
+        return (time.perf_counter() - begun) / steps, inside / steps
+
+    segment(batches)
+    turns = [(segment(batches), segment(itertools.repeat(first))) for _ in range(segments)]
+    fed, inside, ready = np.median([(*fed, ready[0]) for fed, ready in turns], axis=0)
+    return {
+        'share lost against a batch that is there': float(np.median([1 - r[0] / f[0] for f, r in turns])),
+        'share of the host in next(batches)': float(inside / fed),
+        'milliseconds a step': 1000 * float(fed),
+        'milliseconds a step, with a batch that is there': 1000 * float(ready),
+    }
 
 
 def main():
@@ -149,8 +166,8 @@ def main():
                 **peers,
             },
             'waiting for data, digits network at 8×8': {
-                'device': waiting(small, 'device', steps=400),
-                'host': waiting(small, 'host', steps=400),
+                'device': waiting(small, 'device'),
+                'host': waiting(small, 'host'),
             },
             'grain': importlib.metadata.version('grain'),
             **circumstances('input' + ' --source=folder:PATH' * bool(asked.source)),

@@ -158,6 +158,7 @@ def corruptions(table, folder, reference, number, rng):
     from diffusion.runtime.checkpoint import Checkpoints, DamagedError
 
     logging.disable(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None  # of the many reads that end with the first failure
     describe = None
     for _ in range(number):
         workdir = folder / 'damaged'
