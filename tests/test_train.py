@@ -295,7 +295,8 @@ def flags(workdir, **changes):
 
 
 def saved(workdir):
-    return sorted(int(folder.name) for folder in (workdir / 'checkpoints').iterdir())
+    """The steps of the checkpoints that are whole."""
+    return sorted(int(folder.name) for folder in (workdir / 'checkpoints').iterdir() if folder.name.isdigit())
 
 
 def checkpoint(workdir, step):
@@ -515,6 +516,7 @@ def test_a_workdir_that_is_moved_under_the_run_is_made_anew(unbroken, tmp_path, 
     assert f'stopped after step {step}, which is saved' in output
     again = main(*flags(workdir, train__num_steps=step + 2), **shared)
     assert again.returncode == 0 and f'step {step} of {step + 2}' in again.stdout, again.stderr
+    assert len(saved(workdir)) == len(list((workdir / 'checkpoints').iterdir()))  # nothing is left half done
 
 
 def test_a_workdir_that_another_run_has_taken_is_left_to_it(tmp_path, shared):

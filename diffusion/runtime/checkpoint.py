@@ -100,9 +100,9 @@ class Checkpoints:
     def wait(self):
         """Wait for the last write. Raises OSError or ValueError where it went wrong."""
         writing, self._writing = self._writing, None
-        if writing:
-            writing.result()
-        with self._clearing():
+        with self._clearing():  # once more, of what came after the write had failed
+            if writing:
+                writing.result()
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
