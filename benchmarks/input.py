@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from benchmarks.record import circumstances, store
+from benchmarks.record import store
 from configs import digits
 from diffusion import data, experiment, train
 from diffusion.data.sources import open_source
@@ -169,10 +169,9 @@ def main():
                 'device': waiting(small, 'device'),
                 'host': waiting(small, 'host'),
             },
-            'grain': importlib.metadata.version('grain'),
-            **circumstances('input' + ' --source=folder:PATH' * bool(asked.source)),
         }
-    store('input', result)
+    arguments = ' --source=folder:PATH' if asked.source else ''
+    store('input', result, arguments, grain=importlib.metadata.version('grain'))
 
 
 if __name__ == '__main__':

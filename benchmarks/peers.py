@@ -1,140 +1,258 @@
-"""Ours beside PyTorch's, in one run: the same networks, batches and precision, float32.
+"""Ours beside PyTorch's, in one run: the same networks, batches and precision.
 
     make bench VENV=.venv-peers EXTRAS=test,peers      or      python -m benchmarks.peers [--repetitions=5]
 
-The peer is diffusers' UNet2DModel with its DDIMScheduler, in eager mode and channels_last, torch.optim.Adam behind a
-clipped gradient, and an EMA. Each side is a process of its own, which waits while the other one works; they take
-turns, and what counts is the median of the ratios of neighbours. Without PyTorch ours is measured alone.
+The peers are diffusers' UNet2DModel with its schedulers, channels_last, torch.optim.Adam behind a clipped gradient,
+and an EMA: `eager` as one writes it; `compiled`, on a GPU, by torch.compile, the best PyTorch can do. Each side is a
+process of its own, which waits while the others work; they take turns, and what counts is the median of the ratios of
+neighbours. Without PyTorch ours is measured alone.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
 import importlib.util
-import resource
+import os
 import subprocess
 import sys
 import time
 
 import numpy as np
 
-TASKS = {  # how often a task is done at one turn
-    'train step, CIFAR-10 network (35.7M), batch 16': 1,
-    'DDIM-50, CIFAR-10 network (35.7M), 16 images': 1,
-    'train step, digits network, batch 32': 50,
-    'DDIM-50, digits network, 250 images': 1,
+NETWORKS = {'cifar10': 'CIFAR-10 network (35.7M)', 'digits': 'digits network'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A train step on `batch` images; or where num_steps is given, to draw as many by DDIM (eta 0) or DDPM (eta 1)."""
+
+    config: str
+    batch: int
+    num_steps: int = 0
+    eta: float = 0.0
+    dtype: str = 'float32'
+    times: int = 1  # that it is done at one turn
+    targets: dict = dataclasses.field(default_factory=dict)  # {side: what ours over theirs should not exceed}
+
+    @property
+    def name(self):
+        precision = '' if self.dtype == 'float32' else f', {self.dtype}'
+        if not self.num_steps:
+            return f'train step, {NETWORKS[self.config]}, batch {self.batch}{precision}'
+        method = 'DDPM' if self.eta else 'DDIM'
+        return f'{method}-{self.num_steps}, {NETWORKS[self.config]}, {self.batch} images{precision}'
+
+    def build(self):
+        """The config of the task."""
+        from configs import cifar10, digits
+
+        config = {'cifar10': cifar10, 'digits': digits}[self.config].get_config()
+        config.train.batch_size = self.batch
+        config.model.dtype = self.dtype
+        return config
+
+    def images(self, config):
+        size, channels = config.data.image_size, config.data.channels
+        return np.random.default_rng(0).integers(0, 256, (2 * self.batch, size, size, channels), dtype=np.uint8)
+
+
+BEST = {'eager': 0.5, 'compiled': 0.75}
+TASKS = {  # of each benchmark
+    'peers': [
+        Task('cifar10', 16, targets={'eager': 1.0}),
+        Task('cifar10', 16, num_steps=50, targets={'eager': 1.0}),
+        Task('digits', 32, times=50, targets={'eager': 0.7}),
+        Task('digits', 250, num_steps=50, targets={'eager': 0.7}),
+    ],
+    'gpu': [
+        Task('cifar10', 128, dtype='bfloat16', times=20, targets={'compiled': 0.75}),
+        Task('cifar10', 512, dtype='bfloat16', times=10, targets={'compiled': 0.75}),
+        Task('cifar10', 256, num_steps=50, dtype='bfloat16', targets=BEST),
+        Task('cifar10', 1024, num_steps=50, dtype='bfloat16', targets=BEST),
+        Task('cifar10', 256, num_steps=100, eta=1.0, dtype='bfloat16', targets=BEST),
+        Task('cifar10', 1024, num_steps=100, eta=1.0, dtype='bfloat16', targets=BEST),
+    ],
 }
 
 
-def settings(task):
-    """(config, batch) of a task."""
-    from configs import cifar10, digits
-
-    config = (digits if 'digits' in task else cifar10).get_config()
-    batch = int(task.rsplit(', ', 1)[1].removeprefix('batch ').removesuffix(' images'))
-    config.train.batch_size = batch
-    return config, batch
-
-
-def images_of(config, batch):
-    size, channels = config.data.image_size, config.data.channels
-    return np.random.default_rng(0).integers(0, 256, (2 * batch, size, size, channels), dtype=np.uint8)
-
-
 def ours(task):
-    """A function that does the task once, and returns when it is done."""
+    """A function that does the task once, and one that waits until all is done."""
     import jax
 
     from diffusion import experiment, generate, train
     from diffusion.schedule import timesteps
 
-    config, batch = settings(task)
+    config = task.build()
     exp = experiment.build(config)
     state = jax.jit(exp.init)(jax.random.key(0))
-    images = images_of(config, batch)
-    if task.startswith('train'):
-        shown, indices = jax.device_put(images), jax.device_put(np.arange(batch, dtype=np.int32))
-        step = train.compile_step(config, exp, state, shown, indices)
+    images = task.images(config)
+    if task.num_steps:
+        levels = timesteps(exp.schedule.T, task.num_steps)
+        how = dict(batch_size=task.batch, timesteps=levels, kind='eps', eta=task.eta)
+        draw = generate.make_sampler(exp, state.ema, images.shape[1:], **how)
+        return lambda: draw(state.ema, 0, 0, task.batch), lambda: None
+    shown, indices = jax.device_put(images), jax.device_put(np.arange(task.batch, dtype=np.int32))
+    step = train.compile_step(config, exp, state, shown, indices)
 
-        def once():
-            nonlocal state
-            state, metrics = step(state, shown, indices)
-            jax.block_until_ready(metrics)
+    def once():
+        nonlocal state
+        state, _ = step(state, shown, indices)
 
-        return once
-    levels = timesteps(exp.schedule.T, 50)
-    draw = generate.make_sampler(
-        exp, state.ema, images.shape[1:], batch_size=batch, timesteps=levels, kind='eps', eta=0.0
-    )
-    return lambda: draw(state.ema, 0, 0, batch)
+    return once, lambda: jax.block_until_ready(state)
 
 
-def theirs(task):
+def theirs(task, compiled):
     """The same by PyTorch and diffusers."""
     import torch
-    from diffusers import DDIMScheduler, UNet2DModel
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
-    from diffusion.interop.diffusers import network_config
+    gpu = torch.cuda.is_available()
+    device = torch.device('cuda' if gpu else 'cpu')
+    config = task.build()
+    net = UNet2DModel.from_config(layout_of(config)).to(device, memory_format=torch.channels_last)
+    images = torch.from_numpy(task.images(config)).permute(0, 3, 1, 2).to(device)
+    compile_it = torch.compile if compiled else lambda function: function
 
-    config, batch = settings(task)
-    keys = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups', 'dropout')
-    layout = network_config(
-        image_size=config.data.image_size,
-        image_channels=config.data.channels,
-        **{key: config.model[key] for key in keys},
-    )
-    net = UNet2DModel.from_config(layout).to(memory_format=torch.channels_last)
-    images = torch.from_numpy(images_of(config, batch)).permute(0, 3, 1, 2)
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=True)
-    if task.startswith('train'):
+    def finish():
+        if gpu:
+            torch.cuda.synchronize()
+
+    if not task.num_steps:
+        scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
         parameters = list(net.parameters())
         ema = [p.detach().clone() for p in parameters]
-        optimizer = torch.optim.Adam(parameters, lr=config.train.learning_rate, foreach=True)
+        adam = dict(fused=True) if gpu else dict(foreach=True)
+        optimizer = torch.optim.Adam(parameters, lr=config.train.learning_rate, **adam)
+
+        def mean_loss(x_t, t, eps):
+            with torch.autocast(device.type, torch.bfloat16, enabled=task.dtype == 'bfloat16'):
+                found = net(x_t, t).sample
+            return torch.nn.functional.mse_loss(found.float(), eps)
+
+        mean_loss = compile_it(mean_loss)
 
         def step():
-            x0 = (images[:batch].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-            t, eps = torch.randint(0, 1000, (batch,)), torch.randn_like(x0)
-            loss = torch.nn.functional.mse_loss(net(scheduler.add_noise(x0, eps, t), t).sample, eps)
+            x0 = (images[: task.batch].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            t, eps = torch.randint(0, 1000, (task.batch,), device=device), torch.randn_like(x0)
+            loss = mean_loss(scheduler.add_noise(x0, eps, t), t, eps)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
             optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(ema, parameters, 1 - config.train.ema_decay)
-            return loss.item()
 
-        return step
-    net.eval()
-    scheduler.set_timesteps(50)
+        return step, finish
+
+    net = net.eval().to(dict(float32=torch.float32, bfloat16=torch.bfloat16)[task.dtype])
+    scheduler = (DDPMScheduler if task.eta else DDIMScheduler)(beta_start=1e-4, beta_end=0.02, clip_sample=True)
+    how = {} if task.eta else {'use_clipped_model_output': True}  # as DDPM does, and ours
+    scheduler.set_timesteps(task.num_steps)
+    a_bars = scheduler.alphas_cumprod.tolist()
+
+    def update(x, t, a_t, a_s):
+        """A step of the sampler, network and rule as one program. a_t, a_s: ᾱ before and after."""
+        eps = net(x.to(net.dtype), t).sample.float()
+        x0 = ((x - (1 - a_t).sqrt() * eps) / a_t.sqrt()).clamp(-1, 1)
+        eps = (x - a_t.sqrt() * x0) / (1 - a_t).sqrt()
+        variance = task.eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
+        x = a_s.sqrt() * x0 + (1 - a_s - variance).clamp(min=0).sqrt() * eps
+        return x + variance.sqrt() * torch.randn_like(x) if task.eta else x
+
+    update = compile_it(update)
 
     @torch.inference_mode()
     def sample():
-        x = torch.randn(batch, *images.shape[1:]).contiguous(memory_format=torch.channels_last)
-        for t in scheduler.timesteps:
-            x = scheduler.step(net(x, t).sample, t, x, eta=0.0).prev_sample
-        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        shape = (task.batch, *images.shape[1:])
+        x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+        levels = scheduler.timesteps.tolist()
+        for t, s in zip(levels, [*levels[1:], None], strict=True):
+            if compiled:
+                a_t, a_s = torch.tensor([a_bars[t], 1.0 if s is None else a_bars[s]], device=device)
+                x = update(x, torch.tensor(t, device=device), a_t, a_s)
+            else:
+                x = scheduler.step(net(x.to(net.dtype), t).sample.float(), t, x, **how).prev_sample
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
-    return sample
+    return sample, finish
+
+
+def layout_of(config):
+    """The config.json of diffusers' network of the same layout as ours."""
+    from diffusion.interop.diffusers import network_config
+
+    keys = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups', 'dropout')
+    size, channels = config.data.image_size, config.data.channels
+    return network_config(image_size=size, image_channels=channels, **{key: config.model[key] for key in keys})
+
+
+SIDES = {
+    'ours': ours,
+    'eager': lambda task: theirs(task, compiled=False),
+    'compiled': lambda task: theirs(task, compiled=True),
+}
+
+
+def sides():
+    """Those that can be measured here, ours first."""
+    if not all(importlib.util.find_spec(name) for name in ('torch', 'diffusers')):
+        return ['ours']
+    import torch
+
+    return ['ours', 'eager', 'compiled'] if torch.cuda.is_available() else ['ours', 'eager']
 
 
 def work(side, task):
-    """For each line on standard input, do the task and print its seconds and the most memory so far, in bytes."""
-    once = {'ours': ours, 'theirs': theirs}[side](task)
-    for _ in range(2):
-        once()
+    """For each line on standard input, do the task and print its seconds and the most memory since the first one."""
+    once, finish = SIDES[side](task)
+    once()
+    finish()
+    forget_peak()
     for _ in sys.stdin:
         started = time.perf_counter()
-        for _ in range(TASKS[task]):
+        for _ in range(task.times):
             once()
-        seconds = (time.perf_counter() - started) / TASKS[task]
-        print(seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+        finish()
+        print((time.perf_counter() - started) / task.times, peak_memory(side), flush=True)
+
+
+def forget_peak():
+    """From here on, peak_memory is that of the work; what compilers took and gave back does not count."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+        with open('/proc/self/clear_refs', 'w') as file:
+            file.write('5')
+
+
+def peak_memory(side):
+    """Bytes: of the GPU, as the framework counts them; or of the process, as Linux does."""
+    if side == 'ours':
+        import jax
+
+        if jax.default_backend() != 'cpu':
+            return jax.devices()[0].memory_stats()['peak_bytes_in_use']
+    else:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    with open('/proc/self/status') as file:
+        return 1024 * int(next(line for line in file if line.startswith('VmHWM')).split()[1])
 
 
 def start(side, task):
-    command = [sys.executable, '-m', 'benchmarks.peers', f'--side={side}', f'--task={task}']
+    command = [sys.executable, '-m', 'benchmarks.peers', f'--side={side}', f'--task={task.name}']
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    environment = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment)
 
 
 def turn(process):
+    """(seconds, bytes) of one turn."""
     process.stdin.write('\n')
     process.stdin.flush()
     answer = process.stdout.readline().split()
@@ -144,55 +262,60 @@ def turn(process):
 
 
 def compare(task, sides, repetitions):
-    """Medians of one task; sides: 'ours', and 'theirs' where they are installed."""
-    processes = {}
-    for side in sides:  # one after the other gets ready
-        processes[side] = start(side, task)
-        turn(processes[side])
-    seconds = {side: [] for side in sides}
+    """{'seconds': {side: [of each repetition]}, 'megabytes': {side: at most}}."""
+    processes = {side: start(side, task) for side in sides}
+    for process in processes.values():
+        turn(process)
+    found = {side: [] for side in sides}
     for _ in range(repetitions):
         for side, process in processes.items():
-            second, memory = turn(process)
-            seconds[side].append(second)
-            processes[side].memory = memory
-    result = {}
-    for side, process in processes.items():
+            found[side].append(turn(process))
+    for process in processes.values():
         process.communicate()
-        result[f'{side}, seconds, median'] = float(np.median(seconds[side]))
-        result[f'{side}, peak megabytes of the process'] = process.memory / 1e6
-    if len(sides) > 1:
-        ratios = np.divide(seconds['ours'], seconds['theirs'])
-        result['ours over theirs, median of the ratios'] = float(np.median(ratios))
-        result['ours over theirs, all'] = ratios.tolist()
-        ours, theirs = (result[f'{side}, peak megabytes of the process'] for side in sides)
-        result['ours over theirs, memory'] = ours / theirs
-    return result
+    return {
+        'seconds': {side: [seconds for seconds, _ in of_side] for side, of_side in found.items()},
+        'megabytes': {side: max(memory for _, memory in of_side) / 1e6 for side, of_side in found.items()},
+    }
+
+
+def ratios(result, side):
+    """Ours over theirs, of each repetition."""
+    return np.divide(result['seconds']['ours'], result['seconds'][side])
+
+
+def summary(task, result):
+    """One line."""
+    found = f'{task.name}: {np.median(result["seconds"]["ours"]):.4g} s'
+    for side in result['seconds']:
+        if side != 'ours':
+            of_side = ratios(result, side)
+            found += f'; over {side} {np.median(of_side):.2f} ({of_side.min():.2f} … {of_side.max():.2f})'
+            found += f', memory {result["megabytes"]["ours"] / result["megabytes"][side]:.2f}'
+    return found
+
+
+def peer_versions():
+    return {name: importlib.metadata.version(name) for name in ('torch', 'diffusers') if importlib.util.find_spec(name)}
 
 
 def main():
+    tasks = {task.name: task for of_kind in TASKS.values() for task in of_kind}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repetitions', type=int, default=5)
-    parser.add_argument('--side', choices=['ours', 'theirs'], help='be one of the two processes')
-    parser.add_argument('--task', choices=[*TASKS], help='one task alone')
+    parser.add_argument('--side', choices=[*SIDES], help='be one of the processes')
+    parser.add_argument('--task', choices=[*tasks], help='one task alone, whose figures are not kept')
     asked = parser.parse_args()
     if asked.side:
-        work(asked.side, asked.task)
+        work(asked.side, tasks[asked.task])
         return
-    from benchmarks.record import circumstances, store
+    from benchmarks.record import store
 
-    both = all(importlib.util.find_spec(name) for name in ('torch', 'diffusers'))
-    sides = ('ours', 'theirs') if both else ('ours',)
     result = {}
-    for task in [asked.task] if asked.task else TASKS:
-        result[task] = compare(task, sides, asked.repetitions)
-        print(task, result[task], flush=True)
-    if both and not asked.task:
-        import diffusers
-        import torch
-
-        about = circumstances('peers')
-        about['versions'] |= {'torch': torch.__version__, 'diffusers': diffusers.__version__}
-        store('peers', result | about)
+    for task in [tasks[asked.task]] if asked.task else TASKS['peers']:
+        result[task.name] = compare(task, sides(), asked.repetitions)
+        print(summary(task, result[task.name]), flush=True)
+    if not asked.task:
+        store('peers', {'tasks': result}, **peer_versions())
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 
-from benchmarks.record import circumstances, store
+from benchmarks.record import store
 from configs import cifar10
 from diffusion import experiment
 from diffusion.runtime.checkpoint import Checkpoints
@@ -36,7 +36,6 @@ def main(repetitions=8):
         'stall seconds, median': float(np.median(stalls)),
         'stall seconds, all': stalls,
         'seconds until it is written, all': writes,
-        **circumstances('saving'),
     }
     store('saving', result)
 

@@ -227,19 +227,17 @@ def main():
     if parser.parse_args().paper:
         print(markdown(paper()), end='')
         return
-    from benchmarks.record import circumstances
-    from diffusion.runtime.files import write_json
+    from benchmarks.record import store
 
     result = {
         'note': 'simulated devices share the cores, so that images a second cannot rise with their number',
-        **circumstances('scaling'),
         'digits, batch of 64': {},
         'CIFAR-10, bytes on a device': {},
     }
 
     def keep(part, name, found):
         result[part][name] = found
-        write_json(os.path.join('benchmarks', 'results', 'scaling-cpu.json'), result)
+        print(name, found, flush=True)
 
     for name, changes in SAVINGS.items():
         found = in_a_process(1, measure_memory, 1, BATCH, **changes)
@@ -249,7 +247,7 @@ def main():
     for devices, fsdp in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 8)):
         name = f'data {devices // fsdp} × fsdp {fsdp}'
         keep('digits, batch of 64', name, in_a_process(devices, measure_rate, devices, fsdp))
-    print(json.dumps(result, indent=2))
+    store('scaling', result)
 
 
 if __name__ == '__main__':

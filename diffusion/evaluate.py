@@ -21,6 +21,7 @@ from diffusion.report.terms import save_terms
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.files import versions, write_json
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
+from diffusion.runtime.xla import compiler_options
 from diffusion.schedule import timesteps
 
 QUANTITIES = (*FORMS, 'importance', 'flow')
@@ -121,7 +122,7 @@ def _compute(functions, parts, folder, params, images, asked, mesh, interrupt):
         def on_mesh(key, params, x0):
             return function(key, meshes.whole(mesh, params), x0)
 
-        return jax.jit(on_mesh, out_shardings=meshes.replicated(mesh))
+        return jax.jit(on_mesh, out_shardings=meshes.replicated(mesh), compiler_options=compiler_options())
 
     programs = {name: program(function) for name, function in functions.items()}
     stopping = meshes.Agreement(mesh)

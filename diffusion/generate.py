@@ -14,6 +14,7 @@ from diffusion.metrics import frechet
 from diffusion.report.grid import save_grid
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.files import versions, write_json
+from diffusion.runtime.xla import compiler_options
 
 LARGEST_FRECHET = 4096  # values an image; the covariance has the square of that
 
@@ -33,7 +34,8 @@ def make_sampler(exp, params, shape, *, batch_size, **how):
         net = exp.network.net(meshes.whole(exp.mesh, params))
         return sampler.sample(keys, exp.schedule, net, shape=shape, **how)
 
-    draw = jax.jit(draw, out_shardings=meshes.replicated(exp.mesh)).lower(params, 0, 0).compile()
+    draw = jax.jit(draw, out_shardings=meshes.replicated(exp.mesh), compiler_options=compiler_options())
+    draw = draw.lower(params, 0, 0).compile()
     return lambda params, seed, start, stop: data.to_uint8(draw(params, seed, start))[: stop - start]
 
 

@@ -23,6 +23,7 @@ from diffusion.runtime import mesh as meshes
 from diffusion.runtime.errors import first_line
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.writer import Writer
+from diffusion.runtime.xla import compiler_options
 from diffusion.schedule import timesteps
 
 
@@ -182,21 +183,12 @@ def compile_step(config, exp, state, images, indices):
         accumulate=config.train.accumulate,
     )
     out_shardings = _shardings(state), meshes.replicated(exp.mesh)
+    parts = exp.mesh.size * config.train.accumulate
+    largest = config.train.batch_size // parts * config.data.image_size**2 * config.model.channels
+    options = compiler_options(0 if config.model.remat else largest)
     with experiment.naming('config.train'):
-        lowered = jax.jit(step_fn, donate_argnums=0, out_shardings=out_shardings).lower(state, images, indices)
-        return lowered.compile(compiler_options=compiler_options(config, exp.mesh.size))
-
-
-def compiler_options(config, devices):
-    """How XLA is to order a step. On CPUs it begins early what could run beside other things.
-
-    That is good for small steps. Of large ones each operation keeps all cores busy, and what was begun early waits in
-    memory: such steps are ordered for the least memory; but not with remat, whose savings that order undoes.
-    """
-    batch = config.train.batch_size / devices / config.train.accumulate
-    activation = batch * config.data.image_size**2 * config.model.channels
-    large = jax.default_backend() == 'cpu' and activation > 2**19 and not config.model.remat
-    return {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if large else {}
+        jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
+        return jitted.lower(state, images, indices).compile()
 
 
 def feed(config, exp, images, start):

@@ -1,11 +1,10 @@
 """The model on paper of docs/scaling.md: its limits, and that the page shows what the program computes."""
 
 import dataclasses
-import json
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks import report, scaling
 from tests.test_main import ROOT
 
 DEVICE = scaling.Device(flops=1e12, memory=1e12, near=1e9, group=8, far=1e8, hop=0.0)
@@ -52,7 +51,7 @@ def test_hiding_a_reduction_saves_it_at_most():
 
 
 def test_what_was_measured_is_what_the_page_of_memory_says():
-    result = json.loads((ROOT / 'benchmarks' / 'results' / 'scaling-cpu.json').read_text(encoding='utf-8'))
+    (result,) = (found['scaling'] for found in report.load().values() if 'scaling' in found)
     page = (ROOT / 'docs' / 'cluster.md').read_text(encoding='utf-8')
     assert scaling.markdown_of_memory(result) in page
     page = (ROOT / 'docs' / 'scaling.md').read_text(encoding='utf-8')

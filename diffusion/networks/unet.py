@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion.networks.conv import conv_general_dilated
+from diffusion.networks.norm import GroupNorm
 
 fan_avg = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 zeros = nnx.initializers.zeros_init()
@@ -54,7 +54,6 @@ def _conv(inputs, outputs, size=3, *, rngs, dtype, strides=1, padding='SAME', in
         strides=strides,
         padding=padding,
         kernel_init=init,
-        conv_general_dilated=conv_general_dilated,
         dtype=dtype,
         rngs=rngs,
     )
@@ -65,7 +64,7 @@ def _linear(inputs, outputs, *, rngs, dtype, init=fan_avg):
 
 
 def _norm(channels, groups, *, rngs):
-    return nnx.GroupNorm(channels, groups, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+    return GroupNorm(channels, groups, epsilon=1e-6, rngs=rngs)
 
 
 class ResBlock(nnx.Module):

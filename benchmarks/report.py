@@ -1,0 +1,138 @@
+"""What results/ holds, as tables and plots in README.md.
+
+python -m benchmarks.report
+"""
+
+import glob
+import json
+import os
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.peers import TASKS, ratios
+from benchmarks.record import RESULTS
+
+PAGE = os.path.join(os.path.dirname(RESULTS), 'README.md')
+BEGIN, END = '<!-- what follows is written by python -m benchmarks.report -->\n', '<!-- until here -->\n'
+TITLES = {'peers': 'Two CPU cores, float32', 'gpu': 'One GPU, bfloat16'}
+MISSING = 'not measured'
+
+
+def load(folder=RESULTS):
+    """{machine: {benchmark: its figures}}."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(folder, '*.json'))):
+        with open(path, encoding='utf-8') as file:
+            found[os.path.basename(path).removesuffix('.json')] = json.load(file)
+    return found
+
+
+def found_by(results, benchmark):
+    """(machine, figures) of the first machine on which a benchmark ran, or ('', {})."""
+    return next(((machine, found[benchmark]) for machine, found in results.items() if benchmark in found), ('', {}))
+
+
+def table(benchmark, measured):
+    """Ours beside PyTorch's: a row for each task and peer."""
+    rows = ['| what | seconds | beside PyTorch | ours over theirs | target | memory, ours over theirs |']
+    rows += ['|---|---:|---|---:|---:|---:|']
+    for task in TASKS[benchmark]:
+        for side, target in task.targets.items():
+            found = measured.get(task.name)
+            if found is None or side not in found['seconds']:
+                seconds = f'{np.median(found["seconds"]["ours"]):.3g}' if found else MISSING
+                rows.append(f'| {task.name} | {seconds} | {side} | {MISSING} | ≤ {target} | {MISSING} |')
+                continue
+            of_side = ratios(found, side)
+            memory = found['megabytes']['ours'] / found['megabytes'][side]
+            rows.append(
+                f'| {task.name} | {np.median(found["seconds"]["ours"]):.3g} | {side} | {np.median(of_side):.2f} '
+                f'({of_side.min():.2f} … {of_side.max():.2f}) | ≤ {target} | {memory:.2f} |'
+            )
+    return '\n'.join(rows) + '\n'
+
+
+def others(results):
+    """What is no comparison: a row for each figure that has a target."""
+    _, cost = found_by(results, 'cost')
+    gpu = found_by(results, 'gpu')[1].get('rates', {})
+    rows = ['| what | measured | target |', '|---|---:|---:|']
+
+    def row(what, value, target, digits='.2f'):
+        rows.append(f'| {what} | {MISSING if value is None else format(value, digits)} | {target} |')
+
+    first, compiling = 'seconds to the first step, compiled before, median', 'sampler compile time, 1000 steps over 10'
+    row('digits, from the command to the first step, compiled before, s', cost.get(first), '≤ 10', '.1f')
+    row(compiling, cost.get(compiling), '≤ 1.2')
+    bound = 'ELBO of 1,000 images over network evaluations alone, median of the batches'
+    row('ELBO of 1,000 digits over network evaluations alone, CPU', cost.get(bound), '≤ 1.2')
+    row('ELBO over network evaluations alone, GPU', gpu.get('ELBO over network evaluations alone'), '≤ 1.2')
+    for task in TASKS['gpu']:
+        if task.num_steps:
+            what = f'{task.name}: network evaluations a second'
+            row(what, gpu.get(what), '≥ 30,000', ',.0f')
+        else:
+            what = f'{task.name}: share of the rate of matrix products'
+            row(what, gpu.get(what), '≥ 0.4')
+    return '\n'.join(rows) + '\n'
+
+
+def plot(path, benchmark, measured):
+    """Each repetition's ratio, their median, and the target, a line for each task and peer."""
+    lines = [
+        (task.name, side, target, ratios(measured[task.name], side))
+        for task in TASKS[benchmark]
+        for side, target in task.targets.items()
+        if side in measured.get(task.name, {}).get('seconds', {})
+    ]
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.55 * len(lines)), layout='constrained')
+    axes.axvline(1, color='0.6', linewidth=1)
+    for y, (_, _, target, of_side) in enumerate(reversed(lines)):
+        axes.plot(of_side, [y] * len(of_side), 'o', color='tab:blue', alpha=0.4, label='each time' if y == 0 else None)
+        axes.plot(np.median(of_side), y, '|', color='tab:blue', ms=22, mew=3, label='median' if y == 0 else None)
+        axes.plot(target, y, 'D', color='tab:green', ms=7, mfc='none', label='target' if y == 0 else None)
+    axes.set_yticks(range(len(lines)), [f'{name}\nbeside {side}' for name, side, _, _ in reversed(lines)], fontsize=8)
+    axes.set_xlim(0, None)
+    axes.set_ylim(-0.6, len(lines) - 0.4)
+    axes.set_xlabel('time, ours over PyTorch’s (left is faster)')
+    axes.legend(loc='lower left', fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def compared(measured):
+    return any(len(found['seconds']) > 1 for found in measured.values())
+
+
+def page(results):
+    """The part of README.md that shows the figures."""
+    parts = []
+    for benchmark, title in TITLES.items():
+        machine, found = found_by(results, benchmark)
+        versions = ', '.join(f'{name} {version}' for name, version in found.get('versions', {}).items())
+        about = f'By `python -m benchmarks.{benchmark}`' + f' on {machine}: {versions}' * bool(machine)
+        measured = found.get('tasks', {})
+        parts.append(f'### {title}\n\n{about}.\n\n{table(benchmark, measured)}')
+        if compared(measured):
+            parts.append(f'![each ratio, its median and the target](results/{machine}.png)\n')
+    return '\n'.join([*parts, '### Beyond the network\n', others(results)])
+
+
+def main():
+    results = load()
+    for benchmark in TITLES:
+        machine, found = found_by(results, benchmark)
+        if compared(found.get('tasks', {})):
+            plot(os.path.join(RESULTS, f'{machine}.png'), benchmark, found['tasks'])
+    with open(PAGE, encoding='utf-8') as file:
+        before, rest = file.read().split(BEGIN)
+    with open(PAGE, 'w', encoding='utf-8') as file:
+        file.write(before + BEGIN + page(results) + END + rest.split(END)[1])
+
+
+if __name__ == '__main__':
+    main()

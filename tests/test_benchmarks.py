@@ -1,0 +1,52 @@
+"""What the benchmarks say of their figures; a run of one of them is among the slow tests."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import peers, record, report
+from tests.test_main import ROOT
+
+
+def test_the_page_shows_what_was_measured():
+    page = (ROOT / 'benchmarks' / 'README.md').read_text(encoding='utf-8')
+    assert report.BEGIN + report.page(report.load()) + report.END in page
+
+
+def figures(ours, theirs, megabytes):
+    return {'seconds': {'ours': ours, 'eager': theirs}, 'megabytes': megabytes}
+
+
+def test_a_row_tells_the_median_of_the_ratios_and_the_memory():
+    task = peers.TASKS['peers'][0]
+    measured = {task.name: figures([1.0, 2.0, 9.0], [2.0, 2.0, 3.0], {'ours': 30.0, 'eager': 20.0})}
+    (row,) = [line for line in report.table('peers', measured).splitlines() if task.name in line]
+    assert '| 2 | eager | 1.00 (0.50 … 3.00) | ≤ 1.0 | 1.50 |' in row
+    assert report.table('peers', measured).count(report.MISSING) == 3 * (len(peers.TASKS['peers']) - 1)
+
+
+def test_what_was_not_measured_is_said():
+    page = report.page({})
+    assert page.count(report.MISSING) > 20 and 'png' not in page
+
+
+def test_figures_of_one_benchmark_leave_those_of_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, 'RESULTS', str(tmp_path))
+    record.store('one', {'seconds': 1.0})
+    record.store('two', {'seconds': 2.0}, ' --fast', torch='9')
+    record.store('one', {'seconds': 3.0})
+    (found,) = report.load(str(tmp_path)).values()
+    assert found['one']['seconds'] == 3.0 and found['one']['command'] == 'python -m benchmarks.one'
+    assert found['two']['command'].endswith('two --fast') and found['two']['versions']['torch'] == '9'
+    assert json.loads(capsys.readouterr().out.split('}\n{')[0] + '}')['seconds'] == 1.0
+
+
+@pytest.mark.slow
+def test_ours_is_measured_without_the_peers():
+    task = next(task for task in peers.TASKS['peers'] if task.config == 'digits' and not task.num_steps)
+    command = [sys.executable, '-m', 'benchmarks.peers', '--repetitions=1', f'--task={task.name}']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, check=True)
+    assert done.stdout.startswith(task.name) and ' s' in done.stdout
