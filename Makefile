@@ -65,6 +65,7 @@ bench: install
 	$(python) -m benchmarks.input
 	$(python) -m benchmarks.saving
 	$(python) -m benchmarks.peers
+	$(python) -m benchmarks.report
 
 lint: install
 	$(python) -m ruff check .
