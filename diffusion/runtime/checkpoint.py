@@ -199,13 +199,13 @@ class Checkpoints:
 @functools.cache
 def _hush():
     """TensorStore tells a loop that asyncio has closed of each array that is damaged beyond the first: no news."""
-    hook = sys.excepthook
+    hook, unraisable = sys.excepthook, sys.unraisablehook
 
-    def filtered(kind, error, traceback):
-        if str(error) != 'Event loop is closed':
-            hook(kind, error, traceback)
+    def news(error):
+        return str(error) != 'Event loop is closed'
 
-    sys.excepthook = filtered
+    sys.excepthook = lambda kind, error, traceback: news(error) and hook(kind, error, traceback)
+    sys.unraisablehook = lambda event: news(event.exc_value) and unraisable(event)
 
 
 def checksums(tree):
