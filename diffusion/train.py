@@ -40,8 +40,8 @@ def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay,
     """One step of Adam on the batch images[indices], and the EMA of the parameters it gives.
 
     state: TrainState; images: (N, H, W, C) uint8; indices: (B,) int32, or None where the images are the
-    batch. accumulate: into how many parts the batch is cut, of which the gradients are averaged; their draws
-    are those of the whole batch, but for the dropout. All randomness follows from (seed, state.step).
+    batch. accumulate: into how many parts each device cuts its share, of which the gradients are averaged; their
+    draws are those of the whole batch, but for the dropout. All randomness follows from (seed, state.step).
 
     Returns the next TrainState and {'loss', 'grad_norm', 'param_norm', 'learning_rate'}: the gradient's norm
     before clipping, the parameters' after the step. Where one of these is not finite, the state stays as it
@@ -61,15 +61,8 @@ def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay,
     if accumulate == 1:
         value, gradient = gradient_of(whole, dropout_key, x0, t, eps)
     else:
-        parts = [meshes.microbatches(exp.mesh, x, accumulate) for x in (x0, t, eps)]
-        keys = jax.random.split(dropout_key, accumulate)
-        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient_of(whole, *part)), None
-
-        total, _ = jax.lax.scan(add, zero, (keys, *parts))
-        value, gradient = jax.tree.map(lambda leaf: leaf / accumulate, total)
+        batch = x0, t, eps
+        value, gradient = meshes.mean_over_parts(exp.mesh, gradient_of, whole, dropout_key, batch, accumulate)
     gradient = meshes.like_state(exp.mesh, gradient)
     updates, opt_state = exp.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

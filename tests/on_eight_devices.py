@@ -223,26 +223,24 @@ def economies():
 
 
 def properties():
-    """meshes.put, put_whole, gather, microbatches, fits, on eight devices."""
+    """meshes.put, put_whole, gather, mean_over_parts, fits, on eight devices."""
     mesh = meshes.make_mesh(2)
     split, x = meshes.split_batch(mesh), np.arange(64 * 3, dtype=np.int32).reshape(64, 3)
-    parts = jax.jit(lambda x: meshes.microbatches(mesh, x, 4))
-    on_devices = parts(meshes.put(x, split))
-    moved = collectives(parts.lower(meshes.put(x, split)).compile().as_text())
-    owners = {}
-    for array in (meshes.put(x, split), on_devices):
-        for shard in array.addressable_shards:
-            owners.setdefault(shard.device.id, []).append(set(np.asarray(shard.data)[..., 0].ravel().tolist()))
+
+    def found_in(params, key, part):
+        return {'product': params * part.astype(np.float32).mean(0), 'drawn': jax.random.uniform(key, 1000)}
+
+    parts = jax.jit(lambda key, x: meshes.mean_over_parts(mesh, found_in, np.float32(2), key, [x], 4))
+    mean, program = parts(jax.random.key(0), meshes.put(x, split)), parts.lower(jax.random.key(0), meshes.put(x, split))
     tree = {'a': np.ones((16, 3), np.float32), 'b': np.ones(3, np.float32)}
     one_whole = jax.jit(lambda tree: meshes.whole(mesh, tree))(jax.device_put(tree, meshes.split_state(mesh, tree)))
     back = jax.jit(lambda tree: meshes.like_state(mesh, tree))(one_whole)
     return {
         'put': [meshes.put(x, s).addressable_shards[0].data.shape for s in (split, meshes.replicated(mesh))],
         'gathered': all(bool((meshes.gather(put(x, split)) == x).all()) for put in (meshes.put, meshes.put_whole)),
-        'parts': on_devices.shape,
-        'all_are_there': sorted(np.asarray(on_devices)[..., 0].ravel().tolist()) == x[:, 0].tolist(),
-        'each_device_keeps_its_images': all(before == after for before, after in owners.values()),
-        'moved': moved,
+        'mean_over_parts': (mean['product'] / 2 - x.mean(0)).tolist(),
+        'spread_of_draws': mean['drawn'].std(),
+        'sent': collectives(program.compile().as_text()),
         'whole': {key: leaf.addressable_shards[0].data.shape for key, leaf in one_whole.items()},
         'like_state': {key: leaf.addressable_shards[0].data.shape for key, leaf in back.items()},
     }

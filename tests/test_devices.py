@@ -73,14 +73,21 @@ def test_nothing_is_sent_on_one_device(runs):
     assert runs['1×1']['collectives'] == []
 
 
+# Biases whose gradients are the same sums, of which XLA may then reduce one: conv1 and time of the five blocks, conv2
+# and shortcut of the two on the way up.
+EQUAL_GRADIENTS = {8: 5 + 2}
+
+
 @pytest.mark.parametrize('mesh', ['8×1', '8×1, 4 parts'])
 def test_data_parallel_steps_reduce_each_gradient_once_and_send_nothing_else(runs, mesh):
     assert {kind for kind, *_ in runs[mesh]['collectives']} == {'all-reduce'}
-    assert sizes(runs[mesh], 'all-reduce') == parameters(runs)
+    equal = EQUAL_GRADIENTS if mesh == '8×1, 4 parts' else {}
+    assert sizes(runs[mesh], 'all-reduce') == parameters(runs) - collections.Counter(equal)
 
 
-def test_a_batch_that_is_not_cut_is_reduced_outside_of_loops(runs):
-    assert not any(in_loop for *_, in_loop in runs['8×1']['collectives'])
+@pytest.mark.parametrize('mesh', ['8×1', '8×1, 4 parts'])
+def test_they_do_so_outside_of_loops(runs, mesh):
+    assert not any(in_loop for *_, in_loop in runs[mesh]['collectives'])
 
 
 @pytest.mark.parametrize('mesh', ['2×4', '1×8'])
@@ -153,11 +160,13 @@ def test_arrays_go_to_the_devices_and_back(seen):
     assert found['gathered'] is True
 
 
-def test_parts_of_a_batch_stay_on_their_devices(seen):
+def test_parts_of_a_batch_are_averaged_once_and_each_draws_for_itself(seen):
+    """32 parts: the spread of a mean of 32 uniform numbers, known to 2 % from 1,000 of them."""
     found = seen['properties']
-    assert found['parts'] == [4, 16, 3]
-    assert found['all_are_there'] and found['each_device_keeps_its_images']
-    assert found['moved'] == []
+    assert np.abs(found['mean_over_parts']).max() < 1e-5
+    assert found['spread_of_draws'] == pytest.approx((12 * 32) ** -0.5, rel=0.1)
+    assert {kind for kind, *_ in found['sent']} == {'all-reduce'}
+    assert sorted(n for _, arrays, _ in found['sent'] for n in arrays) == [3, 1000]
 
 
 def test_a_state_is_gathered_and_split_again(seen):

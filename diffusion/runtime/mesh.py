@@ -6,6 +6,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion.runtime.xla import fold
+
 
 def make_mesh(fsdp=1):
     """All devices as (devices/fsdp, fsdp). Raises ValueError where fsdp does not divide their number."""
@@ -44,18 +46,37 @@ def gather(array):
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def microbatches(mesh, x, count):
-    """(B, ...) as (count, B/count, ...), so that each device keeps its images: one of `count` goes to each part."""
-    x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp'))))
-
-
 def whole(mesh, tree):
     """Within a compiled program: every device is given the whole of what is split, as FSDP does with parameters.
 
     Left to itself, XLA would split some products by their columns instead, and send activations around.
     """
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def mean_over_parts(mesh, fun, params, key, batch, count):
+    """Within a compiled program: the mean of fun(params, key, *part) over the parts of a batch, one after another.
+
+    Each device cuts its share of the batch into `count` parts and adds up what it finds; then, once, they are averaged
+    over the devices.
+
+    fun: its result is a tree of floats, a mean over its part; params: a tree, whole; key: from which each part gets a
+    key of its own; batch: arrays (B, ...), B a multiple of the devices times count.
+    """
+    axes = mesh.axis_names
+
+    def of_device(params, key, *share):
+        keys = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index(axes)), count)
+        parts = [keys, *(x.reshape(count, -1, *x.shape[1:]) for x in share)]
+        found = jax.eval_shape(fun, params, *(x[0] for x in parts))
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
+        total = fold(lambda total, part: jax.tree.map(jnp.add, total, fun(params, *part)), zero, parts)
+        return jax.lax.pmean(jax.tree.map(lambda leaf: leaf / count, total), axes)
+
+    specs = PartitionSpec(), PartitionSpec(), *len(batch) * [PartitionSpec(axes)]
+    # without check_vma each device has gradients of its own; with it JAX would reduce them after each part
+    parted = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return parted(params, key, *batch)
 
 
 def like_state(mesh, tree):
