@@ -80,7 +80,7 @@ def ours(task):
     """A function that does the task once, and one that waits until all is done."""
     import jax
 
-    from diffusion import experiment, generate, train
+    from diffusion import data, experiment, generate, train
     from diffusion.schedule import timesteps
 
     config = task.build()
@@ -91,7 +91,7 @@ def ours(task):
         levels = timesteps(exp.schedule.T, task.num_steps)
         how = dict(batch_size=task.batch, timesteps=levels, kind='eps', eta=task.eta)
         draw = generate.make_sampler(exp, state.ema, images.shape[1:], **how)
-        return lambda: draw(state.ema, 0, 0, task.batch), lambda: None
+        return lambda: data.to_uint8(draw(state.ema, 0, 0, task.batch)), lambda: None
     shown, indices = jax.device_put(images), jax.device_put(np.arange(task.batch, dtype=np.int32))
     step = train.compile_step(config, exp, state, shown, indices)
 

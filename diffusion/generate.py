@@ -20,7 +20,7 @@ LARGEST_FRECHET = 4096  # values an image; the covariance has the square of that
 
 
 def make_sampler(exp, params, shape, *, batch_size, **how):
-    """Compile the function (params, seed, start, stop) → images start … stop−1, uint8, at most batch_size of them.
+    """Compile the function (params, seed, start, stop) → images start … stop−1, float32, at most batch_size of them.
 
     params: arrays or their shapes and shardings; shape: of one image; how: keyword arguments of
     `sampler.sample`. One program serves all calls: a short batch is filled up, and every batch to a
@@ -36,7 +36,7 @@ def make_sampler(exp, params, shape, *, batch_size, **how):
 
     draw = jax.jit(draw, out_shardings=meshes.replicated(exp.mesh), compiler_options=compiler_options())
     draw = draw.lower(params, 0, 0).compile()
-    return lambda params, seed, start, stop: data.to_uint8(draw(params, seed, start))[: stop - start]
+    return lambda params, seed, start, stop: np.asarray(draw(params, seed, start))[: stop - start]
 
 
 def run(config, workdir):
@@ -61,7 +61,7 @@ def run(config, workdir):
     with tqdm(total=asked.num_images, **show) as bar:
         for start in range(0, asked.num_images, batch_size):
             stop = min(start + batch_size, asked.num_images)
-            batches.append(draw(params, asked.seed, start, stop))
+            batches.append(data.to_uint8(draw(params, asked.seed, start, stop)))
             bar.update(stop - start)
     images = np.concatenate(batches)
     finished = time.perf_counter()

@@ -370,7 +370,7 @@ def progress_sampler(config, exp, params):
         kind=config.model.kind,
         eta=0.0,
     )
-    return lambda params: draw(params, 0, 0, 64)
+    return lambda params: data.to_uint8(draw(params, 0, 0, 64))
 
 
 class _Rate:

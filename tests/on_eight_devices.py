@@ -113,7 +113,7 @@ def drawn(exp, params):
     """Six images, with the noise of η = 1: a number that the devices cannot share evenly."""
     levels = timesteps(exp.schedule.T, exp.schedule.T)
     draw = generate.make_sampler(exp, params, (8, 8, 1), batch_size=6, timesteps=levels, kind='eps', eta=1.0)
-    return draw(params, 3, 0, 6).astype(float)
+    return draw(params, 3, 0, 6)
 
 
 def bound(exp, params, images):

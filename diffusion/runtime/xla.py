@@ -24,12 +24,19 @@ def fold(body, carry, parts):
     """body(… body(carry, part 0) …, last part), as of a loop. parts: arrays with the parts as their first axis.
 
     On CPUs the loop is written out: within loops XLA does not compute gradients of convolutions by Eigen, and takes 25
-    times as long. No part begins before the last has ended, or the activations of several would be in memory.
+    times as long. No part begins before the last has ended, nor are its random numbers drawn: else what several need
+    would be in memory at a time.
     """
     if jax.default_backend() != 'cpu':
         return jax.lax.scan(lambda carry, part: (body(carry, part), None), carry, parts)[0]
     for i in range(len(jax.tree.leaves(parts)[0])):
         ended = 0 * sum(leaf.ravel()[0] for leaf in jax.tree.leaves(carry))
-        part = [x[i] + ended if jnp.issubdtype(x.dtype, jnp.floating) else x[i] for x in parts]
-        carry = body(carry, part)
+        carry = body(carry, [_after(ended, x[i]) for x in parts])
     return carry
+
+
+def _after(zero, x):
+    """x, numbers or random keys, which a compiler cannot have before it has `zero`, a float."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_after(zero, jax.random.key_data(x)), impl=jax.random.key_impl(x))
+    return x + zero.astype(x.dtype)
