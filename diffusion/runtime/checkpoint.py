@@ -40,6 +40,9 @@ class Checkpoints:
             create=writing,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # Each host reads by itself, and then they agree: where Orbax lets them meet, one that failed would be missing.
+        alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._writing = self._copies = None
 
@@ -65,12 +68,11 @@ class Checkpoints:
         """Write `trees` as checkpoint `step`; returns once they are copied, and writes on in the background.
 
         record: JSON that is kept with them. Raises OSError or ValueError where that cannot be done, also for what
-        went wrong with the one before; what that left half done is removed.
+        went wrong with the one before; what that left half done is removed. Of several hosts, all raise if one does.
         """
-        self.wait()
-        refusal = self._refusal(sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
-        if meshes.any_host(refusal):
-            raise OSError(refusal or 'another host cannot write it')
+        with self._together():
+            self._wait()
+            self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
         if jax.process_count() == 1:
             self._writing = self._background.submit(self._write, step, record, self._copy(trees))
         else:  # in which the hosts meet, so that it has its place among all that they do together
@@ -98,46 +100,48 @@ class Checkpoints:
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self):
-        """Wait for the last write. Raises OSError or ValueError where it went wrong."""
-        writing, self._writing = self._writing, None
-        with self._clearing():  # once more, of what came after the write had failed
-            if writing:
-                writing.result()
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        """Wait for the last write. Raises OSError or ValueError, on all hosts, where it went wrong."""
+        with self._together():  # clears once more what came after the write had failed
+            self._wait()
 
-    def _refusal(self, nbytes):
-        """Why a checkpoint of so many bytes cannot be written, or ''; before TensorStore finds out, array by array."""
-        try:
-            os.makedirs(self.directory, exist_ok=True)
-            free = shutil.disk_usage(self.directory).free
-        except OSError as error:
-            return str(error)
-        need = 1.3 * nbytes + 2e6
+    def _wait(self):
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def _check_room(self, nbytes):
+        """Raise OSError where so many bytes cannot be written; before TensorStore finds out, array by array."""
+        os.makedirs(self.directory, exist_ok=True)
+        need, free = 1.3 * nbytes + 2e6, shutil.disk_usage(self.directory).free
         if need > free:
-            return f'it takes {need / 1e6:.1f} MB, but {self.directory} has {free / 1e6:.1f} MB left'
-        return ''
+            raise OSError(f'it takes {need / 1e6:.1f} MB, but {self.directory} has {free / 1e6:.1f} MB left')
 
     def _write(self, step, record, trees):
         sums = {name: checksums(tree) for name, tree in trees.items()}
         about = {'step': int(step), 'checksums': sums, 'record': record or {}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        with self._clearing():
+        with self._together():
             self._manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
             if jax.process_count() == 1:
                 self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _clearing(self):
+    def _together(self):
+        """What fails within on one host fails on all, or some would wait for ever; what is half done is removed."""
+        failure = None
         try:
             yield
-        except Exception:
+        except (OSError, ValueError) as error:
+            failure = error
+        if meshes.any_host(failure is not None):
             self._clear()
-            raise
+            raise failure or OSError('another host could not write its part')
 
     def _clear(self):
         """Remove what a save that went wrong has left."""
-        if jax.process_index() == 0:
+        if meshes.is_first() and os.path.isdir(self.directory):
             for name in os.listdir(self.directory):
                 if name.endswith('.orbax-checkpoint-tmp'):
                     shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)
@@ -146,32 +150,48 @@ class Checkpoints:
         """Read back the named trees of checkpoint `step`, in the order given.
 
         Each is described by ShapeDtypeStructs, whose shardings say where the arrays are to lie. Trees
-        that are not named are not read. Raises DamagedError where the checkpoint is not what was written.
+        that are not named are not read. Raises DamagedError, on all hosts, where the checkpoint is not what was written.
         """
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
+        with self._intact(step):
+            restored = self._reader.restore(
+                self.path(step), args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items)
+            )
+        sums = {name: checksums(restored[name]) for name in trees}
+        with self._intact(step):
             about = restored['about']
             if about['step'] != step:
                 raise ValueError(f'it holds step {about["step"]}')
-            for name in trees:
-                found, written = checksums(restored[name]), about['checksums'][name]
+            for name, found in sums.items():
+                written = about['checksums'][name]
                 wrong = sorted(path for path in found.keys() | written.keys() if found.get(path) != written.get(path))
                 if wrong:
                     raise ValueError(f'{len(wrong)} arrays are not those that were written: {name}{wrong[0]} …')
-        except Exception as error:  # damage shows itself in Orbax, TensorStore, JSON or the file system
-            raise DamagedError(
-                f'{self.path(step)} is damaged ({type(error).__name__}: {first_line(error, 400)})'
-            ) from error
         return tuple(restored[name] for name in trees)
+
+    @contextlib.contextmanager
+    def _intact(self, step):
+        """Whatever goes wrong within, on any host, is a DamagedError on all of them."""
+        failure = None
+        try:
+            yield
+        except Exception as error:  # damage shows itself in Orbax, TensorStore, JSON or the file system
+            failure = error
+        if meshes.any_host(failure is not None):
+            found = f'{type(failure).__name__}: {first_line(failure, 400)}' if failure else 'another host cannot read it'
+            raise DamagedError(f'{self.path(step)} is damaged ({found})') from failure
 
     def restore_newest(self, warn, **trees):
         """(step, trees) of the newest checkpoint that is intact, or None where there is none at all.
 
-        Those that are damaged are passed over, each with a call of warn(message). Raises DamagedError where all are.
+        Those that are damaged are passed over, each with a call of warn(message). Raises DamagedError where all are,
+        and where the hosts do not see the same ones.
         """
-        messages = []
-        for step in self.steps():
+        messages, steps = [], self.steps()
+        seen = np.array([len(steps), sum(steps)])
+        if meshes.any_host(not np.array_equal(seen, meshes.from_first(seen))):
+            raise DamagedError(f'the hosts do not see the same checkpoints in {self.directory}: is the folder shared?')
+        for step in steps:
             try:
                 found = self.restore(step, **trees)
             except DamagedError as error:
@@ -181,19 +201,22 @@ class Checkpoints:
                 warn(f'{message}; going on from the one of step {step}')
             return step, found
         if messages:
-            raise DamagedError('there is no intact checkpoint:\n    ' + '\n    '.join(messages))
+            raise DamagedError(
+                'there is no intact checkpoint: restore one from a copy, or begin anew in another --workdir\n    '
+                + '\n    '.join(messages)
+            )
         return None
 
     def put_aside(self, newest):
         """Rename the checkpoints beyond step `newest` to damaged-<step>: their steps will be done and saved again."""
-        beyond = [step for step in self.steps() if step > newest]
-        for step in beyond if jax.process_index() == 0 else ():
-            target = os.path.join(os.path.dirname(self.directory), f'damaged-{step}')
-            while os.path.exists(target):
-                target += '-again'
-            os.rename(self.path(step), target)
-        if beyond:
-            self._manager.reload()
+        with self._together():
+            for step in self.steps() if meshes.is_first() else ():
+                if step > newest:
+                    target = os.path.join(os.path.dirname(self.directory), f'damaged-{step}')
+                    while os.path.exists(target):
+                        target += '-again'
+                    os.rename(self.path(step), target)
+        self._manager.reload()
 
 
 @functools.cache
