@@ -57,7 +57,8 @@ def run(config, workdir):
             f'config.likelihood.quantities is {asked.quantities}, but must name some of {", ".join(QUANTITIES)}'
         )
     config = experiment.resolve(config, workdir)
-    config.model.dtype = 'float32'
+    # As exact as can be; and nothing here goes back through the layers, of which the flow's derivatives go forward.
+    config.model.dtype, config.model.remat = 'float32', False
     exp = experiment.build(config)
     step, params = experiment.load_params(exp, config, workdir, asked.weights)
     images = experiment.load_images(config, asked.split)
@@ -65,15 +66,17 @@ def run(config, workdir):
         raise RunError(
             f'config.likelihood.num_images is {asked.num_images}, but the {asked.split} split has {len(images)}'
         )
+    of_images = {key: images.record[key] for key in ('sha256', 'fingerprint')}
     images = images[np.arange(asked.num_images or len(images))]
     with experiment.naming('config.likelihood'):
         functions = quantities(config, exp)
 
-    # Whoever asks for the same of the same parameters finds what is done already.
+    # Whoever asks for the same of the same parameters and images finds what is done already.
     settings = {
         'checkpoint_step': step,
         **asked.to_dict(),
         'params_sha256': experiment.digest(params),
+        'images': of_images,
         'versions': versions(),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -88,7 +91,8 @@ def run(config, workdir):
     with Interrupt() as interrupt:
         done = _compute(functions, parts, folder, params, images, asked, exp.mesh, interrupt)
     if done < len(parts):
-        print(f'{interrupt}: {done} of {len(parts)} parts are computed and kept; the same command goes on')
+        why = interrupt or 'another host was asked to stop'
+        print(f'{why}: {done} of {len(parts)} parts are computed and kept; the same command goes on')
         return EXIT_STATUS
 
     if meshes.is_first():

@@ -73,7 +73,7 @@ class Experiment:
 
     schedule: schedule.Schedule
     network: Network
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation  # for a learning rate of 1
     learning_rate: Any  # steps done → learning rate
     mesh: jax.sharding.Mesh
 
@@ -164,13 +164,16 @@ def make_network(model, images):
 
 
 def make_optimizer(config):
-    """Adam behind a clipped gradient, and its learning rate as a function of the steps done."""
+    """Adam behind a clipped gradient, for a learning rate of 1, and the learning rate as a function of the steps done.
+
+    Of the steps, not of the updates: those that were skipped count, as in the logs.
+    """
 
     def learning_rate(step):
         return config.learning_rate * jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
 
     clip = optax.clip_by_global_norm(config.grad_clip or float('inf'))
-    return optax.chain(clip, optax.adam(learning_rate)), learning_rate
+    return optax.chain(clip, optax.adam(1.0)), learning_rate
 
 
 def load_images(config, split='train'):

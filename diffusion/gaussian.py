@@ -108,10 +108,12 @@ def posterior(schedule, prediction, s, t, *, eta):
 
     prediction: Prediction of (B, ...); s, t: (B,) or scalar; eta: Python float in [0, 1].
     Returns (mean (B, ...), std), std a shape that broadcasts against mean.
-    Raises ValueError where eta is outside [0, 1].
+    Raises ValueError where eta is outside [0, 1], and for levels that are not s < t (traced levels pass).
     """
     if not 0 <= eta <= 1:
         raise ValueError(f'eta is {eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM')
+    if not any(isinstance(level, jax.core.Tracer) for level in (s, t)) and np.any(np.asarray(s) >= np.asarray(t)):
+        raise ValueError(f'the kernel goes from level t to a lower one, but s is {s} and t is {t}')
     x0, eps = prediction
     beta = schedule.beta(s, t)
     ratio = (schedule.noise(s) / schedule.noise(t)) ** 2
@@ -129,14 +131,17 @@ def own_variance(schedule, variance, s, t, *, eta):
         'large'              1 − ᾱ_t/ᾱ_s: DDPM's σ² = β, the DDIM paper's σ̂²
         array (num_steps,)   these, first pair first, the decoder's (s = 0) last
 
-    s, t: (num_steps,). Returns None or (num_steps,) float32. Raises ValueError for another variance,
-    and for 'large' with eta = 0, which has no noise.
+    s, t: (num_steps,). Returns None or (num_steps,) float32. Raises ValueError for another variance, for one
+    that is negative or not finite, and for 'large' with eta = 0, which has no noise.
     """
     if not isinstance(variance, str):
-        variance = jnp.asarray(variance, jnp.float32)
+        if not isinstance(variance, jax.core.Tracer):
+            variance = np.asarray(variance, np.float32)
+            if not np.all((variance >= 0) & np.isfinite(variance)):
+                raise ValueError(f'a variance is finite and not negative; not {variance}')
         if variance.shape != t.shape:
             raise ValueError(f'variance has the shape {variance.shape}, but the chain has {len(t)} steps')
-        return variance
+        return jnp.asarray(variance)
     if variance == 'small':
         return None
     if variance != 'large':

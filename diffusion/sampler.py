@@ -24,10 +24,15 @@ def sample(
     eta: Python float in [0, 1]; clip: x̂_0 to [−1, 1] at each step, as `gaussian.predict` does;
     x_T: (N, *shape), drawn if None.
     Returns x_0 (N, *shape) float32.
-    Raises ValueError for levels that do not decrease to 0 or leave the schedule, for pairs without s < t,
-    for another variance, for 'large' with eta = 0 (DDIM adds no noise), for another shape of x_T, and for
-    kind 'eps' from a level where ᾱ is 0.
+    Raises ValueError for keys that are not typed or not (N,), for levels that do not decrease to 0 or leave the
+    schedule, for pairs without s < t, for another variance, for 'large' with eta = 0 (DDIM adds no noise), for
+    another shape of x_T, and for kind 'eps' from a level where ᾱ is 0.
     """
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
+        raise ValueError(
+            f'keys are {keys.dtype} of the shape {keys.shape}, but one typed key an image is needed, (N,): '
+            'jax.random.split(jax.random.key(seed), N)'
+        )
     t, s = _pairs(schedule, kind, np.asarray(timesteps))
     own_std = gaussian.own_variance(schedule, variance, s, t, eta=eta)
     if own_std is not None:

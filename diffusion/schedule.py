@@ -100,37 +100,41 @@ def from_betas(betas) -> Schedule:
 
 
 def linear(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """β_t from beta_start to beta_end in equal steps (DDPM §4)."""
+    """β_t from beta_start to beta_end in equal steps (DDPM §4), for t = 1 … T; ValueError as in `from_betas`."""
     return from_betas(np.linspace(beta_start, beta_end, T))
 
 
 def quadratic(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """√β_t from √beta_start to √beta_end in equal steps ('quad' in the DDIM code)."""
+    """√β_t from √beta_start to √beta_end in equal steps ('quad' in the DDIM code); ValueError as in `from_betas`."""
     return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2)
 
 
 def constant(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """β_t = beta_end ('const' in the DDIM code); beta_start plays no part."""
+    """β_t = beta_end ('const' in the DDIM code); beta_start plays no part. ValueError as in `from_betas`."""
     return from_betas(np.full(T, beta_end))
 
 
 def jsd(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """β_t = 1/(T−t+1), so that ᾱ_t = 1 − t/T (Sohl-Dickstein et al. 2015); the two β play no part.
 
-    It ends at ᾱ_T = 0: there x_T holds nothing of x_0, and a network must predict x_0 or v, not ε.
+    It ends at ᾱ_T = 0: there x_T holds nothing of x_0, and a network must predict x_0 or v, not ε. Raises ValueError
+    for T < 1.
     """
     return from_betas(1 / np.arange(T, 0, -1, np.float64))
 
 
 def sigmoid(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """β_t = beta_start + (beta_end − beta_start)·σ(u), u from −6 to 6 in equal steps (DDIM code)."""
+    """β_t = beta_start + (beta_end − beta_start)·σ(u), u from −6 to 6 in equal steps (DDIM code).
+
+    Raises ValueError as `from_betas`.
+    """
     return from_betas(beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, T))))
 
 
 def cosine(T: int, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
     """ᾱ_t = f(t)/f(0), f(t) = cos²(π/2 · (t/T + offset)/(1 + offset)), each β_t at most max_beta.
 
-    Improved DDPM (arXiv:2102.09672) Eq. 17.
+    Improved DDPM (arXiv:2102.09672) Eq. 17. Raises ValueError as `from_betas`.
     """
     f = np.cos(np.pi / 2 * (np.arange(T + 1) / T + offset) / (1 + offset)) ** 2
     return from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))

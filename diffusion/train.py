@@ -23,7 +23,7 @@ from diffusion.runtime import mesh as meshes
 from diffusion.runtime.errors import first_line
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.writer import Writer
-from diffusion.runtime.xla import compiler_options
+from diffusion.runtime.xla import compiler_options, operations
 from diffusion.schedule import timesteps
 
 
@@ -65,14 +65,15 @@ def train_step(state, images, indices, *, exp, seed, kind, weighting, ema_decay,
         value, gradient = meshes.mean_over_parts(exp.mesh, gradient_of, whole, dropout_key, batch, accumulate)
     gradient = meshes.like_state(exp.mesh, gradient)
     updates, opt_state = exp.optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    rate = exp.learning_rate(state.step)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda leaf: rate * leaf, updates))
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
     metrics = {
         'loss': value,
         'grad_norm': optax.global_norm(gradient),
         'param_norm': optax.global_norm(params),
-        'learning_rate': exp.learning_rate(state.step),
+        'learning_rate': rate,
     }
     good = jnp.isfinite(jnp.array([value, metrics['grad_norm'], metrics['param_norm']])).all()
     new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
@@ -118,7 +119,7 @@ def _train(config, workdir, exp, images, checkpoints, held, interrupt):
     print(f'{len(images)} images of {config.data.source}; step {step} of {num_steps}; {where}; compiling …', flush=True)
     started = time.perf_counter()
     compiled_step = compile_step(config, exp, state, *first)
-    flops = (compiled_step.cost_analysis() or {}).get('flops', math.nan)
+    flops = operations(compiled_step, config.train.accumulate)
     print(f'{describe(exp, state, flops)}; compiled in {time.perf_counter() - started:.1f} s', flush=True)
     loop = Loop(config, workdir, exp, images, checkpoints, held, interrupt, flops)
     step = loop.run(compiled_step, state, itertools.chain([first], batches))
@@ -271,7 +272,7 @@ class Loop:
     def _settle(self, step, metrics):
         """Look at a step's numbers, once the next step is under way: the devices do not wait for the host."""
         train = self._train
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         good = all(math.isfinite(value) for value in values.values())
         self._bad_in_a_row = 0 if good else self._bad_in_a_row + 1
         self.bad += not good

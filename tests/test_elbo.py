@@ -350,6 +350,8 @@ def test_the_bound_of_one_step():
         ({'variance': 'huge'}, "'small', 'large'"),
         ({'variance': np.ones(3)}, 'shape'),
         ({'variance': np.ones(9)}, 'shape'),
+        ({'variance': np.zeros(10)}, 'no density'),
+        ({'variance': -np.ones(10)}, 'not negative'),
         ({'kind': 'noise'}, 'eps, x0, v'),
         ({'levels': 0}, 'levels is 0.*9 consistency'),
         ({'levels': 10}, 'levels is 10.*9 consistency'),

@@ -113,6 +113,15 @@ def test_probes_are_unbiased_for_the_exact_divergence():
     assert np.std(coupled_density(jax.random.key(1), x, 3).nats - coupled_density(KEY, x, 3).nats) > 0.01
 
 
+def test_the_probes_of_an_image_do_not_depend_on_the_size_of_its_batch():
+    """Batches are filled up to a multiple of the devices."""
+    x = jnp.linspace(-1, 1, 20).reshape(5, 4)
+    some, all_of_them = coupled_density(KEY, x[:3], 2), coupled_density(KEY, x, 2)
+    np.testing.assert_allclose(some.nats, all_of_them.nats[:3], rtol=0, atol=2e-3)  # of the solver, whose steps differ
+    np.testing.assert_allclose(some.probe_error, all_of_them.probe_error[:3], rtol=0, atol=2e-3)
+    assert float(some.probe_error.min()) > 0.01  # other probes would show
+
+
 def test_the_divergence_is_exact_to_16_dimensions_and_estimated_beyond():
     def densities(size):
         x = jnp.linspace(-1, 1, size).reshape(1, size)

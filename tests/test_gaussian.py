@@ -75,6 +75,12 @@ def test_eta_outside_the_family_is_refused(eta):
         gaussian.posterior(SCHEDULES['linear'], Prediction(0.0, 0.0), 0, 1, eta=eta)
 
 
+@pytest.mark.parametrize(('s', 't'), [(5, 5), (6, 5), (np.array([0, 5]), np.array([1, 5]))])
+def test_a_step_leads_to_a_lower_level(s, t):
+    with pytest.raises(ValueError, match='to a lower one'):
+        gaussian.posterior(SCHEDULES['linear'], Prediction(np.zeros(2), np.zeros(2)), s, t, eta=1.0)
+
+
 @given(names, st.integers(1, T - 1), st.sampled_from(gaussian.KINDS), st.integers(0, 2**31))
 def test_predict_inverts_target(name, t, kind, seed):
     sch = SCHEDULES[name]

@@ -199,6 +199,13 @@ def test_clipping_is_on_and_can_be_turned_off():
     np.testing.assert_array_equal(draw(False), 3)
 
 
+@pytest.mark.parametrize('wrong', [jax.random.key(0), jax.random.PRNGKey(0)], ids=['one alone', 'not typed'])
+def test_keys_are_typed_and_one_an_image(wrong):
+    how = dict(shape=(), timesteps=timesteps(T, 5), kind='eps', eta=1.0)
+    with pytest.raises(ValueError, match='one typed key an image'):
+        sampler.sample(wrong, SCH, DATA.net('eps'), **how)
+
+
 @pytest.mark.parametrize(
     'change, message',
     [
@@ -208,6 +215,8 @@ def test_clipping_is_on_and_can_be_turned_off():
         ({'timesteps': [T + 1, 0]}, 'levels lie in'),
         ({'variance': 'huge'}, "'small', 'large'"),
         ({'variance': np.ones(3)}, 'shape'),
+        ({'variance': np.array([1, 1, -1, 1, 1])}, 'not negative'),
+        ({'variance': np.array([1, 1, np.nan, 1, 1])}, 'finite'),
         ({'variance': 'large', 'eta': 0.0}, 'eta=0'),
         ({'eta': 1.5}, 'eta'),
         ({'schedule': schedule.jsd(T), 'timesteps': timesteps(T, 5)}, "'x0' or 'v'"),

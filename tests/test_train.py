@@ -166,9 +166,22 @@ def test_a_step_is_adam_behind_a_clip(grad_clip, warmup_steps):
     np.testing.assert_allclose([m['learning_rate'] for m in metrics], [m['lr'] for m in metrics], rtol=1e-6)
 
 
+def test_the_learning_rate_is_that_of_the_step_though_steps_were_skipped():
+    """Adam's first update is the sign of the gradient, whatever came before: 0.01·4/8 in the fourth step."""
+    config = tiny({'train.learning_rate': 1e-2, 'train.warmup_steps': 8, 'train.grad_clip': 0.0}).train
+    exp = experiment_of(Affine(), *experiment.make_optimizer(config))
+    start = exp.init(jax.random.key(1))
+    state, metrics = stepper(exp)(
+        TrainState(jnp.int32(3), start.params, start.ema, start.opt_state), IMAGES, indices_of(0)
+    )
+    moved = np.abs(host(state.params)['scale'] - host(start.params)['scale'])
+    assert float(metrics['learning_rate']) == pytest.approx(0.005)
+    assert moved == pytest.approx(0.005, rel=1e-4)
+
+
 def test_the_average_follows_the_new_parameters():
     """ē ← d·ē + (1−d)·θ with d = min(decay, (1+t)/(10+t)), θ the parameters that step t gives (FIELD.md 2.13)."""
-    exp = experiment_of(Affine(), optax.sgd(0.1))
+    exp = experiment_of(Affine(), optax.sgd(1.0))
     step_fn = stepper(exp, ema_decay=0.5)
     state = exp.init(jax.random.key(1))
     average = host(state.ema)
@@ -183,7 +196,7 @@ def test_the_average_follows_the_new_parameters():
 
 
 def test_without_decay_the_average_is_the_parameters():
-    exp = experiment_of(Affine(), optax.sgd(0.1))
+    exp = experiment_of(Affine(), optax.sgd(1.0))
     state, _ = stepper(exp, ema_decay=0.0)(exp.init(jax.random.key(1)), IMAGES, indices_of(0))
     assert all((state.ema[name] == state.params[name]).all() for name in state.params)
 
@@ -251,7 +264,7 @@ def place(exp, config):
 
 def test_the_old_state_is_given_to_the_new_one():
     config = tiny()
-    exp = experiment_of(Affine(), optax.adam(0.1))
+    exp = experiment_of(Affine(), optax.adam(1.0))
     old, images, indices = place(exp, config)
     new, _ = train.compile_step(config, exp, old, images, indices)(old, images, indices)
     assert int(new.step) == 1
@@ -440,7 +453,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(two_steps, tmp
 
 def test_a_bad_step_among_good_ones_is_left_out():
     """Of two steps the second sees NaN: parameters, average and optimizer are those of one step."""
-    exp = experiment_of(Pixels(8, 8, 1), optax.adam(0.1))
+    exp = experiment_of(Pixels(8, 8, 1), optax.adam(1.0))
     step = stepper(exp, kind='x0')
     good, bad = IMAGES.astype(np.float32), np.full(IMAGES.shape, np.nan, np.float32)
     indices = jnp.arange(4)

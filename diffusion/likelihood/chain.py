@@ -35,7 +35,8 @@ def make_chain(schedule, net, *, kind, variance, eta, timesteps=None, clip=False
     is 0 and a decoder needs a width, both 'small' and 'large' have the σ of the pair before (for all T levels
     √β̃_2, as Ho's and OpenAI's code), or √(1−ᾱ_t) if there is no pair before.
 
-    Raises ValueError for η outside (0, 1], and whatever `gaussian.chain` and `own_variance` refuse.
+    Raises ValueError for η outside (0, 1], for a variance of 0, and whatever `gaussian.chain` and `own_variance`
+    refuse.
     """
     if not 0 < eta <= 1:
         raise ValueError(
@@ -44,6 +45,8 @@ def make_chain(schedule, net, *, kind, variance, eta, timesteps=None, clip=False
         )
     t, s = gaussian.chain(schedule, kind, all_timesteps(schedule.T, schedule.T) if timesteps is None else timesteps)
     own = gaussian.own_variance(schedule, variance, s, t, eta=eta)
+    if own is not None and not isinstance(own, jax.core.Tracer) and not np.all(np.asarray(own) > 0):
+        raise ValueError(f'variance is {own}, but where it is 0 the model has no density, and there is no bound')
     nothing = gaussian.Prediction(jnp.zeros(len(t)), jnp.zeros(len(t)))
     _, kernel_std = gaussian.posterior(schedule, nothing, s, t, eta=eta)
     std = kernel_std if own is None else jnp.sqrt(own)

@@ -112,7 +112,8 @@ def log_density(key, schedule, net, x, *, kind, level=1, probes=None, rtol=1e-5,
     size = math.prod(x.shape[1:])
     probes = num_probes(probes, size)
     if probes:
-        vectors = jax.random.rademacher(key, (probes, *x.shape), jnp.float32)
+        # Images first, so that those that fill up a batch do not change the draws of the others.
+        vectors = jax.random.rademacher(key, (len(x), probes, *x.shape[1:]), jnp.float32).swapaxes(0, 1)
     else:
         basis = jnp.eye(size).reshape(size, 1, *x.shape[1:])
         vectors = jnp.broadcast_to(basis, (size, *x.shape))

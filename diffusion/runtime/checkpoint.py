@@ -150,7 +150,8 @@ class Checkpoints:
         """Read back the named trees of checkpoint `step`, in the order given.
 
         Each is described by ShapeDtypeStructs, whose shardings say where the arrays are to lie. Trees
-        that are not named are not read. Raises DamagedError, on all hosts, where the checkpoint is not what was written.
+        that are not named are not read. Raises DamagedError, on all hosts, where the checkpoint is not what was
+        written.
         """
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         with self._intact(step):
@@ -178,7 +179,8 @@ class Checkpoints:
         except Exception as error:  # damage shows itself in Orbax, TensorStore, JSON or the file system
             failure = error
         if meshes.any_host(failure is not None):
-            found = f'{type(failure).__name__}: {first_line(failure, 400)}' if failure else 'another host cannot read it'
+            failure = failure or OSError('another host cannot read it')
+            found = f'{type(failure).__name__}: {first_line(failure, 400)}'
             raise DamagedError(f'{self.path(step)} is damaged ({found})') from failure
 
     def restore_newest(self, warn, **trees):

@@ -1,5 +1,7 @@
 """What XLA is told of every program (benchmarks/NOTES.md has the figures)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -27,12 +29,25 @@ def fold(body, carry, parts):
     times as long. No part begins before the last has ended, nor are its random numbers drawn: else what several need
     would be in memory at a time.
     """
-    if jax.default_backend() != 'cpu':
+    if not _written_out():
         return jax.lax.scan(lambda carry, part: (body(carry, part), None), carry, parts)[0]
     for i in range(len(jax.tree.leaves(parts)[0])):
         ended = 0 * sum(leaf.ravel()[0] for leaf in jax.tree.leaves(carry))
         carry = body(carry, [_after(ended, x[i]) for x in parts])
     return carry
+
+
+def operations(compiled, parts=1):
+    """Floating-point operations of a compiled program on each device; NaN where XLA does not count them.
+
+    parts: of a `fold` that most of the program is: of a loop XLA counts one turn.
+    """
+    counted = (compiled.cost_analysis() or {}).get('flops', math.nan)
+    return counted if _written_out() else counted * parts
+
+
+def _written_out():
+    return jax.default_backend() == 'cpu'
 
 
 def _after(zero, x):
