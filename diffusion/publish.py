@@ -10,6 +10,7 @@ import numpy as np
 from diffusion import experiment
 from diffusion.interop import diffusers
 from diffusion.networks import unet
+from diffusion.runtime import mesh as meshes
 from diffusion.runtime.files import versions
 
 CARD = """---
@@ -34,7 +35,7 @@ ddpm(batch_size=4, num_inference_steps={T}).images
 ddim = DDIMPipeline.from_pretrained('PATH_OR_ID')
 ddim(batch_size=4, num_inference_steps={short}, eta=0.0, use_clipped_model_output={clip}).images
 ```
-{samples}{likelihood}
+{spacing}{samples}{likelihood}
 ## Record
 
 | | |
@@ -49,7 +50,7 @@ def run(config, workdir):
     exp = experiment.build(config)
     with experiment.naming('config.interop'):
         step, params = experiment.load_params(exp, config, workdir, config.interop.weights)
-    params = jax.tree.map(np.asarray, params)
+    params = jax.tree.map(meshes.gather, params)  # in which all hosts take part
     model, schedule, asked = config.model, config.schedule, config.sample
     with experiment.naming('config.model'):
         network = diffusers.network_config(
@@ -75,6 +76,8 @@ def run(config, workdir):
             clip=asked.clip,
             spacing=asked.spacing,
         )
+    if not meshes.is_first():
+        return 0
     theirs = params
     if model.first_level == 1:  # their timestep is our level less one
         theirs = params | {'time1': params['time1'] | {'kernel': unet.advance(params['time1']['kernel'])}}
@@ -129,12 +132,22 @@ def write_card(folder, config, workdir, step, params):
         T=config.schedule.T,
         short=min(50, config.schedule.T),
         clip=config.sample.clip,
+        spacing=about_spacing(config.sample.spacing),
         samples=samples,
         likelihood=likelihood,
         record='\n'.join(f'| {key} | {value} |' for key, value in record.items()),
     )
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
         file.write(card)
+
+
+def about_spacing(spacing):
+    """A line for a spacing that the pipelines do not have, or of which their DDIM goes other steps; else ''."""
+    if spacing not in diffusers.SPACINGS:
+        return f"\nThe spacing chosen here, '{spacing}', is none of diffusers': its pipelines are told 'leading'.\n"
+    if spacing == 'linspace':
+        return "\nOf 'linspace' the DDIM of diffusers goes steps of T/num_inference_steps, not from level to level.\n"
+    return ''
 
 
 def public(source):

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 from configs import workdir as configs_workdir
 from diffusion import adopt, compat, evaluate, experiment, generate, publish, sampler, train
 from diffusion.experiment import RunError
-from diffusion.interop import diffusers, tensors
+from diffusion.interop import ddim, diffusers, tensors
 from tests.test_generate import make_run, random_params
+from tests.test_hosts import hosts, said, wait
 from tests.test_main import assert_refused, main
 from tests.test_train import tiny
 
@@ -139,6 +140,60 @@ def test_a_workdir_that_holds_a_run_is_left_alone(tmp_path, workdir):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
 
 
+def test_an_import_that_came_to_no_end_is_done_again(tmp_path, workdir, monkeypatch):
+    """As its config.json comes last; also where the disk was full, which is no crash."""
+    shutil.copytree(workdir, tmp_path / 'run')
+    (tmp_path / 'run' / 'config.json').unlink()
+    (tmp_path / 'run' / 'checkpoints' / '0.orbax-checkpoint-tmp').mkdir()
+    (tmp_path / 'full').mkdir()
+    free = shutil.disk_usage(tmp_path)._replace(free=0)
+    with monkeypatch.context() as full, pytest.raises(RunError, match=r'full/checkpoints could not be written \(.* MB'):
+        full.setattr(shutil, 'disk_usage', lambda path: free)
+        import_to(tmp_path / 'full', f'diffusers:{FIXTURE}')
+    assert not (tmp_path / 'full' / 'config.json').exists()
+    for name in ('run', 'full'):
+        import_to(tmp_path / name, f'diffusers:{FIXTURE}')
+        for file in ('config.json', 'import.json'):
+            assert (tmp_path / name / file).read_text() == (workdir / file).read_text()
+        assert [path.name for path in (tmp_path / name / 'checkpoints').iterdir()] == ['0']
+
+
+@pytest.mark.parametrize('imported', [False, True])
+def test_checkpoints_of_a_training_are_left_alone(imported, tmp_path):
+    """Also where its config.json was lost, whether it began with an import or not."""
+    config = tiny()
+    params = random_params(config, 1)
+    make_run(tmp_path, config, 5, params=params)
+    (tmp_path / 'config.json').unlink()
+    if imported:
+        (tmp_path / 'import.json').write_text('{}')
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+    with pytest.raises(RunError, match=r'holds a run already \(there is checkpoints\)'):
+        import_to(tmp_path, f'diffusers:{FIXTURE}')
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
+
+
+def test_on_several_hosts(tmp_path):
+    """Two of them, each with half of the parameters: imported, and exported as they came."""
+    workdir = tmp_path / 'run'
+
+    def both(*flags, **changes):
+        with hosts(2, 1, workdir, 'off', *flags, **changes) as processes:
+            assert wait(processes, workdir) == [0, 0], said(workdir) + said(workdir, 1)
+
+    both('--mode=import', f'--config.interop.source=diffusers:{FIXTURE}')
+    assert 'the other modes know it as' in said(workdir) and 'the other modes' not in said(workdir, 1)
+    stored = json.loads((workdir / 'config.json').read_text())
+    here = {
+        f'{part}__{key}': tuple(value) if isinstance(value, list) else value
+        for part in ('model', 'schedule')
+        for key, value in stored[part].items()
+    }
+    both('--mode=export', **here)
+    back, there = load_file(workdir / 'export' / 'step0-ema' / WEIGHTS), load_file(FIXTURE / WEIGHTS)
+    assert back.keys() == there.keys() and all((back[name] == there[name]).all() for name in there)
+
+
 def test_on_the_command_line(tmp_path, capsys):
     """What is printed at the end is the config that the other modes take."""
     import_to(tmp_path / 'run', f'diffusers:{FIXTURE}')
@@ -220,7 +275,7 @@ def test_networks_that_are_not_ours(key, value, tmp_path):
 @pytest.mark.parametrize(
     ('key', 'value'),
     [
-        ('trained_betas', [0.1, 0.2]),
+        ('beta_end', -0.1),
         ('rescale_betas_zero_snr', True),
         ('beta_schedule', 'laplace'),
         ('variance_type', 'learned_range'),
@@ -242,6 +297,78 @@ def test_schedulers_that_are_not_ours(key, value, tmp_path):
     with pytest.raises(RunError, match=r'config\.interop\.source: .*theirs.*: ') as error:
         import_to(tmp_path / 'run', f'diffusers:{folder}')
     assert key in str(error.value) and repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'in_channels': 4, 'out_channels': 4}, 'config.data.channels is 4'),
+        ({'block_out_channels': [15, 30], 'norm_num_groups': 1}, 'config.model: channels is 15'),
+    ],
+)
+def test_a_config_that_the_files_led_to(changes, words, tmp_path):
+    """Its keys are none that the user has set, so the files are named; those that the user has set are not theirs."""
+    folder = changed(tmp_path, 'unet/config.json', **changes)
+    with pytest.raises(RunError, match=r'config\.interop\.source: .*/theirs: ') as error:
+        import_to(tmp_path / 'run', f'diffusers:{folder}')
+    assert words in str(error.value)
+    with pytest.raises(RunError, match=r'^config\.mesh: '):
+        import_to(tmp_path / 'run', f'diffusers:{FIXTURE}', {'mesh.fsdp': 3})
+
+
+def test_a_long_value_is_shown_in_short(tmp_path):
+    folder = changed(tmp_path, 'unet/config.json', block_out_channels=['8'] * 1000)
+    with pytest.raises(RunError, match=r'block_out_channels is .* …, which') as error:
+        import_to(tmp_path / 'run', f'diffusers:{folder}')
+    assert len(str(error.value)) < 600
+
+
+COSINE = np.cos((np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2) ** 2
+# What others may list instead of naming a schedule, and the keys of ours.
+LISTED = {
+    'linear': (np.linspace(1e-4, 0.02, 100), {'name': 'linear', 'beta_start': 1e-4, 'beta_end': 0.02}),
+    'other ends': (np.linspace(1e-3, 0.2, 100), {'name': 'linear', 'beta_start': 1e-3, 'beta_end': 0.2}),
+    'quadratic': (np.linspace(0.03, 0.11, 100) ** 2, {'name': 'quadratic', 'beta_start': 0.0009, 'beta_end': 0.0121}),
+    'constant': (np.full(100, 0.01), {'name': 'constant', 'beta_end': 0.01}),
+    'jsd': (1 / np.arange(100, 0, -1), {'name': 'jsd'}),
+    'sigmoid': (1e-4 + 0.0199 / (1 + np.exp(-np.linspace(-6, 6, 100))), {'name': 'sigmoid', 'beta_end': 0.02}),
+    'cosine': (np.minimum(1 - COSINE[1:] / COSINE[:-1], 0.999), {'name': 'cosine', 'offset': 0.008}),
+}
+
+
+@pytest.mark.parametrize('rounded', [np.float64, np.float32])
+@pytest.mark.parametrize('name', LISTED)
+def test_betas_that_are_those_of_a_schedule(name, rounded, tmp_path):
+    betas, keys = LISTED[name]
+    listed = [float(beta) for beta in betas.astype(rounded)]
+    changes = {'trained_betas': listed, 'prediction_type': 'sample', 'beta_schedule': 'unheard of'}
+    folder = changed(tmp_path, 'scheduler/scheduler_config.json', **changes)
+    config, settings = adopt.merge(tiny(), diffusers.read(str(folder)), 'theirs')
+    for key, value in keys.items():
+        assert config.schedule[key] == (value if key == 'name' else pytest.approx(value, rel=1e-6))
+    assert settings['schedule']['name'] == keys['name']  # as import.json will have it
+
+
+@pytest.mark.parametrize(
+    ('betas', 'words'),
+    [
+        (np.linspace(0.1, 0.2, 100) ** 3, ['100 from 0.001 to 0.008', 'sigmoid', 'config.schedule.offset=0.008']),
+        ([0.1, 0.2], ['scheduler_config.json', '2 numbers', 'num_train_timesteps is 100']),
+        ([0.1] * 99 + [1.5], ['scheduler_config.json', '(0, 1]']),
+        ([0.1] * 50 + [1] + [0.1] * 49, ['β_51 is 1.0']),
+        ([0.1] * 99 + ['0.1'], ['scheduler_config.json', 'numbers in (0, 1]']),
+        ('linear', ['scheduler_config.json', 'numbers in (0, 1]']),
+    ],
+)
+def test_betas_of_no_schedule(betas, words, tmp_path):
+    folder = changed(
+        tmp_path, 'scheduler/scheduler_config.json', trained_betas=betas if isinstance(betas, str) else list(betas)
+    )
+    with pytest.raises(RunError, match='trained_betas') as error:
+        import_to(tmp_path / 'run', f'diffusers:{folder}')
+    for word in (str(folder), *words):
+        assert word in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -358,6 +485,33 @@ def test_a_truncated_file(tmp_path):
         assert str(folder / WEIGHTS) in str(error.value)
 
 
+def test_a_type_that_numpy_does_not_have(tmp_path):
+    folder = shutil.copytree(FIXTURE, tmp_path / 'theirs')
+    header = json.dumps({'conv_out.bias': {'dtype': 'F8_E4M3', 'shape': [4], 'data_offsets': [0, 4]}}).encode()
+    (folder / WEIGHTS).write_bytes(struct.pack('<Q', len(header)) + header + bytes(4))
+    with pytest.raises(RunError, match=r'holds conv_out\.bias as F8_E4M3, but floating-point') as error:
+        import_to(tmp_path / 'run', f'diffusers:{folder}')
+    assert str(folder / WEIGHTS) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape'),
+    [
+        ('conv_in.weight', (0, 3, 3, 3)),
+        ('conv_in.weight', (4, 0, 3, 3)),
+        ('conv_in.weight', (4, 3)),
+        ('down.0.block.0.conv1.weight', (0, 4, 3, 3)),
+        ('down.1.block.0.conv1.weight', ()),
+        ('down.1.block.0.conv1.weight', (0, 4, 3, 3)),
+    ],
+)
+def test_convolutions_of_the_ddim_code_that_are_none(name, shape):
+    shapes = {'conv_in.weight': (4, 3, 3, 3), 'down.0.block.0.conv1.weight': (4, 4, 3, 3), name: shape}
+    with pytest.raises(ValueError, match=r'model\.ckpt is no network') as error:
+        ddim.network_settings({name: np.ones(shape) for name, shape in shapes.items()}, 'model.ckpt', 8)
+    assert f'{name} has the shape {shape}' in str(error.value)
+
+
 def shard(folder):
     """The fixture's weights in two files; returns the index."""
     arrays = load_file(folder / WEIGHTS)
@@ -416,6 +570,14 @@ def test_a_folder_of_something_else(tmp_path):
             import_to(tmp_path / 'run', source)
 
 
+@pytest.mark.parametrize('file', ['model.fp16.safetensors', 'model-00001-of-00002.bin', 'model.bin.index.json'])
+def test_weights_by_another_name_are_told(file, tmp_path):
+    folder = shutil.copytree(FIXTURE, tmp_path / 'theirs')
+    (folder / WEIGHTS).rename(folder / 'unet' / f'diffusion_pytorch_{file}')
+    with pytest.raises(RunError, match=rf'has no {WEIGHTS[5:]}, but diffusion_pytorch_{file}: save'):
+        import_to(tmp_path / 'run', f'diffusers:{folder}')
+
+
 def test_without_a_scheduler_the_config_says_how(tmp_path):
     import_to(tmp_path / 'run', f'diffusers:{FIXTURE / "unet"}', {'schedule.T': 30, 'sample.eta': 0.5})
     config = config_of(tmp_path / 'run')
@@ -446,7 +608,7 @@ def test_the_hub(tmp_path, monkeypatch):
         def snapshot_download(self, repo, allow_patterns):
             asked.append((repo, allow_patterns))
             if repo == 'google/ddpm':
-                raise ConnectionError('no network')
+                raise ConnectionError('no\n\nnetwork')
             return str(FIXTURE)
 
     monkeypatch.setitem(sys.modules, 'huggingface_hub', Hub())
@@ -470,17 +632,38 @@ def test_a_run_that_diffusers_cannot_express(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('schedule', 'their_name'),
+    ('spacing', 'words'),
+    [
+        ('leading', None),
+        ('trailing', None),
+        ('linspace', "Of 'linspace' the DDIM of diffusers"),
+        ('quad', "'quad', is none of diffusers'"),
+    ],
+)
+def test_the_card_says_where_the_pipelines_go_other_ways(spacing, words, tmp_path):
+    config = tiny({'sample.spacing': spacing})
+    params = random_params(config, 1)
+    make_run(tmp_path, config, 1, params=params, ema=params)
+    assert publish.run(config, str(tmp_path)) == 0
+    card = (tmp_path / 'export' / 'step1-ema' / 'README.md').read_text()
+    assert (words or '```\n\n## Record') in card
+
+
+@pytest.mark.parametrize(
+    ('changes', 'their_name'),
     [
         ({'name': 'quadratic'}, 'scaled_linear'),
         ({'name': 'cosine'}, 'squaredcos_cap_v2'),
         ({'name': 'cosine', 'offset': 0.01}, None),
         ({'name': 'sigmoid'}, None),  # of DDPMScheduler alone
         ({'name': 'constant'}, None),
+        ({'name': 'jsd'}, None),
     ],
 )
-def test_schedules_by_name_or_by_their_betas(schedule, their_name, tmp_path):
-    config = tiny({f'schedule.{key}': value for key, value in schedule.items()})
+def test_schedules_by_name_or_by_their_betas(changes, their_name, tmp_path):
+    """And what was exported is imported as it was; the offset of an own cosine, which no file tells, is asked."""
+    changes = {f'schedule.{key}': value for key, value in changes.items()}
+    config = tiny(changes | {'model.kind': 'v'})
     params = random_params(config, 1)
     make_run(tmp_path, config, 1, params=params, ema=params)
     assert publish.run(config, str(tmp_path)) == 0
@@ -491,3 +674,6 @@ def test_schedules_by_name_or_by_their_betas(schedule, their_name, tmp_path):
     else:
         alpha_bar = np.cumprod(1 - np.array(written['trained_betas']))
         np.testing.assert_allclose(alpha_bar, experiment.build(config).schedule.alpha_bar(np.arange(1, 5)), rtol=1e-5)
+    asked = {key: value for key, value in changes.items() if key == 'schedule.offset'}
+    import_to(tmp_path / 'again', f'diffusers:{tmp_path / "export" / "step1-ema"}', asked)
+    assert config_of(tmp_path / 'again').schedule.to_dict() == config.schedule.to_dict()

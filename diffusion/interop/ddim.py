@@ -4,6 +4,8 @@ A run of theirs saves the list [network, optimizer, epoch, step, EMA], the conve
 The file has no config: image size and dropout are not in it, the noise is that of all their configs.
 """
 
+import operator
+
 from diffusion.interop.tensors import Found, from_torch, load_torch
 
 NAMES = {
@@ -36,15 +38,32 @@ def read(path, *, image_size):
     if isinstance(saved, (list, tuple)):
         if len(saved) not in (4, 5):
             raise ValueError(f'{path} holds a list of {len(saved)}, not [network, optimizer, epoch, step, EMA]')
-        facts = {'epoch': saved[2], 'step': saved[3]}
+        facts = {'epoch': whole_number(saved[2]), 'step': whole_number(saved[3])}
         states = [saved[0], *saved[4:]]
     weights = {}
     for which, state in zip(('params', 'ema'), states, strict=False):
-        tensors = from_torch(state, f'{path}, where its {which} should be,')
-        weights[which] = {name.removeprefix('module.'): tensor for name, tensor in tensors.items()}
+        where = f'{path}, where its {which} should be,'
+        weights[which] = without_module(from_torch(state, where), where)
     settings = network_settings(weights['params'], path, image_size)
     levels = len(settings['model']['multipliers'])
     return Found(settings, weights, lambda path: names(path, levels), facts)
+
+
+def whole_number(value):
+    """An int, or a tensor of one, as int; None for anything else."""
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # RuntimeError: of a tensor without values
+        return None
+
+
+def without_module(tensors, where):
+    """{name: tensor} without the 'module.' that a parallel network has before each name."""
+    plain = {name.removeprefix('module.'): tensor for name, tensor in tensors.items()}
+    twice = [name for name in plain if name in tensors and f'module.{name}' in tensors]
+    if twice:
+        raise ValueError(f'{where} holds both {twice[0]} and module.{twice[0]}: delete one of them')
+    return plain
 
 
 def names(path, levels):
@@ -57,13 +76,10 @@ def names(path, levels):
 
 def network_settings(tensors, path, image_size):
     """The parts 'data', 'model' and 'schedule' of our config, from the shapes of their tensors."""
-    for name in ('conv_in.weight', 'down.0.block.0.conv1.weight'):
-        if name not in tensors or tensors[name].ndim != 4:
-            raise ValueError(f'{path} is no network of the DDIM code: it has no convolution {name}')
-    channels, image_channels = tensors['conv_in.weight'].shape[:2]
-    widths = []
+    channels, image_channels = convolution('conv_in.weight', tensors, path)
+    widths = [convolution('down.0.block.0.conv1.weight', tensors, path)[0]]
     while (name := f'down.{len(widths)}.block.0.conv1.weight') in tensors:
-        widths.append(tensors[name].shape[0])
+        widths.append(convolution(name, tensors, path)[0])
     if any(width % channels for width in widths):
         raise ValueError(f'{path}: the widths {widths} are not multiples of the {channels} of conv_in.weight')
     if image_size < 1:
@@ -85,3 +101,12 @@ def network_settings(tensors, path, image_size):
         },
         'schedule': {'name': 'linear', 'T': 1000, 'beta_start': 1e-4, 'beta_end': 0.02},
     }
+
+
+def convolution(name, tensors, path):
+    """(channels out, channels in) of the convolution of that name. Raises ValueError where there is none."""
+    shape = tensors[name].shape if name in tensors else None
+    if shape is None or len(shape) != 4 or 0 in shape:
+        found = 'is missing' if shape is None else f'has the shape {shape}'
+        raise ValueError(f'{path} is no network of the DDIM code: {name} {found}, but a convolution was expected')
+    return shape[:2]

@@ -13,7 +13,7 @@ import os
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from diffusion.interop.tensors import Found, from_torch, load_torch, put
+from diffusion.interop.tensors import FLOATING, Found, from_torch, in_a_line, load_torch, put
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
@@ -67,7 +67,6 @@ KINDS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
 VARIANCES = {'fixed_small': 'small', 'fixed_small_log': 'small', 'fixed_large': 'large'}
 SPACINGS = ('leading', 'trailing', 'linspace')
 SCHEDULER = {
-    'trained_betas': (None, (None,)),
     'rescale_betas_zero_snr': (False, (False,)),
     'thresholding': (False, (False,)),
     'clip_sample_range': (1.0, (1.0,)),
@@ -93,11 +92,13 @@ def read(place):
     for part, file in (('unet', 'config.json'), ('scheduler', 'scheduler_config.json')):
         inside = os.path.join(folder, part)
         parts[part] = os.path.join(inside if os.path.exists(os.path.join(inside, file)) else folder, file)
-    settings = network_settings(read_json(parts['unet']), parts['unet'])
+    settings, betas = network_settings(read_json(parts['unet']), parts['unet']), None
     if os.path.exists(parts['scheduler']):
-        for part, values in scheduler_settings(read_json(parts['scheduler']), parts['scheduler']).items():
+        scheduler = read_json(parts['scheduler'])
+        for part, values in scheduler_settings(scheduler, parts['scheduler']).items():
             settings[part] = settings.get(part, {}) | values
-    return Found(settings, {'params': read_tensors(os.path.dirname(parts['unet']))}, names, {})
+        betas = scheduler.get('trained_betas')
+    return Found(settings, {'params': read_tensors(os.path.dirname(parts['unet']))}, names, {}, betas)
 
 
 def read_json(path):
@@ -138,7 +139,8 @@ class Config:
         return value
 
     def refuse(self, key, value, why):
-        return ValueError(f'{self._path}: {key} is {value!r}, which this project does not have; {why}')
+        shown = repr(value) if len(repr(value)) <= 200 else f'{repr(value)[:200]} …'
+        return ValueError(f'{self._path}: {key} is {shown}, which this project does not have; {why}')
 
     def require(self, table):
         """Raise ValueError where a key is not one of what is accepted."""
@@ -215,7 +217,10 @@ def network_settings(values, path):
 
 
 def scheduler_settings(values, path):
-    """The parts 'model' (its kind), 'schedule' and 'sample' of our config for a scheduler_config.json."""
+    """The parts 'model' (its kind), 'schedule' and 'sample' of our config for a scheduler_config.json.
+
+    Where it has trained_betas, which then are its schedule, there is no name among the settings.
+    """
     name = values.get('_class_name')
     if name not in ('DDPMScheduler', 'DDIMScheduler'):
         raise ValueError(f"{path}: _class_name is {name!r}, but must be 'DDPMScheduler' or 'DDIMScheduler'")
@@ -231,16 +236,17 @@ def scheduler_settings(values, path):
     inert = ['set_alpha_to_one'] if stochastic else ['variance_type']
     inert += ['clip_sample_range'] * (not clip) + ['steps_offset'] * (spacing != 'leading')
     config.require({key: what for key, what in SCHEDULER.items() if key not in inert})
+    schedule = {'T': T, 'beta_start': config.get('beta_start', 1e-4), 'beta_end': config.get('beta_end', 0.02)}
+    betas = config.get('trained_betas', None)
+    if betas is None:
+        schedule['name'] = config.choose('beta_schedule', 'linear', SCHEDULES)
+        schedule |= {'offset': 0.008, 'max_beta': 0.999}
+    else:
+        check_betas(betas, T, path)
+        inert.append('beta_schedule')
     settings = {
         'model': {'kind': config.choose('prediction_type', kind, KINDS)},
-        'schedule': {
-            'name': config.choose('beta_schedule', 'linear', SCHEDULES),
-            'T': T,
-            'beta_start': config.get('beta_start', 1e-4),
-            'beta_end': config.get('beta_end', 0.02),
-            'offset': 0.008,
-            'max_beta': 0.999,
-        },
+        'schedule': schedule,
         'sample': {
             'num_steps': min(T, 1000 if stochastic else 50),  # as their pipelines have it
             'eta': 1.0 if stochastic else 0.0,
@@ -251,6 +257,14 @@ def scheduler_settings(values, path):
     }
     config.done(('tensor_format', 'timestep_values', 'dynamic_thresholding_ratio', 'sample_max_value', *inert))
     return settings
+
+
+def check_betas(betas, T, path):
+    """Raise ValueError where trained_betas is no list of T numbers in (0, 1]."""
+    if not isinstance(betas, list) or not all(type(beta) in (int, float) and 0 < beta <= 1 for beta in betas):
+        raise ValueError(f'{path}: trained_betas is something else than the list of numbers in (0, 1] that is needed')
+    if len(betas) != T:
+        raise ValueError(f'{path}: trained_betas has {len(betas)} numbers, but num_train_timesteps is {T}')
 
 
 def read_tensors(folder):
@@ -264,7 +278,11 @@ def read_tensors(folder):
     old = os.path.join(folder, 'diffusion_pytorch_model.bin')
     if os.path.exists(old):
         return from_torch(load_torch(old), old)
-    raise ValueError(f'{folder} has no {WEIGHTS}: save the network there with save_pretrained')
+    found = sorted(name for name in os.listdir(folder) if name.endswith(('.safetensors', '.bin', '.index.json')))
+    raise ValueError(
+        f'{folder} has no {WEIGHTS}, but {", ".join(found[:4]) or "no weights"}{", …" if found[4:] else ""}: '
+        'save the network there with save_pretrained, which writes it unless it is told otherwise'
+    )
 
 
 def read_parts(index):
@@ -290,9 +308,16 @@ def read_safetensors(path):
         raise ValueError(f'{path} is missing')
     try:
         with safe_open(path, framework='np') as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            return {name: _read_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (OSError, SafetensorError) as error:
         raise ValueError(f'{path} cannot be read{_cut_off(path)} ({error}): fetch it again') from error
+
+
+def _read_tensor(file, name, path):
+    try:
+        return file.get_tensor(name)
+    except (AttributeError, TypeError) as error:  # for what NumPy does not have
+        raise ValueError(f'{path} holds {name} as {file.get_slice(name).get_dtype()}, but {FLOATING}') from error
 
 
 def _cut_off(path):
@@ -321,7 +346,7 @@ def download(repo):
         if not any(name.endswith('.safetensors') for _, _, files in os.walk(folder) for name in files):
             folder = huggingface_hub.snapshot_download(repo, allow_patterns=['*.json', '*diffusion_pytorch_model.bin'])
     except Exception as error:  # of the network, the hub, the id's form
-        raise ValueError(f'{looked}, nor could it be had from the hub ({type(error).__name__}: {error})') from error
+        raise ValueError(f'{looked}, nor could it be had from the hub ({in_a_line(error)})') from error
     return folder
 
 

@@ -1,6 +1,9 @@
 """A tree of our parameters, and the same as PyTorch's flat dict of named tensors."""
 
 import math
+import pickle
+import re
+import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +16,8 @@ class Found(NamedTuple):
     settings: dict[str, dict[str, Any]]  # {part of the config: {key: value}}, named as in configs/default.py
     weights: dict[str, dict[str, np.ndarray]]  # {'params' and perhaps 'ema': {their name: tensor}}
     names: Callable[[tuple], tuple[str, ...]]  # path of a parameter of ours → the names it may have there
-    facts: dict[str, Any]  # what else the files say, for the record
+    facts: dict[str, Any]  # what else the files say, for the record; as JSON has it
+    betas: list[float] | None = None  # β_1 … β_T, where the files list them instead of naming a schedule
 
 
 def leaves(tree, path=()):
@@ -82,13 +86,59 @@ def load_torch(path):
     except ImportError as error:
         raise ValueError(f'{path} is a file of PyTorch, which is not installed: pip install torch') from error
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # of pickle, zipfile, torch and the operating system
-        raise ValueError(f'{path} cannot be read as tensors alone ({type(error).__name__}: {error})') from error
+        damaged = damaged_member(path)
+        saved = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:  # whose message advises to run what the file holds
+        name = re.search(r'GLOBAL (\S+)', str(error))
+        what = f'it holds {name[1]}, which is none' if name else 'it is damaged, or of another kind'
+        raise ValueError(
+            f'{path} cannot be read as tensors alone: {what}; nothing in it was run. Save its state dict alone'
+        ) from error
+    except Exception as error:  # of zipfile, torch and the operating system
+        raise ValueError(f'{path} cannot be read as tensors alone ({in_a_line(error)})') from error
+    if damaged:
+        raise ValueError(
+            f'{path} is damaged: the checksum of {damaged} in it is not that written beside it. Fetch it again'
+        )
+    return saved
+
+
+def damaged_member(path):
+    """The first file in a zip whose bytes have another checksum than is written beside it, or None.
+
+    PyTorch does not look at them. Without its compute_crc32 it writes zeros, which say nothing.
+    """
+    if not zipfile.is_zipfile(path):  # as PyTorch saved before its version 1.6
+        return None
+    with zipfile.ZipFile(path) as archive:
+        name = archive.testzip()
+        return name if name and archive.getinfo(name).CRC else None
+
+
+def in_a_line(error, most=300):
+    """The type and the message of an exception of others, cut to so many characters."""
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'[:most]
+
+
+FLOATING = 'floating-point numbers of at least 16 bits were expected'
 
 
 def from_torch(state, where):
-    """{name: numpy array, float32} of a PyTorch state dict. Raises ValueError, with `where`, for anything else."""
+    """{name: numpy array, float32} of a PyTorch state dict.
+
+    Raises ValueError, with `where`, for anything else, and names the tensor that is not floating or has no values.
+    """
     if not isinstance(state, dict) or not all(hasattr(tensor, 'detach') for tensor in state.values()):
         raise ValueError(f'{where} holds no state dict, by name a tensor, but {type(state).__name__}')
-    return {name: tensor.detach().float().numpy() for name, tensor in state.items()}
+    arrays = {}
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f'{where} holds no state dict: a tensor is called {name!r}, but names were expected')
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ValueError(f'{where} holds {name} as {tensor.dtype}, but {FLOATING}')
+        try:
+            arrays[name] = tensor.detach().float().numpy()
+        except (RuntimeError, TypeError) as error:
+            found = f'{tensor.layout} on the device {tensor.device}'
+            raise ValueError(f'{where} holds {name} as {found}, but a dense tensor with values was expected') from error
+    return arrays

@@ -262,6 +262,34 @@ def without(state, name):
     return {key: tensor for key, tensor in state.items() if key != name}
 
 
+def test_a_run_whose_steps_are_tensors(ddim_network, tmp_path):
+    """Or nothing that JSON has; and one that was saved without checksums."""
+    state = ddim_state(ddim_network, levels=2)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save([state, {}, torch.tensor(7), torch.ones(2), state], tmp_path / 'model.ckpt')
+    finally:
+        torch.serialization.set_crc32_options(True)
+    import_to(tmp_path / 'ours', f'ddim:{tmp_path / "model.ckpt"}')
+    record = json.loads((tmp_path / 'ours' / 'import.json').read_text())
+    assert (record['epoch'], record['step']) == (7, None)
+
+
+def test_a_flipped_bit(ddim_network, tmp_path):
+    path = tmp_path / 'model.ckpt'
+    torch.save(ddim_state(ddim_network, levels=2), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r'model\.ckpt is damaged: the checksum of model/data/\d+ in it'):
+        import_to(tmp_path / 'ours', f'ddim:{path}')
+
+
+def changed(state, change):
+    """With one of its tensors made another."""
+    return state | {'temb.dense.0.weight': change(state['temb.dense.0.weight'])}
+
+
 class Malice:
     def __reduce__(self):
         return os.mkdir, ('made-by-a-checkpoint',)
@@ -273,10 +301,31 @@ def test_the_size_of_images_is_not_in_the_file(ddim_network, tmp_path):
         import_to(tmp_path / 'ours', f'ddim:{tmp_path / "model.ckpt"}', {'data.image_size': 0})
 
 
+@pytest.mark.parametrize('content', [b'no tensors', b''])
+def test_files_of_something_else(content, tmp_path):
+    (tmp_path / 'model.ckpt').write_bytes(content)
+    with pytest.raises(RunError, match=r'model\.ckpt cannot be read as tensors alone') as error:
+        import_to(tmp_path / 'ours', f'ddim:{tmp_path / "model.ckpt"}')
+    assert '\n' not in str(error.value) and 'weights_only' not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ('content', 'words'),
     [
-        (lambda state: Malice(), 'cannot be read as tensors alone'),
+        (lambda state: Malice(), r'model\.ckpt cannot be read as tensors alone: it holds \w+\.mkdir, .* was run'),
+        (lambda state: state | {7: torch.ones(3)}, 'a tensor is called 7'),
+        (lambda state: changed(state, torch.Tensor.int), r'temb\.dense\.0\.weight as torch\.int32'),
+        (lambda state: changed(state, lambda tensor: tensor + 1j), r'temb\.dense\.0\.weight as torch\.complex64'),
+        (lambda state: changed(state, torch.Tensor.to_sparse), r'temb\.dense\.0\.weight as torch\.sparse_coo'),
+        (lambda state: changed(state, lambda tensor: tensor.to('meta')), r'temb\.dense\.0\.weight as .* meta'),
+        (
+            lambda state: changed(state, lambda tensor: tensor.to(torch.float8_e4m3fn)),
+            r'temb\.dense\.0\.weight as torch\.float8_e4m3fn',
+        ),
+        (
+            lambda state: state | {f'module.{name}': tensor + 1 for name, tensor in state.items()},
+            r'both (\S+) and module\.\1: delete',
+        ),
         (lambda state: [state], 'list of 1'),
         (lambda state: {'state': state}, 'no state dict'),
         (lambda state: {'weight': torch.ones(3)}, 'conv_in.weight'),
@@ -290,8 +339,9 @@ def test_the_size_of_images_is_not_in_the_file(ddim_network, tmp_path):
 def test_other_checkpoints_are_refused(content, words, ddim_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(content(ddim_state(ddim_network, levels=2)), 'model.ckpt')
-    with pytest.raises(RunError, match=words):
+    with pytest.raises(RunError, match=words) as error:
         import_to(tmp_path / 'ours', 'ddim:model.ckpt')
+    assert 'model.ckpt' in str(error.value) and '\n' not in str(error.value) and 'weights_only' not in str(error.value)
     assert sorted(os.listdir()) == ['model.ckpt']  # what is refused leaves nothing, and has run nothing
 
 
