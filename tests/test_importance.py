@@ -139,14 +139,12 @@ def test_float32_holds_log_weights_of_images(monkeypatch):
 
 
 def test_long_chains_lose_no_digits(monkeypatch):
-    """20,000 terms of which none is a float32's round number: added one by one they would be off by nats."""
+    """20,000 terms in float32: added one by one they would be off by nats."""
     T, term, last = 20_000, np.float32(-1.1), np.float32(-12_345.678)
     monkeypatch.setattr('diffusion.likelihood.importance.log_ratio', lambda z, *_: jnp.full(z.shape[:1], term))
     monkeypatch.setattr('diffusion.likelihood.importance.log_likelihood', lambda x0, *_, **__: jnp.full(len(x0), last))
     program = jax.jit(lambda key: log_weight(key, schedule.linear(T), lambda x_t, t: x_t, jnp.zeros((2, 1)), kind='x0'))
-    exact = math.fsum(
-        [*T * [float(term)], float(last)]
-    )  # a term of each level, of which the decoder's is that of s = 0
+    exact = math.fsum([*T * [float(term)], float(last)])  # x_T's, and one of each pair
     np.testing.assert_allclose(np.asarray(program(KEY), np.float64), exact, rtol=2e-7)
     added = np.add.accumulate(np.append(np.full(T, term), last), dtype=np.float32)[-1]
     assert abs(added - exact) > 1  # or nothing would be shown
