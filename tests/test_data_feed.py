@@ -177,7 +177,10 @@ def test_other_images_are_refused_with_their_numbers(pictures, tmp_path):
     experiment.remember_config(config, str(tmp_path / 'run'), experiment.load_images(config))
     moved = config_of(pictures.rename(tmp_path / 'moved'), data__cache=False, data__placement='host')
     experiment.check_config(moved, str(tmp_path / 'run'), experiment.load_images(moved))
-    fill(tmp_path / 'moved', {'a/more.png': PNG[0]})
+    fill(tmp_path / 'moved', {'a/00.png': PNG[1]})
+    with pytest.raises(RunError, match=r'the images: 40, preprocessed \w+ there; 40, '):
+        experiment.check_config(moved, str(tmp_path / 'run'), experiment.load_images(moved))
+    fill(tmp_path / 'moved', {'a/00.png': PNG[0], 'a/more.png': PNG[0]})
     with pytest.raises(RunError) as error:
         train.run(moved, str(tmp_path / 'run'))
     for words in ('the images: 40, preprocessed', '41, preprocessed', str(tmp_path / 'moved'), str(tmp_path / 'run')):

@@ -2,14 +2,20 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from diffusion import data, evaluate
 from diffusion.experiment import RunError
 from diffusion.likelihood import decoder
+from diffusion.report.terms import save_terms
 from diffusion.runtime.interrupt import EXIT_STATUS
 from tests.test_generate import make_run, random_params
 from tests.test_train import tiny
@@ -63,8 +69,10 @@ def test_files_rows_and_counts(whole):
         assert 0 < ledger['error_of_the_draws'][form] < 2 * errors[f'ELBO, {form} form']
 
 
-def test_a_few_levels_stand_for_all(workdir, whole):
-    """Two of three consistency terms, drawn: another sum, within its errors of the whole."""
+def test_a_few_levels_stand_for_all(workdir, whole, monkeypatch):
+    """Two of three consistency terms, drawn: another sum, within its errors of the whole; they are plotted, too."""
+    plotted = []
+    monkeypatch.setattr(evaluate, 'save_terms', lambda *args: (plotted.append(args), save_terms(*args)))
     folder, ledger = compute(workdir, asking(quantities=('posterior',), levels=2))
     name = 'ELBO, posterior form: consistency'
     (few,), (every,) = ([row for row in record['rows'] if row['quantity'] == name] for record in (ledger, whole[1]))
@@ -72,6 +80,23 @@ def test_a_few_levels_stand_for_all(workdir, whole):
     assert few['nats'] != every['nats']
     assert abs(few['nats'] - every['nats']) < 4.5 * np.hypot(*errors)
     assert (folder / 'terms.png').exists()
+    ((_, levels, forms),) = plotted
+    np.testing.assert_array_equal(levels, [3, (2 + 1) / 2])  # the first term drawn is of s = 3, the second of 2 or 1
+    np.testing.assert_allclose((forms['posterior form'] @ [1, 2]).mean(), few['nats'], rtol=1e-5)
+
+
+def test_the_terms_are_drawn_as_they_are(tmp_path, monkeypatch):
+    """Their means and the spread of the images, with the sign of a KL."""
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, *_, **__: figures.append(figure))
+    terms = -np.array([[1.0, 10.0], [3.0, 20.0]])
+    save_terms(str(tmp_path / 'terms.png'), [2, 1], {'one': terms, 'two': 2 * terms})
+    ((means, spreads),) = (figure.axes for figure in figures)
+    for i, scale in enumerate([1, 2]):
+        np.testing.assert_allclose(means.lines[i].get_xydata(), [[2, scale * 2], [1, scale * 15]])
+        np.testing.assert_allclose(spreads.lines[i].get_xydata(), [[2, scale * 1], [1, scale * 5]])
+        band = means.collections[i].get_paths()[0].vertices
+        assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((scale * 1.2, scale * 19))
 
 
 def test_every_image_is_counted_once(workdir, monkeypatch):
@@ -81,6 +106,62 @@ def test_every_image_is_counted_once(workdir, monkeypatch):
     images = data.to_float(data.load('digits', 'test', image_size=8, channels=1)[:11])
     row = next(row for row in ledger['rows'] if row['quantity'].endswith('reconstruction'))
     assert row['nats'] == pytest.approx(images.sum((1, 2, 3)).mean(), rel=1e-5)
+
+
+def told(monkeypatch, workdir, function, **asked):
+    """What the parts hold, {file: (B,)}, with function(key, params, x0) in place of the importance-weighted bound."""
+    program = {'importance': lambda key, params, x0: {'log_weight': function(key, params, x0)}}
+    monkeypatch.setattr(evaluate, 'quantities', lambda config, exp: program)
+    folder, _ = compute(workdir, asking(quantities=('importance',), **asked))
+    parts = {}
+    for path in (folder / 'parts').iterdir():
+        with np.load(path) as arrays:
+            parts[path.name] = arrays['log_weight']
+    return parts
+
+
+def test_each_trajectory_of_each_image_has_noise_of_its_own(workdir, monkeypatch):
+    def noise(key, params, x0):
+        return jax.random.normal(key, x0.shape[:1])
+
+    parts = told(monkeypatch, workdir, noise, seed=5)
+    draws = np.concatenate(list(parts.values()))
+    assert len(parts) == 2 * 3 and len(draws) == len(set(draws)) == 2 * 11
+
+
+def test_what_was_computed_with_other_weights_is_not_taken_over(tmp_path, monkeypatch):
+    """Of a run that was trained anew in its place: the same step, the same settings."""
+    config = asking()
+    found = []
+    for name, seed in [('first', 1), ('anew', 2)]:
+        params = random_params(config, seed)
+        workdir = make_run(tmp_path / name, config, 12, params=params, ema=params)
+        if found:
+            shutil.copytree(tmp_path / 'first' / 'likelihood', workdir / 'likelihood')
+        sums = told(monkeypatch, workdir, lambda key, params, x0: sum(leaf.sum() for leaf in jax.tree.leaves(params)))
+        found.append(sums)
+        expected = sum(leaf.sum(dtype=np.float64) for leaf in jax.tree.leaves(params))
+        np.testing.assert_allclose(np.concatenate(list(sums.values())), expected, rtol=1e-4)
+
+
+def test_likelihoods_are_computed_in_full_precision(workdir, monkeypatch):
+    """Of a network that was trained in bfloat16, too."""
+    traced, of_config = [], evaluate.quantities
+
+    def tracing(config, exp):
+        def trace(key, params, x0):
+            traced.append(str(jax.make_jaxpr(of_config(config, exp)['importance'])(key, params, x0)))
+            return {'log_weight': jnp.zeros(len(x0))}
+
+        return {'importance': trace}
+
+    monkeypatch.setattr(evaluate, 'quantities', tracing)
+    config = asking(quantities=('importance',), seed=6)
+    config.model.dtype = 'bfloat16'
+    compute(workdir, config)
+    (program,) = traced
+    assert 'conv_general_dilated' in program and 'bf16' not in program
+    assert set(re.findall(r' precision=(.*)', program)) == {'(Precision.HIGHEST, Precision.HIGHEST)'}
 
 
 def test_stopped_and_gone_on_with_gives_the_same(workdir, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import default, folder
@@ -190,6 +191,69 @@ def test_pictures_that_are_none_are_listed(tmp_path):
     with pytest.raises(RunError, match=r'none of the 2 pictures') as error:
         experiment.resolve(config_of(pictures), str(tmp_path / 'run'))
     assert "'a.png' is empty" in str(error.value) and "'b.jpg' is no picture" in str(error.value)
+
+
+# Compiled programs.
+
+
+@pytest.fixture
+def programs():
+    """JAX keeps no programs at first, and what it kept before, in the end. Yields (hits, a function that compiles)."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    hits = []
+
+    def keep(folder, seconds):
+        jax.config.update('jax_compilation_cache_dir', folder)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', seconds)
+        compilation_cache.reset_cache()
+
+    def listen(event, **_):
+        if event == '/jax/compilation_cache/cache_hits':
+            hits.append(event)
+
+    def compiled(name):
+        def program(x):
+            return 2 * x + 1
+
+        program.__name__ = name
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)  # one that is so small would not be kept
+        assert jax.jit(program).lower(1.0).compile()(1.0) == 3
+
+    keep(None, 0)
+    jax.monitoring.register_event_listener(listen)
+    yield hits, compiled
+    jax.monitoring.unregister_event_listener(listen)
+    keep(*before)
+
+
+def kept_in(folder):
+    return {path.name for path in folder.rglob('*-cache')}
+
+
+def test_compiled_programs_are_found_again(tmp_path, programs):
+    """In the workdir, or a folder that is named; also where something was compiled before."""
+    hits, compiled = programs
+    config = default.get_config()
+    compiled('before')
+    for asked, where in [('workdir', tmp_path / 'run' / 'compiled'), (str(tmp_path / 'shared'), tmp_path / 'shared')]:
+        config.compile_cache = asked
+        experiment.keep_programs(config, str(tmp_path / 'run'))
+        compiled('after')
+        assert not hits
+        (name,) = kept_in(where)
+        assert 'after' in name
+        compiled('after')
+        assert hits.pop() and not hits and kept_in(where) == {name}
+
+
+def test_compiled_programs_are_not_kept_where_that_is_off(tmp_path, programs):
+    hits, compiled = programs
+    config = default.get_config()
+    config.compile_cache = 'off'
+    experiment.keep_programs(config, str(tmp_path / 'run'))
+    compiled('once')
+    compiled('once')
+    assert not hits and not kept_in(tmp_path)
 
 
 # The configs.

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion import schedule
-from diffusion.likelihood.importance import importance_bound
+from diffusion.likelihood.importance import importance_bound, log_weight
 from diffusion.likelihood.ledger import importance_bounds
 from diffusion.schedule import timesteps
 from tests.likelihood_oracles import Chains, LinearNet, alpha_bar, assert_mean, line, tiny_net
@@ -135,6 +136,18 @@ def test_float32_holds_log_weights_of_images(monkeypatch):
 
     many = np.asarray(jax.jit(program, static_argnames='samples')(KEY, samples=4), np.float64)
     assert np.all(np.isfinite(many)) and np.all(many >= compiled - np.log(4) - 0.1)
+
+
+def test_long_chains_lose_no_digits(monkeypatch):
+    """20,000 terms in float32: added one by one they would be off by nats."""
+    T, term, last = 20_000, np.float32(-1.1), np.float32(-12_345.678)
+    monkeypatch.setattr('diffusion.likelihood.importance.log_ratio', lambda z, *_: jnp.full(z.shape[:1], term))
+    monkeypatch.setattr('diffusion.likelihood.importance.log_likelihood', lambda x0, *_, **__: jnp.full(len(x0), last))
+    program = jax.jit(lambda key: log_weight(key, schedule.linear(T), lambda x_t, t: x_t, jnp.zeros((2, 1)), kind='x0'))
+    exact = math.fsum([*T * [float(term)], float(last)])  # x_T's, and one of each pair
+    np.testing.assert_allclose(np.asarray(program(KEY), np.float64), exact, rtol=2e-7)
+    added = np.add.accumulate(np.append(np.full(T, term), last), dtype=np.float32)[-1]
+    assert abs(added - exact) > 1  # or nothing would be shown
 
 
 def test_the_ledger_combines_trajectories_as_the_bound_does():

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from diffusion import gaussian, schedule
 from diffusion.likelihood.elbo import elbo
-from diffusion.loss import loss
+from diffusion.loss import draw, loss, loss_at
 from tests import oracles
 
 T = 100
@@ -55,6 +56,17 @@ def test_the_key_decides():
     assert np.all(values[0] != values[2])
 
 
+@pytest.mark.parametrize('weighting', ['simple', 'vlb'])
+def test_levels_and_noise_are_drawn_apart(weighting):
+    """No key serves twice, and over many keys the level says nothing of the noise."""
+    program = jax.jit(lambda key: draw(key, T, (1, 3), weighting=weighting))
+    with jax.debug_key_reuse(True):
+        program(jax.random.key(0))
+    t, eps = jax.vmap(program)(jax.random.split(jax.random.key(1), 10_000))
+    correlation = np.corrcoef(np.c_[t, eps[:, 0]], rowvar=False)
+    assert np.abs(correlation - np.eye(4)).max() < 5 / np.sqrt(10_000)
+
+
 def test_half_precision_outputs_do_not_lower_the_precision_of_the_loss():
     x0 = jnp.full((16, 3), 0.5)
     values = loss(jax.random.key(0), SCH, lambda x, t: jnp.zeros(x.shape, jnp.bfloat16), x0, kind='x0')
@@ -89,6 +101,30 @@ def test_vlb_is_minus_the_elbo_in_bits_per_dim():
     error = np.hypot(values.std() / np.sqrt(20_000), bits.std() / np.sqrt(400))
     assert abs(values.mean() - bits.mean()) < 4.5 * error
     assert error < 0.05 * abs(bits.mean())
+
+
+def test_vlb_of_a_network_that_knows_the_image_is_prior_and_decoder():
+    """All other terms are 0; with ᾱ_T = 0.3 the prior is not. Nats to bits/dim: over ln 2 and the number of pixels."""
+    betas = np.array([0.1, 0.2, 0.3, 0.4])
+    a = np.cumprod(np.append(1.0, 1 - betas))
+    x0 = np.array([[-1, 1 / 255, 1], [0.2, -101 / 255, 1]])
+    sch = schedule.from_betas(betas)
+    x = jnp.asarray(x0, jnp.float32)
+
+    @jax.jit
+    def bits(t):
+        eps = jax.random.normal(jax.random.key(t), x.shape)
+        return loss_at(sch, lambda x_t, _: x, x, jnp.full(2, t), eps, kind='x0', weighting='vlb')
+
+    mean, variance = np.sqrt(a[4]) * x0, 1 - a[4]
+    prior = 0.5 * (variance + mean**2 - 1 - np.log(variance)).sum(1)
+    for t in (2, 3, 4):
+        np.testing.assert_allclose(bits(t), prior / (3 * np.log(2)), rtol=1e-5)
+
+    std = np.sqrt((1 - a[1]) / (1 - a[2]) * betas[1])  # √β̃_2, which is Ho's at the last step as well
+    upper, lower = (np.where(x0 == edge, edge * np.inf, sign / 255) for edge, sign in ((1, 1), (-1, -1)))
+    probability = stats.norm.cdf(upper / std) - stats.norm.cdf(lower / std)  # of one of 256 values
+    np.testing.assert_allclose(bits(1), (prior - 4 * np.log(probability).sum(1)) / (3 * np.log(2)), rtol=1e-5)
 
 
 def test_vlb_draws_its_levels_evenly_over_the_batch():

@@ -238,6 +238,14 @@ def test_a_step_draws_from_seed_and_step_alone():
     assert len(set(losses)) == 6
 
 
+def test_no_key_of_a_step_serves_twice():
+    """Flips, levels, noise and dropout are drawn apart."""
+    exp = experiment_of(Affine())
+    state = exp.init(jax.random.key(1))
+    with jax.debug_key_reuse(True):
+        stepper(exp, flip=True)(state, IMAGES, indices_of(0))
+
+
 def test_the_state_holds_no_randomness():
     """Keys follow from (seed, step); with dropout, too."""
     exp = experiment.build(tiny({'model.dropout': 0.5}))
@@ -287,6 +295,35 @@ def test_one_batch_can_be_learned():
         losses.append(float(metrics['loss']))
     assert np.mean(losses[:5]) > 0.5
     assert np.mean(losses[-100:]) < 0.02
+
+
+def log_of_four_steps(workdir, flops):
+    """What `train.Loop` logs of steps that are said to have so many operations, and have none."""
+    config, exp = tiny(), experiment_of(Affine())
+    images = experiment.load_images(config)
+    numbers = dict.fromkeys(('loss', 'grad_norm', 'param_norm', 'learning_rate'), jnp.float32(1))
+
+    def step(state, *batch):
+        return TrainState(state.step + 1, state.params, state.ema, state.opt_state), numbers
+
+    with (
+        experiment.hold(str(workdir)) as held,
+        experiment.open_checkpoints(config, str(workdir), writing=True) as checkpoints,
+    ):
+        loop = train.Loop(config, str(workdir), exp, images, checkpoints, held, None, flops)
+        assert loop.run(step, exp.init(jax.random.key(0)), iter([(IMAGES, None)] * 4)) == 4
+    return [json.loads(line) for line in (workdir / 'logs' / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+
+
+def test_how_much_a_device_is_used_is_logged_where_its_peak_is_known(tmp_path, monkeypatch):
+    """Its operations a second, of those that it could do: a step has 3 million, and 16 images."""
+    for name, peak, flops in [('unknown', None, 3e6), ('uncounted', 2e9, float('nan'))]:
+        monkeypatch.setattr(meshes, 'peak_flops', lambda device, peak=peak: peak)
+        assert all('utilisation' not in line for line in log_of_four_steps(tmp_path / name, flops))
+    lines = log_of_four_steps(tmp_path / 'known', 3e6)
+    assert len(lines) == 4
+    for line in lines:
+        assert line['utilisation'] == pytest.approx(line['images_per_second'] / 16 * 3e6 / 2e9)
 
 
 # Whole runs. Those that need not compile for themselves share what others compiled.

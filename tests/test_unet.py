@@ -91,6 +91,21 @@ def test_it_starts_at_zero_and_hears_image_and_level():
     np.testing.assert_allclose(network(x[::-1], jnp.array([5, 5])), out[::-1], atol=1e-6)
 
 
+def test_each_branch_starts_as_nothing():
+    """A fresh block is its shortcut, an attention the identity: the last layers start at zero, as Ho's."""
+
+    @jax.jit
+    def fresh(key, x, emb):
+        how = dict(groups=4, dtype=jnp.float32, rngs=nnx.Rngs(key))
+        block = ResBlock(8, 12, 16, dropout=0.0, **how)
+        return (block(x, emb, None), block.shortcut(x)), (Attention(8, **how)(x), x)
+
+    x, emb = jax.random.normal(jax.random.key(1), (2, 4, 4, 8)), jax.random.normal(jax.random.key(2), (2, 16))
+    for answer, expected in fresh(jax.random.key(0, impl='unsafe_rbg'), x, emb):  # quick to compile
+        np.testing.assert_allclose(answer, expected, rtol=0, atol=1e-6)
+        assert np.abs(expected).max() > 0.5
+
+
 @pytest.mark.parametrize(
     'size, channels, multipliers', [(4, 5, (1, 1, 2)), (12, 2, (1, 2)), (7, 3, (2,)), (64, 1, (1, 1))]
 )
@@ -129,6 +144,27 @@ def test_dropout():
     np.testing.assert_array_equal(loud[0], loud[1])
     assert np.abs(loud[0] - loud[2]).max() > 1e-3 and np.abs(loud[0] - quiet).max() > 1e-3
     assert np.abs(loud[0][0] - loud[0][1]).max() > 1e-3  # each image drops its own
+
+
+def test_each_block_drops_by_a_key_of_its_own(monkeypatch):
+    """And at another call by others."""
+    keys = []
+
+    def tell(block, x, emb, dropout_key):
+        keys.append(jax.random.key_data(dropout_key))
+        return jnp.zeros((*x.shape[:-1], block.conv2.out_features))
+
+    monkeypatch.setattr(ResBlock, '__call__', tell)
+
+    @jax.jit
+    def calls(key):
+        network, rngs = UNet(**SMALL | dict(num_blocks=2), rngs=nnx.Rngs(key)), nnx.Rngs(dropout=0)
+        for _ in range(2):
+            network(jnp.zeros((1, 8, 8, 1)), jnp.array([1]), deterministic=False, rngs=rngs)
+        return jnp.stack(keys)
+
+    found = calls(jax.random.key(0))
+    assert len(np.unique(found, axis=0)) == len(found) == 2 * (2 * 2 + 2 + 2 * 3)  # down, in the middle, up
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
