@@ -331,11 +331,8 @@ def test_how_much_a_device_is_used_is_logged_where_its_peak_is_known(tmp_path, m
 
 @pytest.fixture(scope='module')
 def shared(tmp_path_factory):
-    """Environment variables by which processes share compiled programs."""
-    return {
-        'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
-        'JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }
+    """Changes of a config by which processes share compiled programs."""
+    return {'compile_cache': tmp_path_factory.mktemp('compiled')}
 
 
 def flags(workdir, **changes):
@@ -383,7 +380,7 @@ def unbroken(tmp_path_factory, shared):
     """A run without a break, saved at steps 4, 8, …, LONG."""
     workdir = tmp_path_factory.mktemp('unbroken')
     changes = dict(train__num_steps=LONG, train__checkpoint_every=4, train__keep_checkpoints=LONG)
-    done = main(*flags(workdir, **changes), **shared)
+    done = main(*flags(workdir, **changes, **shared))
     assert done.returncode == 0, done.stderr
     assert saved(workdir) == list(range(4, LONG + 1, 4))
     assert str(workdir / 'checkpoints') in done.stdout
@@ -394,7 +391,7 @@ def unbroken(tmp_path_factory, shared):
 def two_steps(tmp_path_factory, shared):
     """The same run, ended after two steps."""
     workdir = tmp_path_factory.mktemp('two')
-    done = main(*flags(workdir, train__num_steps=2), **shared)
+    done = main(*flags(workdir, train__num_steps=2, **shared))
     assert done.returncode == 0, done.stderr
     assert saved(workdir) == [2]
     return workdir
@@ -504,12 +501,11 @@ def test_a_bad_step_among_good_ones_is_left_out():
 
 
 @contextlib.contextmanager
-def started(command, environment):
+def started(command):
     """A run as a process, ended with the block."""
     process = subprocess.Popen(
         [sys.executable, 'main.py', *command],
         cwd=ROOT,
-        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -532,8 +528,8 @@ def await_step(workdir, step, process):
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(unbroken, tmp_path, shared):
     """A grid of samples at each step makes it slow enough for a signal to arrive."""
     workdir = tmp_path / 'run'
-    command = flags(workdir, train__num_steps=LONG, train__sample_every=1)
-    with started(command, shared) as process:
+    command = flags(workdir, train__num_steps=LONG, train__sample_every=1, **shared)
+    with started(command) as process:
         await_step(workdir, 1, process)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=120)
@@ -544,7 +540,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(unbroken, tmp_path, s
     assert f'SIGINT: stopped after step {step}, which is saved' in output
     assert metrics(workdir) == metrics(unbroken, last=step)
 
-    again = main(*command, **shared)
+    again = main(*command)
     assert again.returncode == 0, again.stderr
     assert f'step {step} of {LONG}' in again.stdout
     assert_bitwise(checkpoint(workdir, LONG), checkpoint(unbroken, LONG))
@@ -553,7 +549,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(unbroken, tmp_path, s
 
 def test_a_workdir_that_is_moved_under_the_run_is_made_anew(unbroken, tmp_path, shared):
     workdir, moved = tmp_path / 'run', tmp_path / 'moved'
-    with started(flags(workdir, train__num_steps=10**5, train__checkpoint_every=4), shared) as process:
+    with started(flags(workdir, train__num_steps=10**5, train__checkpoint_every=4, **shared)) as process:
         await_step(workdir, 5, process)
         workdir.rename(moved)
         await_step(workdir, 10, process)
@@ -564,14 +560,14 @@ def test_a_workdir_that_is_moved_under_the_run_is_made_anew(unbroken, tmp_path, 
     assert metrics(moved) == metrics(unbroken, last=len(metrics(moved)))
     step = saved(workdir)[-1]
     assert f'stopped after step {step}, which is saved' in output
-    again = main(*flags(workdir, train__num_steps=step + 2), **shared)
+    again = main(*flags(workdir, train__num_steps=step + 2, **shared))
     assert again.returncode == 0 and f'step {step} of {step + 2}' in again.stdout, again.stderr
     assert len(saved(workdir)) == len(list((workdir / 'checkpoints').iterdir()))  # nothing is left half done
 
 
 def test_a_workdir_that_another_run_has_taken_is_left_to_it(tmp_path, shared):
     workdir = tmp_path / 'run'
-    with started(flags(workdir, train__num_steps=10**5), shared) as process:
+    with started(flags(workdir, train__num_steps=10**5, **shared)) as process:
         await_step(workdir, 1, process)
         workdir.rename(tmp_path / 'moved')
         with Lock(str(workdir)):
@@ -583,7 +579,7 @@ def test_a_workdir_that_another_run_has_taken_is_left_to_it(tmp_path, shared):
 def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(unbroken, tmp_path, shared):
     """A file lies where the folder of checkpoints would be; then it is gone."""
     workdir = tmp_path / 'run'
-    with started(flags(workdir, train__num_steps=10**5, train__checkpoint_every=4), shared) as process:
+    with started(flags(workdir, train__num_steps=10**5, train__checkpoint_every=4, **shared)) as process:
         await_step(workdir, 1, process)
         in_the_way = workdir / 'checkpoints'
         in_the_way.rename(tmp_path / 'before')
