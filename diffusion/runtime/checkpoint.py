@@ -18,6 +18,8 @@ from diffusion.runtime.errors import first_line
 # Of many tasks that read or write at once one tells what went wrong, by an exception; asyncio would print the others.
 logging.getLogger('asyncio').setLevel(logging.CRITICAL + 1)
 
+CHUNK = 2**16  # numbers that are summed at a time, so that they stay in a core's cache
+
 
 class DamagedError(Exception):
     """A checkpoint that cannot be used; the message names it and says what was found."""
@@ -253,18 +255,21 @@ def _sum(array):
         parts = [(np.asarray(shard.data), [places.start or 0 for places in shard.index]) for shard in shards]
     total = 0
     for part, start in parts:
-        index = np.zeros((), np.uint32)  # of each place, in the whole array
-        for size, length, first in zip(array.shape, part.shape, start, strict=True):
-            places = np.arange(first, first + length).astype(np.uint32)
-            index = index[..., None] * np.uint32(size) + places
-        bits = part.view({2: np.uint16, 4: np.uint32}[part.dtype.itemsize]).astype(np.uint32)
-        total += int(np.sum(_mix(bits) * (2 * _mix(index) + 1), dtype=np.uint32))
+        part, shape, start = np.atleast_1d(part), array.shape or (1,), start or [0]
+        rows = max(1, CHUNK // max(1, part[0].size)) if len(part) else 1
+        for row in range(0, len(part), rows):
+            chunk = part[row : row + rows]
+            index = np.zeros((), np.uint32)  # of each place, in the whole array
+            for size, length, first in zip(shape, chunk.shape, [start[0] + row, *start[1:]], strict=True):
+                places = np.arange(first, first + length).astype(np.uint32)
+                index = index[..., None] * np.uint32(size) + places
+            bits = chunk.view({2: np.uint16, 4: np.uint32}[chunk.dtype.itemsize]).astype(np.uint32)
+            total += int(np.sum(_mix(bits) * (2 * _mix(index) + 1), dtype=np.uint32))
     return total % 2**32
 
 
 def _mix(x):
     """A one-to-one map of the 32-bit numbers that leaves no pattern: multiplications and shifts, as of a hash."""
-    x = np.atleast_1d(x)  # NumPy warns of scalars that overflow
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
