@@ -14,10 +14,13 @@ Any key of configs/default.py can be changed: --config.train.batch_size=64 --con
 import importlib
 import os
 import re
+import signal
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from diffusion.runtime.interrupt import EXIT_STATUS
 
 MODES = {
     'train': 'diffusion.train',
@@ -41,7 +44,13 @@ def parse(argv):
         if not (os.path.isfile(file) and file.endswith('.py')):
             sys.exit(f'error: --config={path}: there is no such Python file; the configs are in configs/')
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except SystemExit as end:
+        sys.exit(0 if re.search(r'^--?(help\w*|\?)$', '\n'.join(argv), re.MULTILINE) else end.code)
+    except flags.Error as error:
+        if 'TypeError: get_config() takes 0 positional arguments' in str(error):
+            error = f'--config={path}: {file} takes nothing after a colon; configs/workdir.py takes a workdir there'
+        sys.exit(f'error: {error}')
     except (AttributeError, KeyError, TypeError) as error:
         # The first word is the key, or the last of a path where a value was taken for a group of keys.
         key = re.search(r'lookup: [\w.]*?(\w+)\W*$', str(error)) or re.search(r'(\w+)', str(error))
@@ -53,34 +62,54 @@ def parse(argv):
         sys.exit(f'error: {wrong[0]}: the config has no key {key[1]!r}; {hint}')
 
 
+def folder(path):
+    """The absolute path of a workdir; or one line that says why there cannot be one, and exit status 1."""
+    wrong = f'error: --workdir={path}'
+    if not path:
+        sys.exit(f'{wrong} is no folder')
+    if '://' in path:
+        sys.exit(f'{wrong}: a workdir is a folder; mount the bucket as a file system, and name the folder there')
+    whole = there = os.path.abspath(os.path.expanduser(path))
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        sys.exit(f'{wrong} cannot be a folder: {there} is {"a file" if os.path.exists(there) else "a broken link"}')
+    return whole
+
+
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f'unexpected argument {argv[1]!r}: flags start with --')
-    workdir = os.path.abspath(os.path.expanduser(flags.FLAGS.workdir))
-    if not flags.FLAGS.workdir or (os.path.exists(workdir) and not os.path.isdir(workdir)):
-        sys.exit(f'error: --workdir={flags.FLAGS.workdir} is no folder')
+        sys.exit(f'error: unexpected argument {argv[1]!r}: flags start with --')
+    workdir = folder(flags.FLAGS.workdir)
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.FATAL)  # what libraries find wrong reaches the user as our errors
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, wherever an Interrupt does not listen
     try:
         from diffusion import experiment  # imports JAX, once the flags are known to be good
-        from diffusion.runtime.interrupt import EXIT_STATUS
 
         run = importlib.import_module(MODES[flags.FLAGS.mode]).run
-    except KeyboardInterrupt:
-        sys.exit('interrupted')
+    except KeyboardInterrupt as stop:
+        end(stop)
     try:
         experiment.begin(flags.FLAGS.config)
         sys.exit(run(flags.FLAGS.config, workdir))
     except experiment.RunError as error:
         sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('interrupted')
+    except KeyboardInterrupt as stop:
+        end(stop)
     except Exception as error:
         message = experiment.distributed.lost(error)
         if message is None:
             raise
         print(f'error: {message}', file=sys.stderr, flush=True)
         os._exit(EXIT_STATUS)  # at once: what is registered to run at the end would wait for the host that has gone
+
+
+def end(stop):
+    """One line after a signal that ended the run where it was, and the exit status of what is to be typed again."""
+    where = str(stop) or 'nothing is written yet; the same command starts over'
+    print(f'interrupted: {where}', file=sys.stderr, flush=True)
+    sys.exit(EXIT_STATUS)
 
 
 if __name__ == '__main__':

@@ -21,4 +21,5 @@ def get_config():
     config.train.batch_size = 64
     config.train.num_steps = 1_200_000
     config.train.learning_rate = 2e-5
+    config.sample.variance = 'small'  # of the authors' code for 256×256; only that for CIFAR-10 has σ² = β
     return config

@@ -1,5 +1,6 @@
 """--mode=likelihood: every likelihood of the derivation, on real images, side by side."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -8,6 +9,7 @@ import os
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -49,6 +51,21 @@ def quantities(config, exp):
     return {name: everything[name] for name in asked.quantities}
 
 
+class Zeros:
+    """A network that costs no time to trace."""
+
+    def net(self, params):
+        return lambda x_t, t: jnp.zeros_like(x_t)
+
+
+def check(config, exp):
+    """Raise ValueError where the quantities would, within a second: nothing is read, and no number computed."""
+    size = config.data.image_size
+    x0 = jax.ShapeDtypeStruct((1, size, size, config.data.channels), np.float32)
+    for function in quantities(config, dataclasses.replace(exp, network=Zeros())).values():
+        jax.eval_shape(function, jax.random.key(0), None, x0)
+
+
 def run(config, workdir):
     """Write likelihood/<name>/, part by part, going on where an earlier call stopped. Returns the exit status."""
     asked = config.likelihood
@@ -60,7 +77,11 @@ def run(config, workdir):
     # As exact as can be; and nothing here goes back through the layers, of which the flow's derivatives go forward.
     config.model.dtype, config.model.remat = 'float32', False
     exp = experiment.build(config)
+    with experiment.naming('config.likelihood'):
+        check(config, exp)
     step, params = experiment.load_params(exp, config, workdir, asked.weights)
+    experiment.make_folder(workdir, 'likelihood')  # before images are decoded
+    experiment.keep_programs(config, workdir)
     images = experiment.load_images(config, asked.split)
     if asked.num_images > len(images):
         raise RunError(
@@ -68,8 +89,6 @@ def run(config, workdir):
         )
     of_images = {key: images.record[key] for key in ('sha256', 'fingerprint')}
     images = images[np.arange(asked.num_images or len(images))]
-    with experiment.naming('config.likelihood'):
-        functions = quantities(config, exp)
 
     # Whoever asks for the same of the same parameters and images finds what is done already.
     settings = {
@@ -88,8 +107,8 @@ def run(config, workdir):
         for quantity in asked.quantities
         for k in range(asked.samples if quantity == 'importance' else 1)
     ]
-    with Interrupt() as interrupt:
-        done = _compute(functions, parts, folder, params, images, asked, exp.mesh, interrupt)
+    with Interrupt('part') as interrupt:
+        done = _compute(quantities(config, exp), parts, folder, params, images, asked, exp.mesh, interrupt)
     if done < len(parts):
         why = interrupt or 'another host was asked to stop'
         print(f'{why}: {done} of {len(parts)} parts are computed and kept; the same command goes on')
@@ -115,8 +134,7 @@ class Part(NamedTuple):
 def _compute(functions, parts, folder, params, images, asked, mesh, interrupt):
     """Compute and keep the parts that are missing; returns how many there are now."""
     first = meshes.is_first()
-    if first:
-        os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
+    experiment.make_folder(folder, 'parts')
     there = meshes.from_first(np.array([os.path.exists(part.path(folder)) for part in parts]))
     missing = [part for part, found in zip(parts, there, strict=True) if not found]
     size = min(asked.batch_size, len(images))
@@ -146,7 +164,8 @@ def _compute(functions, parts, folder, params, images, asked, mesh, interrupt):
             count = part.stop - part.start
             whole = {name: np.broadcast_to(v, (size, *v.shape[1:]))[:count] for name, v in terms.items()}
             if first:
-                _save(part.path(folder), whole)
+                with experiment.writing(folder):
+                    _save(part.path(folder), whole)
             bar.update()
             done += 1
     return done
@@ -194,10 +213,11 @@ def _write(folder, parts, settings, config, exp):
             'steps_mean': float(solver.mean()),
             'divergence': f'{probes} Rademacher probe{"s" * (probes > 1)} an image' if probes else 'exact',
         }
-    write_json(os.path.join(folder, 'ledger.json'), record)
     table = ledger.markdown(rows)
-    with open(os.path.join(folder, 'ledger.md'), 'w', encoding='utf-8') as file:
-        file.write(table)
+    with experiment.writing(folder):
+        write_json(os.path.join(folder, 'ledger.json'), record)
+        with open(os.path.join(folder, 'ledger.md'), 'w', encoding='utf-8') as file:
+            file.write(table)
     print(f'{parts[-1].stop} images of the {asked.split} split of {config.data.source}, each counted once\n\n{table}')
     for name, error in errors.items():
         what = f'the divergence ({record["solver"]["divergence"]})' if name == 'flow' else 'levels and noise, at most'
@@ -208,11 +228,9 @@ def _write(folder, parts, settings, config, exp):
     if drawn and len(pairs) and parts[-1].stop > 1:
         first = strata(len(pairs), asked.levels or len(pairs))
         centers = np.add.reduceat(pairs, first[:-1]) / np.diff(first)
-        save_terms(
-            os.path.join(folder, 'terms.png'),
-            centers,
-            {name: terms / np.diff(first) for name, terms in drawn.items()},
-        )
+        drawn = {name: terms / np.diff(first) for name, terms in drawn.items()}
+        with experiment.writing(folder):
+            save_terms(os.path.join(folder, 'terms.png'), centers, drawn)
         written.append('terms.png')
     for file in written:
         print(os.path.join(folder, file))

@@ -1,10 +1,14 @@
-"""Where the config becomes objects. Nothing else reads it but the `run` of each mode."""
+"""Where the config becomes objects.
+
+It is read here and in the modules of the modes; the modules of the paper and the suppliers are given what they need.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from typing import Any
 
 import jax
@@ -14,11 +18,12 @@ import optax
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from diffusion import data, gaussian, keys, schedule
+from diffusion import data, gaussian, rules, schedule
 from diffusion.networks.unet import UNet
 from diffusion.runtime import distributed
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.checkpoint import Checkpoints, DamagedError
+from diffusion.runtime.errors import first_line
 from diffusion.runtime.files import write_json
 from diffusion.runtime.lock import Lock
 
@@ -34,6 +39,28 @@ def naming(key):
         yield
     except ValueError as error:
         raise RunError(f'{key}: {error}') from error
+
+
+@contextlib.contextmanager
+def writing(folder, *kinds):
+    """Turn an OSError within, or one of `kinds`, into a RunError that names the folder that is written to."""
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        raise RunError(
+            f'{folder} cannot be written to ({first_line(error)}): make room or mend it, or choose another --workdir'
+        ) from error
+
+
+def make_folder(*path):
+    """The path of a folder within a workdir; it is made, and is known to take a file before anything is computed."""
+    folder = os.path.join(*path)
+    with writing(folder):
+        if meshes.is_first():
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b'written')
+    return folder
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +139,7 @@ def keep_programs(config, workdir):
 def check(config):
     """Raise RunError, which names the key, for a value that it cannot have, before anything is read or built."""
     try:
-        keys.check(config)
+        rules.check(config)
     except ValueError as error:
         raise RunError(str(error)) from error
 
@@ -179,7 +206,8 @@ def make_optimizer(config):
 def load_images(config, split='train'):
     """The data.Images of one split that config.data describes."""
     keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction')
-    with naming('config.data'):
+    asked = 'config.data' if split == 'train' else f'config.data, config.likelihood.split={split!r}'
+    with naming(asked):
         return data.load(config.data.source, split, **{key: config.data[key] for key in keys})
 
 
@@ -195,9 +223,12 @@ def resolve(config, workdir):
         return config
     stored = read_config(workdir)
     if stored:
-        config.data.update({key: stored['data'][key] for key in opened})
-        if not config.model.channels:
-            config.model.update({key: stored['model'][key] for key in chosen_network(8, 0)})
+        try:
+            config.data.update({key: stored['data'][key] for key in opened})
+            if not config.model.channels:
+                config.model.update({key: stored['model'][key] for key in CHOSEN})
+        except (KeyError, TypeError) as error:
+            raise unreadable(workdir, f'{type(error).__name__}: {error}') from error
         return config
     with naming('config.data'):
         seen = data.survey(config.data.source, crop=config.data.crop, data_dir=config.data.data_dir)
@@ -213,7 +244,7 @@ def resolve(config, workdir):
     print(
         f'{seen.count} pictures; chosen: data.image_size={config.data.image_size} '
         f'data.channels={config.data.channels} '
-        + ' '.join(f'model.{key}={config.model[key]}' for key in chosen_network(8, 0)).replace(', ', ','),
+        + ' '.join(f'model.{key}={config.model[key]}' for key in CHOSEN).replace(', ', ','),
         flush=True,
     )
     return config
@@ -227,6 +258,9 @@ def chosen_size(sizes, most=64):
     shorter = np.sort(np.repeat([min(size) for size in sizes], list(sizes.values())))
     one_size = len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 and shorter[0] <= most and shorter[0] % 4 == 0
     return int(shorter[0] if one_size else min(most, 2 ** int(np.log2(shorter[len(shorter) // 100]))))
+
+
+CHOSEN = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups')  # what `chosen_network` answers
 
 
 def chosen_network(image_size, num_images):
@@ -244,8 +278,9 @@ def chosen_network(image_size, num_images):
 
 
 def open_checkpoints(config, workdir, *, writing=False):
-    """The checkpoints of a run; `writing` is for the one process that trains."""
-    return Checkpoints(os.path.join(workdir, 'checkpoints'), keep=config.train.keep_checkpoints, writing=writing)
+    """The checkpoints of a run; `writing` is for the one process that trains, and has to be able to save them."""
+    folder = make_folder(workdir, 'checkpoints') if writing else os.path.join(workdir, 'checkpoints')
+    return Checkpoints(folder, keep=config.train.keep_checkpoints, writing=writing)
 
 
 # What a run is; but where the same images lie, how they are fed, and the precision of arithmetic, may change.
@@ -254,19 +289,41 @@ IDENTITY = ('data', 'model', 'schedule')
 INCIDENTAL = ('source', 'data_dir', 'cache', 'cache_dir', 'placement', 'max_bad_fraction', 'dtype', 'remat')
 
 
+# What is read from a config.json, and of its images, where it tells of them.
+STORED = {'data': dict, 'model': dict, 'schedule': dict, 'train': dict, 'images': dict, 'changes': list}
+STORED_IMAGES = {'count': int, 'fingerprint': str, 'sha256': str, 'channel_means': list}
+
+
 def read_config(workdir):
     """config.json of the run that `workdir` holds, or None if it holds none."""
-    path = os.path.join(workdir, 'config.json')
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(os.path.join(workdir, 'config.json'), encoding='utf-8') as file:
             stored = json.load(file)
-        if not isinstance(stored, dict) or not all(isinstance(stored.get(part, {}), dict) for part in IDENTITY):
-            raise ValueError('it holds no config')
+        _require_kinds(stored, {part: kind for part, kind in STORED.items() if part in stored})
+        if 'images' in stored:
+            _require_kinds(stored['images'], STORED_IMAGES)
+            if not all(isinstance(mean, (int, float)) for mean in stored['images']['channel_means']):
+                raise ValueError('channel_means are no numbers')
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RunError(f'{path} cannot be read ({error}): restore it, or choose another --workdir') from error
+        raise unreadable(workdir, error) from error
     return stored
+
+
+def _require_kinds(found, kinds):
+    """Raise ValueError where `found` is no dict that holds values of these kinds."""
+    if not isinstance(found, dict):
+        raise ValueError(f'{str(found)[:40]!r} stands where keys and values are expected')
+    for key, kind in kinds.items():
+        if not isinstance(found.get(key), kind):
+            raise ValueError(f'{key} is {str(found.get(key))[:40]!r}, which is no {kind.__name__}')
+
+
+def unreadable(workdir, why):
+    """The RunError of a config.json that is damaged."""
+    path = os.path.join(workdir, 'config.json')
+    return RunError(f'{path} cannot be read ({why}): restore it, or choose another --workdir')
 
 
 def check_config(config, workdir, images=None):
@@ -360,7 +417,6 @@ def load_params(exp, config, workdir, weights):
         found = checkpoints.restore_newest(print, **{name: getattr(exp.abstract_state(), name)})
     if found is None:
         raise RunError(f'there is no complete checkpoint in {workdir}/checkpoints yet: train on with --mode=train')
-    keep_programs(config, workdir)
     step, (params,) = found
     return step, params
 

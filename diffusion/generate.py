@@ -44,14 +44,16 @@ def run(config, workdir):
     asked = config.sample
     config = experiment.resolve(config, workdir)
     exp = experiment.build(config)
-    step, params = experiment.load_params(exp, config, workdir, asked.weights)
-    shape = (config.data.image_size, config.data.image_size, config.data.channels)
-    batch_size = min(asked.batch_size, asked.num_images)
     with experiment.naming('config.sample'):
         keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip')
         how = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys})
         done = {key: how[key] for key in keys}
         how = {key: value for key, value in how.items() if key not in ('num_steps', 'spacing')}
+    step, params = experiment.load_params(exp, config, workdir, asked.weights)
+    samples = experiment.make_folder(workdir, 'samples')
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    batch_size = min(asked.batch_size, asked.num_images)
+    experiment.keep_programs(config, workdir)
     started = time.perf_counter()
     with experiment.naming('config.sample'):
         draw = make_sampler(exp, params, shape, batch_size=batch_size, kind=config.model.kind, **how)
@@ -74,31 +76,31 @@ def run(config, workdir):
         f'{"" if done["clip"] else "-noclip"}{"-as-" * bool(asked.compat)}{asked.compat}-{config.model.dtype}'
         f'-n{asked.num_images}-seed{asked.seed}'
     )
-    folder = os.path.join(workdir, 'samples', name)
-    save_grid(os.path.join(folder, 'grid.png'), images)
-    np.savez(os.path.join(folder, 'samples.npz'), images)
-    quality = distance_from_data(config, images)
-    data_means = (experiment.read_config(workdir) or {}).get('images', {}).get('channel_means')
-    drift, off = colour_drift(images, data_means) if data_means else (None, None)
-    write_json(
-        os.path.join(folder, 'record.json'),
-        {
-            'checkpoint_step': step,
-            **asked.to_dict(),
-            **done,
-            **({'timesteps': how['timesteps'].tolist(), 'last_noise': how['last_noise']} if asked.compat else {}),
-            'count': len(images),
-            'model': config.model.to_dict(),
-            'params_sha256': params_digest,
-            'schedule': config.schedule.to_dict(),
-            'quality': quality,
-            'colour_drift': None if drift is None else drift.tolist(),
-            'compile_seconds': round(compiled - started, 3),
-            'wall_seconds': round(finished - compiled, 3),
-            'device': f'{exp.mesh.size} × {jax.devices()[0].device_kind}',
-            'versions': versions(),
-        },
-    )
+    folder = os.path.join(samples, name)
+    with experiment.writing(folder):
+        save_grid(os.path.join(folder, 'grid.png'), images)
+        np.savez(os.path.join(folder, 'samples.npz'), images)
+    trained_on = (experiment.read_config(workdir) or {}).get('images')  # None of a run that was imported
+    quality = distance_from_data(config, images, trained_on)
+    drift, off = colour_drift(images, trained_on['channel_means']) if trained_on else (None, None)
+    record = {
+        'checkpoint_step': step,
+        **asked.to_dict(),
+        **done,
+        **({'timesteps': how['timesteps'].tolist(), 'last_noise': how['last_noise']} if asked.compat else {}),
+        'count': len(images),
+        'model': config.model.to_dict(),
+        'params_sha256': params_digest,
+        'schedule': config.schedule.to_dict(),
+        'quality': quality,
+        'colour_drift': None if drift is None else drift.tolist(),
+        'compile_seconds': round(compiled - started, 3),
+        'wall_seconds': round(finished - compiled, 3),
+        'device': f'{exp.mesh.size} × {jax.devices()[0].device_kind}',
+        'versions': versions(),
+    }
+    with experiment.writing(folder):
+        write_json(os.path.join(folder, 'record.json'), record)
     seconds = f'{finished - compiled:.1f} s, and {compiled - started:.1f} s to compile'
     print(f'{len(images)} images from step {step}, {asked.weights} weights, in {seconds}')
     if quality['value'] is None:
@@ -126,8 +128,11 @@ def colour_drift(images, data_means):
     return drift, f'the colours of the samples are off: channel means differ from the data by {found} (of −1 … 1)'
 
 
-def distance_from_data(config, images):
-    """The Fréchet distance of samples, uint8 (N, H, W, C), from the training images; or why there is none."""
+def distance_from_data(config, images, trained_on):
+    """The Fréchet distance of samples, uint8 (N, H, W, C), from the training images; or why there is none.
+
+    trained_on: `images` of the run's config.json, with which those of config.data are compared; None if it tells none.
+    """
     quality = {'metric': 'Fréchet distance of raw pixels in [−1, 1] (this is no FID)'}
     if images[0].size > LARGEST_FRECHET:
         return quality | {'value': None, 'why': f'an image has {images[0].size} values, more than {LARGEST_FRECHET}'}
@@ -137,5 +142,11 @@ def distance_from_data(config, images):
         real = experiment.load_images(config)
     except RunError as error:
         return quality | {'value': None, 'why': str(error)}
+    if trained_on and real.record['sha256'] != trained_on['sha256']:
+        return quality | {
+            'value': None,
+            'why': f'the {len(real)} images of config.data.source={config.data.source} are not the '
+            f'{trained_on["count"]} that the run was trained on',
+        }
     distance = frechet.distance(*(frechet.moments(data.to_float(batch)) for batch in (images, real[:])))
     return quality | {'reference': f'{config.data.source}, train split, {len(real)} images', 'value': distance}

@@ -30,10 +30,11 @@ def run(config, workdir):
     if seen.images is None:
         raise experiment.RunError(f'config.data: none of the {seen.seen} pictures looked at can be used')
 
-    folder = os.path.join(workdir, 'data')
+    folder = experiment.make_folder(workdir, 'data')
     chosen = data.Order(len(seen.images), min(100, len(seen.images)), config.seed)[0]
     shown = train.show(jax.random.key(config.seed), seen.images[chosen], flip=asked.flip)
-    save_grid(os.path.join(folder, 'grid.png'), data.to_uint8(shown))
+    with experiment.writing(folder):
+        save_grid(os.path.join(folder, 'grid.png'), data.to_uint8(shown))
     floats = data.to_float(seen.images)
     record = {
         'source': asked.source,
@@ -56,7 +57,8 @@ def run(config, workdir):
         for mean, std in zip(*(record[f'channel_{k}'] for k in ('means', 'stds')), strict=True)
     )
     print(f'images of shape {record["shape"]}; channels, mean ± standard deviation in [−1, 1]: {means}')
-    write_json(os.path.join(folder, 'record.json'), record)
+    with experiment.writing(folder):
+        write_json(os.path.join(folder, 'record.json'), record)
     for file in ('grid.png', 'record.json'):
         print(os.path.join(folder, file))
     return 0

@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 
 from diffusion import experiment
 from diffusion.interop import diffusers
@@ -82,9 +83,10 @@ def run(config, workdir):
     if model.first_level == 1:  # their timestep is our level less one
         theirs = params | {'time1': params['time1'] | {'kernel': unet.advance(params['time1']['kernel'])}}
     name = f'step{step}-{config.interop.weights}'
-    folder = os.path.join(workdir, 'export', name)
-    diffusers.write(folder, theirs, network=network, scheduler=scheduler)
-    write_card(folder, config, workdir, step, params)
+    folder = experiment.make_folder(workdir, 'export', name)
+    with experiment.writing(folder, SafetensorError):  # as which its library tells of a full disk
+        diffusers.write(folder, theirs, network=network, scheduler=scheduler)
+        write_card(folder, config, workdir, step, params)
     for file in ('README.md', 'model_index.json'):
         print(os.path.join(folder, file))
     return 0

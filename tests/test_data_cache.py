@@ -220,7 +220,7 @@ def test_a_disk_without_room_is_told_before(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=28_799))
     source = Counted(PNG)
-    with pytest.raises(ValueError, match=r'150 images take 0.0 GB') as error:
+    with pytest.raises(ValueError, match=r'150 images take 0.0 MB') as error:
         source.decoded(tmp_path)
     for words in (str(tmp_path), '--config.data.cache_dir=', '--config.data.cache=False'):
         assert words in str(error.value)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from diffusion import data, evaluate
+from diffusion import data, evaluate, experiment
 from diffusion.experiment import RunError
 from diffusion.likelihood import decoder
 from diffusion.report.terms import save_terms
@@ -196,7 +196,7 @@ def test_stopped_and_gone_on_with_gives_the_same(workdir, monkeypatch, capsys):
     [
         ({'num_images': 1000}, '299'),
         ({'num_images': -1}, 'num_images'),
-        ({'split': 'valid'}, 'split'),
+        ({'split': 'valid'}, r"config\.likelihood\.split='valid': split is"),
         ({'quantities': ('elbo',)}, 'posterior, transition'),
         ({'samples': 0}, 'samples'),
         ({'levels': -1}, 'levels'),
@@ -211,6 +211,41 @@ def test_stopped_and_gone_on_with_gives_the_same(workdir, monkeypatch, capsys):
 def test_what_cannot_be_computed_is_refused_by_its_key(workdir, change, message):
     with pytest.raises(RunError, match=message):
         evaluate.run(asking(**change), str(workdir))
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'eta': 0.0}, r'config\.likelihood: eta is 0.0.* there is no bound'),
+        ({'levels': 99}, r'config\.likelihood: levels is 99.* 3 consistency'),
+        ({'num_steps': 5}, r'config\.likelihood: num_steps is 5'),
+    ],
+)
+def test_and_so_before_anything_is_read(workdir, monkeypatch, change, message):
+    for name in ('load_params', 'load_images'):
+        monkeypatch.setattr(experiment, name, lambda *_: pytest.fail('something is read'))
+    with pytest.raises(RunError, match=message):
+        evaluate.run(asking(**change), str(workdir))
+
+
+def test_a_workdir_that_takes_no_ledger_is_refused_before_it_is_computed(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, 'load_images', lambda *_: pytest.fail('images are read'))
+    run = shutil.copytree(workdir, tmp_path / 'run', ignore=shutil.ignore_patterns('likelihood'))
+    (run / 'likelihood').write_text('not a folder')
+    with pytest.raises(RunError, match=r'/likelihood cannot be written to .*--workdir'):
+        evaluate.run(asking(), str(run))
+
+
+@pytest.mark.parametrize('name', ['ledger.json.new', 'ledger.md', 'terms.png', 'parts/posterior-0-00000000.npz.new'])
+def test_what_cannot_be_written_later_is_one_line(workdir, tmp_path, name):
+    """As a disk that fills up: here a folder lies where a file would."""
+    run = shutil.copytree(workdir, tmp_path / 'run', ignore=shutil.ignore_patterns('likelihood', 'unbroken'))
+    config = asking(quantities=('posterior',), num_images=2, batch_size=2)
+    folder, _ = compute(run, config)
+    shutil.rmtree(folder)
+    (folder / name).mkdir(parents=True)
+    with pytest.raises(RunError, match=rf'{folder.name} cannot be written to .*make room'):
+        evaluate.run(config, str(run))
 
 
 def test_a_workdir_without_a_run(tmp_path):

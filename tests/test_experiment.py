@@ -94,6 +94,10 @@ def test_of_mixed_pictures_99_of_100_are_large_enough(sizes):
 # A network for a size.
 
 
+def test_the_keys_of_a_choice_are_told():
+    assert set(experiment.CHOSEN) == set(experiment.chosen_network(8, 0)) <= set(default.get_config().model)
+
+
 @pytest.mark.parametrize('size', [1, 2, 3, 7, 12, 28, 30, 50, 64])
 def test_a_network_is_chosen_for_any_size(size):
     """Halved while it can be, to 8 pixels or fewer; attention at 16 pixels or fewer, where there is such a size."""
@@ -256,6 +260,40 @@ def test_compiled_programs_are_not_kept_where_that_is_off(tmp_path, programs):
     assert not hits and not kept_in(tmp_path)
 
 
+# A config.json that is damaged.
+
+IMAGES = {'count': 3, 'fingerprint': 'f', 'sha256': 's', 'channel_means': [1.0, 2.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ('part', 'value'),
+    [
+        ('images', 'x'),
+        ('images', {'a': 1}),
+        ('images', IMAGES | {'channel_means': ['x']}),
+        ('train', 5),
+        ('changes', 'x'),
+        ('data', []),
+        ('data', {}),
+        ('data', {'image_size': 'x', 'channels': 3}),
+        ('model', None),
+        ('model', {}),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, part, value):
+    """By any of those who read it; and one that says nothing of images, as of a run that was imported, is not."""
+    config = config_of(tmp_path / 'none')
+    path = tmp_path / 'config.json'
+    whole = config.to_dict() | {'data': {'image_size': 8, 'channels': 3}, 'model': experiment.chosen_network(8, 0)}
+    path.write_text(json.dumps(whole))
+    assert experiment.resolve(config, str(tmp_path)).data.image_size == 8
+    path.write_text(json.dumps(whole | {'images': IMAGES}))
+    assert experiment.resolve(config, str(tmp_path)).data.image_size == 8
+    path.write_text(json.dumps(whole | {part: value}))
+    with pytest.raises(RunError, match=r'config.json cannot be read .*: restore it, or choose another --workdir'):
+        experiment.resolve(config, str(tmp_path))
+
+
 # The configs.
 
 
@@ -287,3 +325,10 @@ def test_each_config_is_one(name):
 def test_there_is_a_config_for_each_dataset():
     wanted = {'celeba', 'cifar10', 'mnist', 'lsun_church', 'lsun_bedroom', 'ffhq', 'imagenet64', 'folder', 'digits'}
     assert wanted <= set(NAMES)
+
+
+def test_variances_are_those_of_the_authors_code():
+    """Ho et al. draw with β in run_cifar.py, and with the posterior variance in run_lsun.py and run_celebahq.py."""
+    names = ('cifar10', 'lsun_church', 'lsun_bedroom', 'ffhq')
+    variances = [importlib.import_module(f'configs.{name}').get_config().sample.variance for name in names]
+    assert variances == ['large', 'small', 'small', 'small']

@@ -3,6 +3,10 @@
 import importlib.metadata
 import json
 import platform
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -12,6 +16,8 @@ from PIL import Image
 from diffusion import data, experiment, generate, schedule
 from diffusion.experiment import RunError
 from diffusion.metrics import frechet
+from tests.galleries import encoded, fill, noise
+from tests.test_main import ROOT
 from tests.test_train import tiny
 
 SAMPLE = {'sample.num_images': 5, 'sample.num_steps': 3, 'sample.batch_size': 5, 'sample.eta': 1.0}
@@ -113,12 +119,93 @@ def test_the_distance_is_that_of_the_images_written(five):
 
 
 def test_where_there_is_no_distance_it_says_why():
-    one = generate.distance_from_data(asking(), np.zeros((1, 8, 8, 1), np.uint8))
+    one = generate.distance_from_data(asking(), np.zeros((1, 8, 8, 1), np.uint8), None)
     assert one['value'] is None and 'one image' in one['why']
-    large = generate.distance_from_data(asking(), np.zeros((4, 64, 64, 3), np.uint8))
+    large = generate.distance_from_data(asking(), np.zeros((4, 64, 64, 3), np.uint8), None)
     assert large['value'] is None and '12288' in large['why'] and '4096' in large['why']
-    absent = generate.distance_from_data(tiny({'data.source': 'nowhere'}), np.zeros((4, 8, 8, 1), np.uint8))
+    nowhere = tiny({'data.source': 'nowhere'})
+    absent = generate.distance_from_data(nowhere, np.zeros((4, 8, 8, 1), np.uint8), None)
     assert absent['value'] is None and 'nowhere' in absent['why']
+
+
+def test_other_images_are_not_taken_for_those_of_the_run(tmp_path, monkeypatch, capsys):
+    """Of the same size, in another folder: no distance from them. From those of the run, also in another place, one."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    config = asking()
+    own = {f'{i}.png': encoded(image) for i, image in enumerate(noise(4, 8, 8, 1))}
+    config.data.source = f'folder:{fill(tmp_path / "own", own)}'
+    run, params = tmp_path / 'run', random_params(config, 1)
+    make_run(run, config, 1, params=params, ema=params)
+    experiment.remember_config(config, str(run), experiment.load_images(config))
+    config.data.source = f'folder:{fill(tmp_path / "copy", own)}'
+    assert draw(run, config)[1]['quality']['value'] > 0
+    others = {f'{i}.png': encoded(image) for i, image in enumerate(noise(5, 8, 8, 1, seed=1))}
+    config.data.source = f'folder:{fill(tmp_path / "others", others)}'
+    capsys.readouterr()
+    quality = draw(run, config)[1]['quality']
+    assert quality['value'] is None and quality['why'] in capsys.readouterr().out
+    for words in ('5 images', str(tmp_path / 'others'), 'not the 4 that the run was trained on'):
+        assert words in quality['why']
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Nothing is computed."""
+    monkeypatch.setattr(generate, 'make_sampler', lambda *_, **__: pytest.fail('images are drawn'))
+
+
+def test_a_workdir_that_takes_no_samples_is_refused_before_they_are_drawn(workdir, at_once):
+    (workdir / 'samples').rename(workdir / 'before')
+    (workdir / 'samples').write_text('not a folder')
+    with pytest.raises(RunError, match=r'run.*/samples cannot be written to .*--workdir'):
+        generate.run(asking(), str(workdir))
+    (workdir / 'samples').unlink()
+    (workdir / 'before').rename(workdir / 'samples')
+
+
+def test_what_cannot_be_written_at_the_end_is_one_line(workdir, five):
+    """As a disk that fills up while images are drawn: here a folder lies where a file would."""
+    name = five[2].name.partition('-')[2]
+    in_the_way = workdir / 'samples' / name / 'record.json.new'
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(RunError, match=rf'{name} cannot be written to .*make room'):
+        generate.run(asking(), str(workdir))
+    in_the_way.parent.rename(workdir / 'given-up')
+
+
+def test_what_no_chain_has_is_refused_before_the_checkpoint_is_read(workdir, monkeypatch):
+    monkeypatch.setattr(experiment, 'load_params', lambda *_: pytest.fail('a checkpoint is read'))
+    with pytest.raises(RunError, match=r'config.sample: num_steps is 5.*T=4'):
+        generate.run(asking(num_steps=5), str(workdir))
+
+
+def test_the_programs_are_kept_by_who_makes_them(workdir):
+    """Reading parameters changes no setting of JAX."""
+    config = asking()
+    before = jax.config.jax_compilation_cache_dir
+    config.compile_cache = str(workdir / 'elsewhere')
+    experiment.load_params(experiment.build(config), config, str(workdir), 'ema')
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_images_are_drawn_ends_it_in_one_line(workdir, number, tmp_path):
+    asked = [f'--config=configs/workdir.py:{workdir}', f'--workdir={workdir}', '--mode=sample']
+    asked += ['--config.sample.num_images=1000000', '--config.sample.batch_size=8', '--config.compile_cache=off']
+    with open(tmp_path / 'errors', 'w', encoding='utf-8') as errors:
+        process = subprocess.Popen([sys.executable, 'main.py', *asked], cwd=ROOT, stdout=errors, stderr=errors)
+    try:
+        deadline = time.monotonic() + 120
+        while 'image/s' not in (said := (tmp_path / 'errors').read_text()) and process.poll() is None:
+            assert time.monotonic() < deadline, said
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 75
+    finally:
+        process.kill()
+    said = (tmp_path / 'errors').read_text()
+    assert said.splitlines()[-1] == 'interrupted: nothing is written yet; the same command starts over', said
+    assert 'Traceback' not in said and not list((workdir / 'samples').iterdir())
 
 
 def test_an_image_is_the_same_in_any_company(workdir, five):

@@ -204,6 +204,18 @@ def test_on_the_command_line(tmp_path, capsys):
     assert_refused(main('--config=configs/workdir.py:nowhere', '--workdir=nowhere'), 'nowhere/config.json')
 
 
+@pytest.mark.parametrize('name', ['', 'step0-ema/unet/diffusion_pytorch_model.safetensors', 'step0-ema/README.md'])
+def test_an_export_that_cannot_be_written_is_one_line(workdir, tmp_path, name):
+    """A file lies where a folder would, or a folder where a file would."""
+    run = shutil.copytree(workdir, tmp_path / 'run', ignore=shutil.ignore_patterns('export'))
+    (run / 'export' / name).mkdir(parents=True)
+    if not name:
+        (run / 'export').rmdir()
+        (run / 'export').write_text('not a folder')
+    with pytest.raises(RunError, match=r'/export/step0-ema cannot be written to .*--workdir'):
+        publish.run(config_of(run), str(run))
+
+
 def test_a_run_of_ones_own_pictures_is_exported_without_their_folders(tmp_path):
     """Though the config leaves open what they are; and its config.json is a config, whatever else it tells."""
     pictures = tmp_path / 'private' / 'cats'

@@ -24,7 +24,7 @@ ORDER = [
     'generate',
     'evaluate',
     'experiment',
-    'keys',
+    'rules',
     'loss',
     'sampler',
     'likelihood',

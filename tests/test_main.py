@@ -54,12 +54,15 @@ def assert_refused(done, *words):
         (('--config=configs/digit.py',), ('configs/digit.py',)),
         (('--config', 'configs/digit.py'), ('configs/digit.py',)),
         (('--config=configs',), ('configs',)),
+        (('--config=configs/digits.py:foo',), ('configs/digits.py:foo', 'configs/workdir.py')),
         ((), ('--config',)),
     ],
     ids=lambda value: ' '.join(value).replace(CONFIG, '').strip() or 'none',
 )
 def test_wrong_flags_are_named(flags, words, tmp_path):
-    assert_refused(main(f'--workdir={tmp_path / "run"}', *flags), *words)
+    done = main(f'--workdir={tmp_path / "run"}', *flags)
+    assert_refused(done, *words)
+    assert done.stdout == '' and len(done.stderr.splitlines()) <= 2, done.stderr
     assert not (tmp_path / 'run').exists()
 
 
@@ -79,9 +82,20 @@ def test_a_run_of_another_network_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['config.json']
 
 
-def test_a_workdir_that_cannot_be_one_is_named(tmp_path):
+def test_a_place_that_is_no_folder_is_refused_for_what_it_is(tmp_path):
     (tmp_path / 'file').write_text('not a folder')
-    assert_refused(main(CONFIG, f'--workdir={tmp_path / "file" / "run"}'), str(tmp_path / 'file'))
+    assert_refused(main(CONFIG, f'--workdir={tmp_path / "file" / "run"}'), f'{tmp_path / "file"} is a file')
+    (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
+    assert_refused(main(CONFIG, f'--workdir={tmp_path / "link" / "run"}'), f'{tmp_path / "link"} is a broken link')
+    assert_refused(main(CONFIG, '--workdir=gs://bucket/run'), 'gs://bucket/run', 'mount')
+    assert not (ROOT / 'gs:').exists()
+    assert_refused(main(CONFIG, '--workdir='), 'is no folder')
+
+
+@pytest.mark.parametrize('flag', ['--help', '-help', '-?', '--helpfull', '--helpshort'])
+def test_help_is_no_failure(flag):
+    done = main(flag)
+    assert (done.returncode, done.stderr) == (0, '') and '--workdir' in done.stdout
 
 
 def test_a_path_of_the_user_is_understood(tmp_path):

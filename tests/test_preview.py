@@ -119,6 +119,16 @@ def test_pictures_none_of_which_can_be_used_are_an_error(tmp_path):
         show(tmp_path / 'run', data__source=f'folder:{root}', data__crop='')
 
 
+def test_a_workdir_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / 'data').write_text('not a folder')
+    with pytest.raises(RunError, match=r'/data cannot be written to .*--workdir'):
+        preview.run(digits.get_config(), str(tmp_path))
+    (tmp_path / 'data').unlink()
+    (tmp_path / 'data' / 'grid.png').mkdir(parents=True)
+    with pytest.raises(RunError, match=r'/data cannot be written to .*make room'):
+        preview.run(digits.get_config(), str(tmp_path))
+
+
 def test_the_digits_at_the_command_line(tmp_path):
     done = main('--config=configs/digits.py', f'--workdir={tmp_path}', '--mode=data')
     assert done.returncode == 0 and '1498 pictures in digits' in done.stdout, done.stderr

@@ -311,6 +311,33 @@ def test_sigterm_likewise():
     assert interrupt.EXIT_STATUS == 75
 
 
+def test_a_signal_is_told_while_the_program_listens_to_nothing():
+    """As while XLA compiles: within one call, without Python's lock. Once more ends it, but twice at a time is once."""
+    program = (
+        'import hashlib\n'
+        'from diffusion.runtime.interrupt import Interrupt\n'
+        'with Interrupt("part"):\n'
+        '    print("begins", flush=True)\n'
+        '    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)\n'
+    )
+    how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, '-c', program], **how) as process:
+        try:
+            assert process.stdout.readline() == 'begins\n'
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr.readline() == '\n'
+            assert process.stderr.readline() == (
+                'SIGTERM: the part ends, is saved, and the run ends; once more ends it at once\n'
+            )
+            time.sleep(1.2)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 128 + signal.SIGINT
+        finally:
+            process.kill()
+
+
 # Devices
 
 EIGHT_DEVICES = """

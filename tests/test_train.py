@@ -469,6 +469,13 @@ def test_another_network_or_schedule_is_refused(two_steps, key):
     assert (two_steps / 'config.json').read_bytes() == before and saved(two_steps) == [2]
 
 
+def test_a_place_that_takes_no_checkpoints_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / 'checkpoints').write_text('not a folder')
+    with pytest.raises(RunError, match=r'/checkpoints cannot be written to .*--workdir'):
+        train.run(tiny(), str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} <= {'checkpoints', '.lock'}
+
+
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(two_steps, tmp_path):
     """Steps 3 to 6 have finite losses and gradients, but their updates are absurd: nothing of them is kept."""
     workdir = tmp_path / 'run'

@@ -169,6 +169,10 @@ def _in_order(pool, function, items, ahead):
         yield pending.popleft().result()
 
 
+def _size(nbytes):
+    return f'{nbytes / 1e9:.1f} GB' if nbytes >= 1e9 else f'{nbytes / 1e6:.1f} MB'
+
+
 def _build(entry, source, preprocess, max_bad_fraction, keep):
     """Decode everything into a folder beside `entry`, and give it that name at the end."""
     new = entry + '.new'
@@ -178,8 +182,8 @@ def _build(entry, source, preprocess, max_bad_fraction, keep):
     need, free = len(source) * size * keep, shutil.disk_usage(new).free
     if need > free:
         raise ValueError(
-            f'decoded, the {len(source)} images take {need / 1e9:.1f} GB, but {os.path.dirname(entry)} has '
-            f'{free / 1e9:.1f} GB left; choose another place by --config.data.cache_dir=…, or decode them anew '
+            f'decoded, the {len(source)} images take {_size(need)}, but {os.path.dirname(entry)} has '
+            f'{_size(free)} left; choose another place by --config.data.cache_dir=…, or decode them anew '
             'whenever they are needed by --config.data.cache=False'
         )
     path = os.path.join(new, 'images.bin')

@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from diffusion import evaluate, experiment, generate, keys, train
+from diffusion import evaluate, experiment, generate, rules, train
 from diffusion.experiment import RunError
 from tests.test_train import tiny
 
@@ -57,11 +58,31 @@ def test_any_value_runs_or_is_refused_by_its_key(tmp_path_factory, key, drawn):
         assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    ('key', 'value', 'words'),
+    [('schedule.T', 10_001, 'from 1 to 10000: β .* float32'), ('compile_cache', '', "a folder, 'workdir' or 'off'")],
+)
+def test_what_would_go_wrong_silently_is_refused(key, value, words):
+    config = tiny()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(RunError, match=f'config.{key} is {value!r}, but must be {words}'):
+        experiment.check(config)
+
+
+def test_as_many_levels_as_are_allowed_keep_their_variances():
+    """β_t as the schedule answers it, from sums in float32, against the β that went into it."""
+    config = tiny({'schedule.T': 10_000, 'schedule.beta_start': 1e-5, 'schedule.beta_end': 2e-3})
+    experiment.check(config)
+    t = np.arange(1, 10_001)
+    beta = experiment.make_schedule(config.schedule).beta(t - 1, t)
+    np.testing.assert_allclose(beta, np.linspace(1e-5, 2e-3, 10_000), rtol=1e-3)
+
+
 def test_every_number_has_a_rule():
     for key, value in FLAT.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            assert key in keys.RULES, key
-    assert set(keys.RULES) <= set(FLAT)
+            assert key in rules.RULES, key
+    assert set(rules.RULES) <= set(FLAT)
 
 
 def test_what_is_allowed_is_what_there_is():
@@ -76,6 +97,6 @@ def test_what_is_allowed_is_what_there_is():
         'sample.spacing': schedule.SPACINGS,
         'sample.compat': compat.MODES,
     }.items():
-        good, words = keys.RULES[key]
+        good, words = rules.RULES[key]
         assert all(good(name) for name in known), key
         assert words == f'one of {", ".join(map(repr, known))}' or set(words.split("'")[1::2]) == set(known)

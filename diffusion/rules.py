@@ -1,13 +1,13 @@
-"""What each key of the config may be; what it means stands in configs/default.py."""
+"""The rules of the config: what each key may be; what it means stands in configs/default.py."""
 
 import math
 
 COUNT = 2**31 - 1  # steps and images are counted in 32 bits
 
 
-def integers(low, high=COUNT):
-    """Whole numbers from low to high."""
-    return lambda value: low <= value <= high, f'at least {low}' if high == COUNT else f'from {low} to {high}'
+def integers(low, high=COUNT, why=''):
+    """Whole numbers from low to high; why not beyond."""
+    return lambda value: low <= value <= high, f'at least {low}' if high == COUNT else f'from {low} to {high}{why}'
 
 
 def numbers(low, high=math.inf, *, ends='[]'):
@@ -40,7 +40,7 @@ RULES = {
     'model.dropout': numbers(0, 1, ends='[)'),
     'model.first_level': one_of(0, 1),
     'model.dtype': one_of('float32', 'bfloat16'),
-    'schedule.T': integers(1, 10**6),
+    'schedule.T': integers(1, 10_000, ': β is a difference of log ᾱ, and for more levels float32 does not carry it'),
     'schedule.beta_start': numbers(0, 1),
     'schedule.beta_end': numbers(0, 1),
     'schedule.offset': numbers(0, 1),
@@ -84,6 +84,7 @@ RULES = {
     'distributed.num_processes': integers(0),
     'distributed.process_id': integers(-1),
     'distributed.timeout': integers(1),
+    'compile_cache': (lambda value: value.strip() != '', "a folder, 'workdir' or 'off'"),  # '' would be any folder
 }
 
 
