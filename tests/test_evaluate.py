@@ -1,5 +1,6 @@
 """--mode=likelihood on a tiny run: every image once, stopped and gone on with, and what it refuses."""
 
+import functools
 import json
 import os
 import re
@@ -118,6 +119,30 @@ def told(monkeypatch, workdir, function, **asked):
         with np.load(path) as arrays:
             parts[path.name] = arrays['log_weight']
     return parts
+
+
+def test_parts_of_other_images_are_left_alone(workdir, monkeypatch):
+    """The same weights and settings, but the images lie elsewhere and are others: none of the first's is taken."""
+    mean, real = functools.partial(told, monkeypatch, workdir, lambda key, params, x0: x0.mean((1, 2, 3))), data.load
+    some = mean(seed=16)
+
+    def other(*args, **kwargs):
+        images = real(*args, **kwargs)
+        return data.Images(255 - images.images, None, images.record | {'sha256': 'of others'})
+
+    monkeypatch.setattr(data, 'load', other)
+    others = mean(seed=16)
+    assert some.keys() == others.keys()
+    for name, values in some.items():
+        np.testing.assert_allclose(others[name], -values, atol=1e-6)
+
+
+def test_the_flow_of_a_network_that_was_trained_with_remat(workdir):
+    """The way forward through its layers has derivatives, too, which recomputed layers do not."""
+    config = asking(quantities=('flow',), seed=17)
+    config.model.remat = True
+    _, ledger = compute(workdir, config)
+    assert all(np.isfinite(row['nats']) for row in ledger['rows'])
 
 
 def test_each_trajectory_of_each_image_has_noise_of_its_own(workdir, monkeypatch):
