@@ -1,5 +1,8 @@
 """Devices and hosts: one mesh with the axes ('data', 'fsdp'). One device is the 1×1 mesh."""
 
+import hashlib
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +125,29 @@ def sum_over_hosts(array):
 def from_first(array):
     """What the first host has, on all hosts; also, all hosts wait for each other."""
     return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
+
+
+def differences(values):
+    """{name: what two hosts have} of each value that is not the same on all hosts, which wait for each other.
+
+    values: {name: text}. All hosts are given the same answer.
+    """
+    if jax.process_count() == 1:
+        return {}
+    text = json.dumps(values, sort_keys=True).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
+    heads = multihost_utils.process_allgather(np.append(digest, np.uint32(len(text))))
+    if (heads == heads[0]).all():
+        return {}
+    padded = text.ljust(heads[:, -1].max())  # JSON minds no spaces
+    hosts = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))]
+    found = {}
+    for name in sorted(set().union(*hosts)):
+        on = [host.get(name, 'nothing') for host in hosts]
+        other = next((i for i, value in enumerate(on) if value != on[0]), None)
+        if other:
+            found[name] = f'process 0 has {on[0]}, process {other} has {on[other]}'
+    return found
 
 
 # Dense matrix products a second in bfloat16, as the makers state them.
