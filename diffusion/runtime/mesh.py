@@ -14,10 +14,19 @@ from diffusion.runtime.xla import fold
 
 def make_mesh(fsdp=1):
     """All devices as (devices/fsdp, fsdp). Raises ValueError where fsdp does not divide their number."""
-    devices = np.asarray(jax.devices())
+    devices = np.asarray(in_order(jax.devices()))
     if fsdp < 1 or devices.size % fsdp:
         raise ValueError(f'fsdp is {fsdp}, which does not divide the {devices.size} devices')
     return Mesh(devices.reshape(-1, fsdp), ('data', 'fsdp'))
+
+
+def in_order(devices):
+    """Devices by host, and by number within each.
+
+    Each host feeds its part of a batch as one piece, and the pieces follow in the order of the hosts: were the devices
+    of a host scattered, as those of a TPU slice can be, the batch would be another one, and fsdp would cross hosts.
+    """
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def replicated(mesh):
@@ -153,7 +162,8 @@ def differences(values):
 # Dense matrix products a second in bfloat16, as the makers state them.
 PEAK_FLOPS = {
     'NVIDIA A100': 312e12,
-    'NVIDIA H100': 989e12,
+    'NVIDIA H100': 989e12,  # SXM
+    'NVIDIA H100 PCIe': 756e12,
     'NVIDIA H200': 989e12,
     'TPU v3': 123e12 / 2,  # a device is a core, half a chip
     'TPU v4': 275e12,
