@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -188,16 +189,22 @@ def fits(mesh, nbytes, share=0.25):
     return nbytes <= share * min(s.get('bytes_limit', 8e9) for s in stats)
 
 
+# Biases and scales of norms stay whole: each would be gathered and reduced in messages of its own, which cost more
+# than what is in them, and all together they are less than a hundredth of a network that is worth splitting.
+FEWEST_TO_SPLIT = 1024
+
+
 def split_state(mesh, tree):
     """A sharding for each array of a state: its largest axis that fsdp divides is split over 'fsdp'.
 
+    Arrays of fewer than FEWEST_TO_SPLIT values are whole on each device.
     tree: arrays or ShapeDtypeStructs. Returns a tree of the same structure.
     """
     fsdp = mesh.shape['fsdp']
 
     def rule(leaf):
         axes = [axis for axis in range(len(leaf.shape)) if leaf.shape[axis] % fsdp == 0]
-        if fsdp == 1 or not axes:
+        if fsdp == 1 or not axes or math.prod(leaf.shape) < FEWEST_TO_SPLIT:
             return replicated(mesh)
         largest = max(axes, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*[None] * largest, 'fsdp'))
