@@ -91,7 +91,7 @@ def main(argv):
     except KeyboardInterrupt as stop:
         end(stop)
     try:
-        experiment.begin(flags.FLAGS.config)
+        experiment.begin(flags.FLAGS.config, flags.FLAGS.mode)
         sys.exit(run(flags.FLAGS.config, workdir))
     except experiment.RunError as error:
         sys.exit(f'error: {error}')

@@ -6,6 +6,7 @@ It is read here and in the modules of the modes; the modules of the paper and th
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import tempfile
@@ -120,10 +121,37 @@ class Experiment:
         )
 
 
-def begin(config):
-    """Join the other hosts of the run, before anything touches a device."""
+# What may be another on each host: which one it is, and where it finds and keeps what is the same.
+OF_A_HOST = ('distributed.process_id', 'data.data_dir', 'data.cache_dir', 'compile_cache')
+LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax')  # of which others compile other programs, or compute something else
+
+
+def begin(config, mode):
+    """Join the other hosts of the run, before anything touches a device. RunError: they were not asked for the same."""
     with naming('config.distributed'):
         distributed.connect(**config.distributed)
+    if jax.distributed.is_initialized():
+        asked = {f'config.{key}': repr(value) for key, value in _flat(config.to_dict()) if key not in OF_A_HOST}
+        versions = {f'the version of {name}': importlib.metadata.version(name) for name in LIBRARIES}
+        require_same(
+            asked | versions | {'--mode': mode}, 'Start all hosts with the same command and the same software.'
+        )
+
+
+def require_same(values, advice):
+    """Raise RunError on all hosts where {name: text} is not the same on all of them; they wait for each other."""
+    found = meshes.differences(values)
+    if found:
+        lines = ''.join(f'\n    {name}: {what}' for name, what in found.items())
+        raise RunError(
+            f'{" and ".join(found)} {"is" if len(found) == 1 else "are"} not the same on all hosts{lines}\n{advice}'
+        )
+
+
+def _flat(tree, path=''):
+    """(key with dots, value) of all that nested dicts hold."""
+    for key, value in tree.items():
+        yield from _flat(value, f'{path}{key}.') if isinstance(value, dict) else [(path + key, value)]
 
 
 def keep_programs(config, workdir):
@@ -209,6 +237,20 @@ def load_images(config, split='train'):
     asked = 'config.data' if split == 'train' else f'config.data, config.likelihood.split={split!r}'
     with naming(asked):
         return data.load(config.data.source, split, **{key: config.data[key] for key in keys})
+
+
+def load_same_images(config, split='train'):
+    """load_images, for all hosts. Raises RunError on all of them where they do not find the same images."""
+    images = failure = None
+    try:
+        images = load_images(config, split)
+    except RunError as error:
+        failure = error  # which the others have to hear of before this one ends
+    found = str(failure) if failure else f'{len(images)} images with SHA-256 {images.record["sha256"]}'
+    require_same({'config.data.source': found}, 'Give each host the same images: all of them, and nothing else.')
+    if failure:
+        raise failure
+    return images
 
 
 def resolve(config, workdir):

@@ -93,7 +93,7 @@ def run(config, workdir):
             f'train.accumulate={train.accumulate} parts: ask for a multiple of {part}'
         )
     experiment.check_config(config, workdir)  # before the images are decoded
-    images = experiment.load_images(config)
+    images = experiment.load_same_images(config)
     if train.batch_size > len(images):
         raise RunError(
             f'config.train.batch_size is {train.batch_size}, but there are only {len(images)} images: '

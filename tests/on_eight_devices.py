@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from unittest import mock
 
 os.environ['XLA_FLAGS'] = (
     '--xla_force_host_platform_device_count=8 '
@@ -33,6 +34,7 @@ from tests.test_train import tiny
 
 STEPS = 20
 NETWORK = {
+    'model.channels': 32,  # so that its convolutions are worth splitting
     'train.batch_size': 32,
     'train.num_steps': STEPS,
     'train.learning_rate': 1e-3,
@@ -232,10 +234,13 @@ def properties():
 
     parts = jax.jit(lambda key, x: meshes.mean_over_parts(mesh, found_in, np.float32(2), key, [x], 4))
     mean, program = parts(jax.random.key(0), meshes.put(x, split)), parts.lower(jax.random.key(0), meshes.put(x, split))
-    tree = {'a': np.ones((16, 3), np.float32), 'b': np.ones(3, np.float32)}
+    tree = {'a': np.ones((1024, 3), np.float32), 'b': np.ones(4, np.float32)}
     one_whole = jax.jit(lambda tree: meshes.whole(mesh, tree))(jax.device_put(tree, meshes.split_state(mesh, tree)))
     back = jax.jit(lambda tree: meshes.like_state(mesh, tree))(one_whole)
+    with mock.patch.object(jax, 'devices', lambda: list(mesh.devices.flat)[::-1]):
+        order = [device.id for device in meshes.make_mesh(2).devices.flat]
     return {
+        'order': order,
         'put': [meshes.put(x, s).addressable_shards[0].data.shape for s in (split, meshes.replicated(mesh))],
         'gathered': all(bool((meshes.gather(put(x, split)) == x).all()) for put in (meshes.put, meshes.put_whole)),
         'mean_over_parts': (mean['product'] / 2 - x.mean(0)).tolist(),

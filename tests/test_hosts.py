@@ -10,8 +10,10 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion.runtime import distributed
+from diffusion.runtime.interrupt import EXIT_STATUS
 from tests.test_main import ROOT, assert_refused, main
 from tests.test_train import flags, metrics, saved
 
@@ -26,8 +28,11 @@ def free_port():
 
 
 @contextlib.contextmanager
-def hosts(count, devices, workdir, cache, *more, **changes):
-    """`count` processes with so many devices each; ended with the block, whatever happens in it."""
+def hosts(count, devices, workdir, cache, *more, own=lambda process_id: (), environment=None, **changes):
+    """`count` processes with so many devices each; ended with the block, whatever happens in it.
+
+    own: process_id → flags of that process alone; environment: {process_id: its variables}.
+    """
     port, processes = free_port(), []
     try:
         for process_id in range(count):
@@ -47,6 +52,7 @@ def hosts(count, devices, workdir, cache, *more, **changes):
                             f'--config.compile_cache={cache}',
                             *(joined if count > 1 else []),
                             *more,
+                            *own(process_id),
                         ],
                         cwd=ROOT,
                         env=os.environ
@@ -54,7 +60,8 @@ def hosts(count, devices, workdir, cache, *more, **changes):
                             'JAX_PLATFORMS': 'cpu',
                             'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
                             '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
-                        },
+                        }
+                        | (environment or {}).get(process_id, {}),
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     )
@@ -179,9 +186,141 @@ def test_a_host_that_dies_ends_the_others(tmp_path, cache, killed):
     assert any(word in said(workdir, 1 - killed) for word in ('another host has gone', 'another task died'))
 
 
+def assert_all_refuse(workdir, *words, count=2, **how):
+    """Each of the hosts says so, at once, and no run is begun."""
+    with hosts(count, 1, workdir, 'off', mesh__fsdp=1, **how) as processes:
+        statuses = wait(processes, workdir, patience=120)
+        outputs = [said(workdir, process_id) for process_id in range(count)]
+    assert statuses == [1] * count, '\n---\n'.join(outputs)
+    for output in outputs:
+        assert 'Traceback' not in output, output
+        for word in words:
+            assert word in output, output
+    assert not (workdir / 'checkpoints').exists() and not (workdir / 'config.json').exists()
+
+
+def test_settings_that_differ_are_named_by_all_hosts(tmp_path):
+    """Of three hosts the last is asked for another seed, rate and number of steps, none of which is wrong by itself."""
+    keys = ('config.seed', 'config.train.learning_rate', 'config.train.num_steps')
+    here, there = ('0', '0.0001', '4'), ('1', '0.01', '5')
+    both = zip(keys, here, there, strict=True)
+    words = [f'{key}: process 0 has {before}, process 2 has {after}' for key, before, after in both]
+    assert_all_refuse(
+        tmp_path / 'run',
+        'are not the same on all hosts',
+        *words,
+        count=3,
+        own=lambda i: [f'--{key}={value}' for key, value in zip(keys, there, strict=True)] if i == 2 else (),
+    )
+
+
+def test_hosts_that_are_to_do_something_else_say_so(tmp_path):
+    """Whatever the mode."""
+    words = '--mode is not the same on all hosts', 'process 0 has sample, process 1 has likelihood'
+    assert_all_refuse(tmp_path / 'run', *words, own=lambda i: [f'--mode={("sample", "likelihood")[i]}'])
+
+
+def test_other_versions_are_named(tmp_path):
+    metadata = tmp_path / 'other' / 'optax-0.0.1.dist-info' / 'METADATA'
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text('Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n')
+    environment = {1: {'PYTHONPATH': str(tmp_path / 'other')}}
+    words = 'the version of optax is not the same on all hosts', 'process 1 has 0.0.1'
+    assert_all_refuse(tmp_path / 'run', *words, environment=environment)
+
+
+@pytest.mark.parametrize('missing', [False, True], ids=['one picture', 'none'])
+def test_other_images_are_refused_by_all_hosts(tmp_path, missing):
+    """In folders of their own, which is allowed, as are caches of their own."""
+    for process_id in range(2 - missing):
+        folder = tmp_path / str(process_id) / 'pictures'
+        folder.mkdir(parents=True)
+        for number in range(20):
+            Image.new('L', (8, 8), number + process_id * (number == 19)).save(folder / f'{number}.png')
+    assert_all_refuse(
+        tmp_path / 'run',
+        'config.data.source is not the same on all hosts',
+        'process 0 has 20 images with SHA-256',
+        'process 1 has config.data: there is no folder' if missing else 'process 1 has 20 images with SHA-256',
+        data__source='folder:pictures',
+        own=lambda i: [f'--config.data.{key}={tmp_path / str(i)}' for key in ('data_dir', 'cache_dir')],
+    )
+
+
+# A process that does not wait for a minute, as it takes it that hosts are started that far apart.
+HASTY = (
+    'import runpy, sys\n'
+    'from diffusion.runtime import distributed\n'
+    'distributed.SHORTEST_PATIENCE = 3\n'
+    "sys.argv[0] = 'main.py'\n"
+    "runpy.run_path('main.py', run_name='__main__')\n"
+)
+
+
+def hasty(workdir, *more, **environment):
+    """(exit status, output) of one host."""
+    done = subprocess.run(
+        [sys.executable, '-c', HASTY, *flags(workdir), '--config.distributed.timeout=3', *more],
+        cwd=ROOT,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert not workdir.exists()
+    return done.returncode, done.stdout + done.stderr
+
+
+def assert_tries_again(found, *words):
+    """One line that says what is missing, and the exit status after which launchers start it again."""
+    status, output = found
+    assert status == EXIT_STATUS, output
+    (line,) = [line for line in output.splitlines() if line.startswith('error:')]
+    for word in words:
+        assert word in line, output
+    assert 'Traceback' not in output and 'stack trace' not in output, output
+
+
+@pytest.mark.parametrize('host', ['127.0.0.1', 'no-such-host.invalid'])
+def test_a_coordinator_that_is_not_there_is_named(tmp_path, host):
+    address = f'{host}:{free_port()}'
+    joined = [f'--config.distributed.{key}' for key in (f'coordinator={address}', 'num_processes=2', 'process_id=1')]
+    found = hasty(tmp_path / 'run', *joined)
+    assert f'process 1: waiting for 2 processes at {address}' in found[1]
+    assert_tries_again(found, f'config.distributed.coordinator={address}', 'process 0')
+
+
+def test_a_host_that_does_not_come_is_missed(tmp_path):
+    address = f'127.0.0.1:{free_port()}'
+    joined = [f'--config.distributed.{key}' for key in (f'coordinator={address}', 'num_processes=2', 'process_id=0')]
+    found = hasty(tmp_path / 'run', *joined)
+    assert f'process 0: waiting for 2 processes at {address}' in found[1]
+    assert_tries_again(found, f'config.distributed.coordinator={address}', 'config.distributed.num_processes', '3 s')
+
+
+def test_a_host_that_slurm_promises_is_missed(tmp_path):
+    slurm = {'JOB_ID': str(free_port()), 'STEP_NODELIST': 'localhost', 'NTASKS': '2', 'PROCID': '0', 'LOCALID': '0'}
+    found = hasty(tmp_path / 'run', **{f'SLURM_{key}': value for key, value in slurm.items()})
+    assert_tries_again(found, 'not met', 'config.distributed.detect=False')
+
+
+def test_pods_whose_names_are_not_known_yet_try_again(tmp_path):
+    """JAX asks for them within its detection, of which this stands in for the cluster's library alone."""
+    folder = tmp_path / 'kubernetes'
+    folder.mkdir()
+    (folder / '__init__.py').write_text('from kubernetes import client, config\n')
+    (folder / 'config.py').write_text('def load_incluster_config(): pass\n')
+    exceptions = "exceptions = type('', (), {'ApiException': type('ApiException', (Exception,), {})})\n"
+    (folder / 'client.py').write_text(f'CoreV1Api = BatchV1Api = object\n{exceptions}')
+    environment = {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'HOSTNAME': 'pod-0.invalid', 'PYTHONPATH': str(tmp_path)}
+    assert_tries_again(hasty(tmp_path / 'run', **environment), 'do not meet', 'config.distributed.detect=False')
+
+
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
+        (('coordinator=127.0.0.1', 'num_processes=2', 'process_id=0'), ("'127.0.0.1'", 'host:port')),
+        (('coordinator=10.0.0.1:http', 'num_processes=2', 'process_id=0'), ("'10.0.0.1:http'", 'host:port')),
         (('coordinator=127.0.0.1:1', 'num_processes=2', 'process_id=2'), ('process_id=2', 'num_processes=2')),
         (('coordinator=127.0.0.1:1', 'num_processes=2'), ('process_id=-1',)),
         (('coordinator=127.0.0.1:1',), ('num_processes=0',)),

@@ -114,6 +114,137 @@ def test_tpus_do_not_repeat_what_is_refused(tmp_path):
     assert done.returncode == 1 and 'refuses to run' in done.stderr
 
 
+def test_tpus_that_are_asked_to_stop_are_not_started_again(tmp_path):
+    bin_ = tmp_path / 'bin'
+    pretend(bin_, 'gcloud', GCLOUD.format(folder=tmp_path, status='stopped', after='READY'))
+    pretend(bin_, 'sleep', '')
+    done = run('tpu_vm.sh', bin_, 'keep', '--', '--config=configs/digits.py')
+    assert done.returncode == EXIT_STATUS and 'as asked' in done.stderr
+    assert sum('main.py' in call for call in called(bin_)) == 1
+
+
+@pytest.mark.parametrize('status', [EXIT_STATUS, 134])
+def test_tpus_that_never_get_along_are_given_up(tmp_path, status):
+    """As where the hosts do not meet, which ends with 75 as a stop does."""
+    bin_ = tmp_path / 'bin'
+    pretend(bin_, 'gcloud', f"""case "$*" in
+      *describe*) echo READY ;;
+      *"cat diffusion/exit-status"*) echo {status} ;;
+      *main.py*) exit 1 ;;
+    esac""")  # fmt: skip
+    pretend(bin_, 'sleep', '')
+    done = run('tpu_vm.sh', bin_, 'keep', '--', '--config=configs/digits.py', TRIES='3')
+    assert done.returncode == 1 and '3 failures in a row' in done.stderr
+    assert sum('main.py' in call for call in called(bin_)) == 3
+
+
+@pytest.mark.parametrize('fails', ['git archive', 'gcloud scp', 'gcloud install_here'])
+def test_nothing_starts_on_what_was_not_installed(tmp_path, fails):
+    """Nor is what an earlier training ended with taken for its end."""
+    bin_ = tmp_path / 'bin'
+    program, what = fails.split()
+    pretend(bin_, 'git', f'test {program} != git')
+    pretend(bin_, 'gcloud', f"""case "$*" in
+      *{what}*) exit 1 ;;
+      *describe*) echo READY ;;
+      *"cat diffusion/exit-status"*) echo 1 ;;
+    esac""")  # fmt: skip
+    pretend(bin_, 'sleep', '')
+    done = run('tpu_vm.sh', bin_, 'keep', '--', '--config=configs/digits.py', TRIES='2', TMPDIR=str(tmp_path))
+    assert done.returncode == 1 and 'a failed install' in done.stderr
+    assert not any('main.py' in call for call in called(bin_))
+    assert not list(tmp_path.glob('*.tar.gz'))
+
+
+# Does on this machine, in a folder, what is asked of a worker.
+WORKER = """
+cd "{home}"
+for word; do
+  case $word in --command=*) PATH="{bin}:/usr/bin:/bin" bash -c "${{word#--command=}}"; exit ;; esac
+done
+case "$*" in *" scp "*) cp "$5" diffusion.tar.gz ;; esac
+"""
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """(the folder of programs that stand in, the home folder of a worker)."""
+    bin_, home = tmp_path / 'bin', tmp_path / 'home'
+    home.mkdir()
+    pretend(bin_, 'gcloud', WORKER.format(home=home, bin=bin_))
+    pretend(bin_, 'sudo', '')
+    pretend(bin_, 'mountpoint', 'exit 1')
+    return bin_, home
+
+
+VENV = 'mkdir -p .venv/bin && echo exit > .venv/bin/python && chmod +x .venv/bin/python'
+
+
+@pytest.mark.parametrize(
+    ('recent', 'whole', 'share', 'asked'),
+    [
+        (True, True, '', []),
+        (True, False, '', ['python3', 'python3-venv']),
+        (True, True, '10.0.0.2:/runs', ['nfs-common']),
+        (False, True, '10.0.0.2:/runs', ['python3.11', 'python3.11-venv', 'nfs-common']),
+    ],
+)
+def test_workers_are_given_what_they_lack(worker, recent, whole, share, asked):
+    bin_, home = worker
+    pretend(bin_, 'python3', f'case "$*" in *version_info*) {str(recent).lower()} ;; '
+            f'*ensurepip*) {str(whole).lower()} ;; *) {VENV} ;; esac')  # fmt: skip
+    pretend(bin_, 'python3.11', f'case "$*" in *ensurepip*) false ;; *) {VENV} ;; esac')
+    done = run('tpu_vm.sh', bin_, 'install', SHARE=share)
+    assert done.returncode == 0, done.stderr
+    assert (home / 'diffusion' / 'main.py').is_file() and (home / 'diffusion' / '.venv').is_dir()
+    installed = [
+        call.partition(' -y ')[2].split() for call in called(bin_) if call.startswith('sudo') and ' -y ' in call
+    ]
+    assert installed == ([asked] if asked else [])
+    mounted = [call for call in called(bin_) if call.startswith('sudo mount ')]
+    assert mounted == ([f'sudo mount -t nfs {share} /mnt/runs'] if share else [])
+
+
+def test_a_worker_whose_share_cannot_be_mounted_is_not_installed(worker):
+    bin_, _ = worker
+    pretend(bin_, 'python3', f'case "$*" in *-c*) ;; *) {VENV} ;; esac')
+    pretend(bin_, 'sudo', 'test "$1" != mount')
+    assert run('tpu_vm.sh', bin_, 'install', SHARE='10.0.0.2:/runs').returncode != 0
+
+
+@pytest.mark.parametrize(
+    ('ends', 'noted'),
+    [('exit 75', '75'), ('touch stopped; exit 75', 'stopped'), ('touch stopped; exit 1', '1'), ('exit 0', '0')],
+)
+def test_workers_note_how_it_ended(worker, ends, noted):
+    """`stopped`, which an earlier run has left, counts only where this one was asked to stop."""
+    bin_, home = worker
+    python = home / 'diffusion' / '.venv' / 'bin' / 'python'
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/usr/bin/env bash\n{ends}\n')
+    python.chmod(0o755)
+    (home / 'diffusion' / 'stopped').touch()
+    done = run('tpu_vm.sh', bin_, 'start', '--', '--config=configs/digits.py')
+    assert done.returncode == int(re.search(r'\d+', ends)[0])
+    assert (home / 'diffusion' / 'exit-status').read_text().strip() == noted
+
+
+def test_stop_asks_the_training_and_not_the_shell_around_it(worker):
+    bin_, home = worker
+    (home / 'diffusion').mkdir()
+    pretend(bin_, 'pkill', '')
+    assert run('tpu_vm.sh', bin_, 'stop').returncode == 0
+    assert (home / 'diffusion' / 'stopped').exists()
+    (call,) = [call for call in called(bin_) if call.startswith('pkill')]
+    pattern = call.split(' --full ')[1]
+    assert re.search(pattern, '.venv/bin/python main.py --config=configs/digits.py')
+    assert not re.search(pattern, 'bash -c cd diffusion && rm -f exit-status && .venv/bin/python main.py --config=x')
+    pretend(bin_, 'pkill', 'exit 1')
+    done = run('tpu_vm.sh', bin_, 'stop')
+    assert done.returncode == 1 and 'nothing is running' in done.stderr
+    assert not (home / 'diffusion' / 'stopped').exists()
+
+
 def test_how_to_use_it_is_said(tmp_path):
     done = run('tpu_vm.sh', tmp_path)
     assert done.returncode == 2 and 'launch/tpu_vm.sh keep' in done.stderr and 'SHARE' in done.stderr

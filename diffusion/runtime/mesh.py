@@ -1,5 +1,9 @@
 """Devices and hosts: one mesh with the axes ('data', 'fsdp'). One device is the 1×1 mesh."""
 
+import hashlib
+import json
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +15,19 @@ from diffusion.runtime.xla import fold
 
 def make_mesh(fsdp=1):
     """All devices as (devices/fsdp, fsdp). Raises ValueError where fsdp does not divide their number."""
-    devices = np.asarray(jax.devices())
+    devices = np.asarray(in_order(jax.devices()))
     if fsdp < 1 or devices.size % fsdp:
         raise ValueError(f'fsdp is {fsdp}, which does not divide the {devices.size} devices')
     return Mesh(devices.reshape(-1, fsdp), ('data', 'fsdp'))
+
+
+def in_order(devices):
+    """Devices by host, and by number within each.
+
+    Each host feeds its part of a batch as one piece, and the pieces follow in the order of the hosts: were the devices
+    of a host scattered, as those of a TPU slice can be, the batch would be another one, and fsdp would cross hosts.
+    """
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def replicated(mesh):
@@ -124,10 +137,34 @@ def from_first(array):
     return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
 
 
+def differences(values):
+    """{name: what two hosts have} of each value that is not the same on all hosts, which wait for each other.
+
+    values: {name: text}. All hosts are given the same answer.
+    """
+    if jax.process_count() == 1:
+        return {}
+    text = json.dumps(values, sort_keys=True).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
+    heads = multihost_utils.process_allgather(np.append(digest, np.uint32(len(text))))
+    if (heads == heads[0]).all():
+        return {}
+    padded = text.ljust(heads[:, -1].max())  # JSON minds no spaces
+    hosts = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))]
+    found = {}
+    for name in sorted(set().union(*hosts)):
+        on = [host.get(name, 'nothing') for host in hosts]
+        other = next((i for i, value in enumerate(on) if value != on[0]), None)
+        if other:
+            found[name] = f'process 0 has {on[0]}, process {other} has {on[other]}'
+    return found
+
+
 # Dense matrix products a second in bfloat16, as the makers state them.
 PEAK_FLOPS = {
     'NVIDIA A100': 312e12,
-    'NVIDIA H100': 989e12,
+    'NVIDIA H100': 989e12,  # SXM
+    'NVIDIA H100 PCIe': 756e12,
     'NVIDIA H200': 989e12,
     'TPU v3': 123e12 / 2,  # a device is a core, half a chip
     'TPU v4': 275e12,
@@ -152,16 +189,22 @@ def fits(mesh, nbytes, share=0.25):
     return nbytes <= share * min(s.get('bytes_limit', 8e9) for s in stats)
 
 
+# Biases and scales of norms stay whole: each would be gathered and reduced in messages of its own, which cost more
+# than what is in them, and all together they are less than a hundredth of a network that is worth splitting.
+FEWEST_TO_SPLIT = 1024
+
+
 def split_state(mesh, tree):
     """A sharding for each array of a state: its largest axis that fsdp divides is split over 'fsdp'.
 
+    Arrays of fewer than FEWEST_TO_SPLIT values are whole on each device.
     tree: arrays or ShapeDtypeStructs. Returns a tree of the same structure.
     """
     fsdp = mesh.shape['fsdp']
 
     def rule(leaf):
         axes = [axis for axis in range(len(leaf.shape)) if leaf.shape[axis] % fsdp == 0]
-        if fsdp == 1 or not axes:
+        if fsdp == 1 or not axes or math.prod(leaf.shape) < FEWEST_TO_SPLIT:
             return replicated(mesh)
         largest = max(axes, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*[None] * largest, 'fsdp'))
