@@ -82,7 +82,7 @@ def run(config, workdir):
     step, params = experiment.load_params(exp, config, workdir, asked.weights)
     experiment.make_folder(workdir, 'likelihood')  # before images are decoded
     experiment.keep_programs(config, workdir)
-    images = experiment.load_images(config, asked.split)
+    images = experiment.load_same_images(config, asked.split)
     if asked.num_images > len(images):
         raise RunError(
             f'config.likelihood.num_images is {asked.num_images}, but the {asked.split} split has {len(images)}'

@@ -224,7 +224,8 @@ def test_a_run_of_ones_own_pictures_is_exported_without_their_folders(tmp_path):
     params = random_params(config, 1)
     make_run(tmp_path / 'run', config, 1, params=params, ema=params)
     path = tmp_path / 'run' / 'config.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | {'images': {'count': 3}}))
+    images = {'count': 3, 'fingerprint': 'of cats', 'sha256': '0', 'channel_means': [1.0]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'images': images}))
     config = config_of(tmp_path / 'run', data__image_size=0)
     assert publish.run(config, str(tmp_path / 'run')) == 0
     card = (tmp_path / 'run' / 'export' / 'step1-ema' / 'README.md').read_text()

@@ -345,7 +345,7 @@ import json
 import jax, numpy as np
 from diffusion.runtime import mesh as meshes
 
-SHAPES = [(), (3,), (8,), (3, 3, 8, 16), (3, 3, 16, 8), (3, 3, 6, 2), (12, 6), (6, 4), (1, 40, 2)]
+SHAPES = [(), (1020,), (1024,), (3, 3, 8, 16), (3, 3, 16, 8), (3, 3, 6, 22), (12, 86), (6, 172), (1, 520, 2)]
 seen = {'errors': [], 'shards': {}}
 for fsdp in (0, 3, 16):
     try:
@@ -378,11 +378,14 @@ def test_eight_devices():
     assert len(seen['errors']) == 3
     for fsdp, error in zip((0, 3, 16), seen['errors'], strict=True):
         assert f'fsdp is {fsdp}' in error and '8 devices' in error
-    shapes = [[], [3], [8], [3, 3, 8, 16], [3, 3, 16, 8], [3, 3, 6, 2], [12, 6], [6, 4], [1, 40, 2]]
-    assert seen['shards']['1'] == shapes
-    # the largest axis that 4 (8) divides is split; (3, 3, 6, 2) has none
-    assert seen['shards']['4'] == [[], [3], [2], [3, 3, 8, 4], [3, 3, 4, 8], [3, 3, 6, 2], [3, 6], [6, 1], [1, 10, 2]]
-    assert seen['shards']['8'] == [[], [3], [1], [3, 3, 8, 2], [3, 3, 2, 8], [3, 3, 6, 2], [12, 6], [6, 4], [1, 5, 2]]
+    few = [[], [1020]]  # whole, though 4 divides 1020
+    shapes = [[1024], [3, 3, 8, 16], [3, 3, 16, 8], [3, 3, 6, 22], [12, 86], [6, 172], [1, 520, 2]]
+    assert seen['shards']['1'] == few + shapes
+    # the largest axis that 4 (8) divides is split; (3, 3, 6, 22) has none
+    by_4 = [[256], [3, 3, 8, 4], [3, 3, 4, 8], [3, 3, 6, 22], [3, 86], [6, 43], [1, 130, 2]]
+    by_8 = [[128], [3, 3, 8, 2], [3, 3, 2, 8], [3, 3, 6, 22], [12, 86], [6, 172], [1, 65, 2]]
+    assert seen['shards']['4'] == few + by_4
+    assert seen['shards']['8'] == few + by_8
 
 
 def test_a_workdir_is_held_by_one_process_and_let_go_when_it_dies(tmp_path):

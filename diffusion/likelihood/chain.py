@@ -45,8 +45,8 @@ def make_chain(schedule, net, *, kind, variance, eta, timesteps=None, clip=False
         )
     t, s = gaussian.chain(schedule, kind, all_timesteps(schedule.T, schedule.T) if timesteps is None else timesteps)
     own = gaussian.own_variance(schedule, variance, s, t, eta=eta)
-    if own is not None and not isinstance(own, jax.core.Tracer) and not np.all(np.asarray(own) > 0):
-        raise ValueError(f'variance is {own}, but where it is 0 the model has no density, and there is no bound')
+    if not isinstance(variance, (str, jax.core.Tracer)) and not np.all(np.asarray(variance) > 0):
+        raise ValueError(f'variance is {variance}, but where it is 0 the model has no density, and there is no bound')
     nothing = gaussian.Prediction(jnp.zeros(len(t)), jnp.zeros(len(t)))
     _, kernel_std = gaussian.posterior(schedule, nothing, s, t, eta=eta)
     std = kernel_std if own is None else jnp.sqrt(own)
