@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from diffusion import compat, data, experiment, sampler
 from diffusion.experiment import RunError
-from diffusion.metrics import frechet
+from diffusion.metrics import colour, frechet
 from diffusion.report.grid import save_grid
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.files import versions, write_json
@@ -82,7 +82,7 @@ def run(config, workdir):
         np.savez(os.path.join(folder, 'samples.npz'), images)
     trained_on = (experiment.read_config(workdir) or {}).get('images')  # None of a run that was imported
     quality = distance_from_data(config, images, trained_on)
-    drift, off = colour_drift(images, trained_on['channel_means']) if trained_on else (None, None)
+    drift, off = colour.drift(images, trained_on['channel_means']) if trained_on else (None, None)
     record = {
         'checkpoint_step': step,
         **asked.to_dict(),
@@ -112,20 +112,6 @@ def run(config, workdir):
     for file in ('grid.png', 'samples.npz', 'record.json'):
         print(os.path.join(folder, file))
     return 0
-
-
-def colour_drift(images, data_means):
-    """How far the mean of each channel is from the data's: (C,) in units of [−1, 1]; and a warning, or None.
-
-    images: (N, H, W, C) uint8; data_means: (C,) in 0 … 255. It warns beyond four standard errors and 0.05.
-    """
-    means = images.mean(axis=(1, 2), dtype=np.float64) / 127.5 - 1
-    drift = means.mean(axis=0) - (np.asarray(data_means) / 127.5 - 1)
-    error = means.std(axis=0) / np.sqrt(len(images))
-    if (np.abs(drift) <= np.maximum(4 * error, 0.05)).all():
-        return drift, None
-    found = ', '.join(f'{value:+.3f}' for value in drift)
-    return drift, f'the colours of the samples are off: channel means differ from the data by {found} (of −1 … 1)'
 
 
 def distance_from_data(config, images, trained_on):

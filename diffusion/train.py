@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from diffusion import data, experiment, generate
 from diffusion.experiment import RunError, TrainState
-from diffusion.generate import colour_drift
 from diffusion.loss import draw, loss_at
+from diffusion.metrics import colour
 from diffusion.report.grid import save_grid
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.errors import first_line
@@ -349,7 +349,7 @@ class Loop:
             self._writer.image(step, 'samples', save_grid(path, images))
         except OSError as error:
             _warn(f'{path} could not be written ({error}); going on without')
-        drift, off = colour_drift(images, self._data_means)
+        drift, off = colour.drift(images, self._data_means)
         self._also = {'colour_drift': float(np.abs(drift).max())}
         if off and (self._was_right or 2 * step >= self._train.num_steps):  # at first they are noise
             _warn(f'{off} at step {step}')
