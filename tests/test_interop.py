@@ -173,6 +173,7 @@ def test_checkpoints_of_a_training_are_left_alone(imported, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
 
 
+@pytest.mark.slow
 def test_on_several_hosts(tmp_path):
     """Two of them, each with half of the parameters: imported, and exported as they came."""
     workdir = tmp_path / 'run'
