@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -225,7 +226,11 @@ class Checkpoints:
 
 @functools.cache
 def _hush():
-    """TensorStore tells a loop that asyncio has closed of each array that is damaged beyond the first: no news."""
+    """What is no news of a damaged checkpoint, once its first array has told.
+
+    TensorStore tells a loop that asyncio has closed of each further one, and Orbax leaves them without awaiting them.
+    """
+    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
     hook, unraisable = sys.excepthook, sys.unraisablehook
 
     def news(error):
