@@ -136,7 +136,9 @@ class Checkpoints:
         failure = None
         try:
             yield
-        except (OSError, ValueError) as error:
+        except jax.errors.JaxRuntimeError:  # another host has gone: there is none to agree with
+            raise
+        except Exception as error:
             failure = error
         if meshes.any_host(failure is not None):
             self._clear()
