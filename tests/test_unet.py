@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diffusion.networks import unet
 from diffusion.networks.unet import Attention, ResBlock, UNet, advance, time_embedding
 
 SMALL = dict(
@@ -155,6 +156,7 @@ def test_each_block_drops_by_a_key_of_its_own(monkeypatch):
         return jnp.zeros((*x.shape[:-1], block.conv2.out_features))
 
     monkeypatch.setattr(ResBlock, '__call__', tell)
+    monkeypatch.setattr(unet, 'in_order', lambda run: run)  # its rule for the way back may leave no traces elsewhere
 
     @jax.jit
     def calls(key):
@@ -185,3 +187,21 @@ def test_a_layer_turned_by_a_step_says_at_t_what_it_said_one_later():
     later = time_embedding(t + 1, 64) @ kernel
     np.testing.assert_allclose(time_embedding(t, 64) @ advance(kernel), later, atol=1e-3)
     assert np.abs(time_embedding(t, 64) @ kernel - later).max() > 0.1
+
+
+def test_training_has_the_gradients_of_the_function_that_it_computes():
+    """It has a rule of its own for the way back. Without dropout the function is that of sampling."""
+    draw = np.random.default_rng(0)
+    graph, state = nnx.split(abstract(**SMALL | dict(image_size=4, multipliers=(1,), attention_resolutions=())))
+    state = jax.tree.map(lambda leaf: jnp.float32(draw.normal(size=leaf.shape) * 0.2), state)
+    x, t = jnp.float32(draw.normal(size=(2, 4, 4, 1))), jnp.array([3, 700])
+
+    def gradients(training):
+        def value(state, x):
+            how = dict(deterministic=False, rngs=nnx.Rngs(dropout=0)) if training else {}
+            return (nnx.merge(graph, state)(x, t, **how) ** 2).sum()
+
+        return jax.tree.leaves(jax.jit(jax.grad(value, (0, 1)))(state, x))
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max() + 1e-30)

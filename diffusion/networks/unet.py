@@ -5,6 +5,7 @@ has one; stride-2 convolutions padded by (0, 1); sin before cos, with half−1, 
 GroupNorm ε of 1e-6; one attention head; the last convolution of each branch starts at zero.
 """
 
+import functools
 import math
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion.networks.conv import conv
 from diffusion.networks.norm import GroupNorm
 
 fan_avg = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
@@ -46,7 +48,7 @@ def advance(kernel):
     return np.concatenate([cos * of_sin - sin * of_cos, sin * of_sin + cos * of_cos]).astype(np.float32)
 
 
-def _conv(inputs, outputs, size=3, *, rngs, dtype, strides=1, padding='SAME', init=fan_avg):
+def _conv(inputs, outputs, size=3, *, rngs, dtype, strides=1, padding='SAME', init=fan_avg, doubled=False):
     return nnx.Conv(
         inputs,
         outputs,
@@ -54,6 +56,7 @@ def _conv(inputs, outputs, size=3, *, rngs, dtype, strides=1, padding='SAME', in
         strides=strides,
         padding=padding,
         kernel_init=init,
+        conv_general_dilated=functools.partial(conv, doubled=doubled),
         dtype=dtype,
         rngs=rngs,
     )
@@ -121,7 +124,11 @@ class Stage(nnx.Module):
             x = block(jnp.concatenate(inputs, axis=-1), emb, dropout_key)
             return x if attention is None else attention(x)
 
-        return (recomputed(run) if self.remat else run)(state, inputs, emb, dropout_key)
+        if self.remat:
+            run = recomputed(run)
+        elif dropout_key is not None and jax.default_backend() == 'cpu' and jax.device_count() == 1:
+            run = in_order(run)
+        return run(state, inputs, emb, dropout_key)
 
 
 def recomputed(run):
@@ -145,6 +152,31 @@ def recomputed(run):
         return *back(gradient), None
 
     wrapped.defvjp(lambda *args: (run(*args), args), backward)
+    return wrapped
+
+
+def in_order(run):
+    """`run`, on whose way back the images' gradients wait for those of the parameters.
+
+    On a lone CPU XLA would go all the way back first, with all that the parameters' gradients need still in memory.
+    Several devices would bring each other their parts of these gradients for it.
+
+    run: (state, inputs, emb, key) → x (B, H, W, C). Has no derivative forwards: it is for training.
+    """
+
+    @jax.custom_vjp
+    def wrapped(*args):
+        return run(*args)
+
+    def forward(state, inputs, emb, key):
+        return jax.vjp(lambda *args: run(*args, key), state, inputs, emb)
+
+    def backward(back, gradient):
+        state, inputs, emb = back(gradient)
+        wait = 0 * sum(leaf.ravel()[0] for leaf in jax.tree.leaves(state))
+        return state, [x + wait.astype(x.dtype) for x in inputs], emb, None
+
+    wrapped.defvjp(forward, backward)
     return wrapped
 
 
@@ -210,7 +242,7 @@ class UNet(nnx.Module):
         up, below = [], width
         for level, (size, width) in reversed(list(enumerate(zip(sizes, widths, strict=True)))):
             inputs = [previous + skips.pop() for previous in [below] + [width] * num_blocks]
-            resample = None if level == 0 else _conv(width, width, rngs=rngs, dtype=dtype)
+            resample = None if level == 0 else _conv(width, width, doubled=True, rngs=rngs, dtype=dtype)
             up.append(stage(size, inputs, width, resample))
             below = width
         self.up = nnx.List(up)
@@ -239,7 +271,7 @@ class UNet(nnx.Module):
             for i in range(len(stage.blocks)):
                 x = stage.block(i, [x, skips.pop()], emb, key())
             if stage.resample is not None:
-                x = stage.resample(x.repeat(2, axis=1).repeat(2, axis=2))
+                x = stage.resample(x)
         return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
 
 

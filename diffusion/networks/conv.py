@@ -1,0 +1,162 @@
+"""Convolutions as CPUs compute them fastest: by Winograd's algorithm (benchmarks/NOTES.md has the figures).
+
+Along one axis, F(2, 3) gets two outputs of a kernel of three, y = Aᵀ[(G·k) ∘ (Bᵀ·d)], from four products instead of
+six, where d is the four inputs that they see. Along both axes these are 16 instead of 36, each a matrix product of
+all tiles' channels and a kernel's (Winograd 1980; Lavin and Gray, arXiv:1509.09308). Of an image that is doubled
+first, as on the way up in a U-Net, d is (x_{i−1}, x_i, x_i, x_{i+1}): one of the four products is always 0, and 9 of
+36 are left. The constants are ±½, ±1, ±2, and what is rounded stays within a small factor of what a convolution rounds.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+class Algorithm(NamedTuple):
+    """The matrices of y = A[(G·k) ∘ (B·d)]; from one d to the next are `stride` inputs."""
+
+    b: np.ndarray
+    g: np.ndarray
+    a: np.ndarray
+    stride: int
+
+
+_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+ALGORITHMS = {
+    'same': Algorithm(
+        b=np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32),
+        g=_G,
+        a=np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32),
+        stride=2,
+    ),
+    'doubled': Algorithm(  # each pixel stands for 2×2 of them
+        b=np.array([[1, -1, 0], [0, 2, 0], [0, 1, -1]], np.float32),
+        g=_G[[0, 1, 3]],
+        a=np.array([[1, 1, 0], [0, 1, -1]], np.float32),
+        stride=1,
+    ),
+    'halved': Algorithm(  # 2×2 outputs are added up
+        b=np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, 1, 0, -1]], np.float32),
+        g=_G[[0, 1, 3]],
+        a=np.array([[1, 2, -1]], np.float32),
+        stride=2,
+    ),
+}
+TRANSPOSED = {'same': 'same', 'doubled': 'halved', 'halved': 'doubled'}
+
+
+def conv(x, kernel, strides, padding, *, doubled=False, **options):
+    """jax.lax.conv_general_dilated of images (B, H, W, C) and a kernel (h, w, C, O), by Winograd where that is faster.
+
+    doubled: each pixel of the images is repeated along both axes first.
+    """
+    if _wins(x, kernel, strides, padding, 2 if doubled else 1):
+        return winograd_p.bind(x, kernel, algorithm='doubled' if doubled else 'same')
+    if doubled:
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def _wins(x, kernel, strides, padding, scale):
+    """Whether Winograd's algorithm is faster; the number of images does not matter, so that none changes with it."""
+    height, width = scale * x.shape[1], scale * x.shape[2]
+    return (
+        jax.default_backend() == 'cpu'
+        and x.dtype == kernel.dtype == jnp.float32
+        and kernel.shape[:2] == (3, 3)
+        and min(kernel.shape[2:]) >= 128
+        and set(strides) == {1}
+        and padding == 'SAME'
+        and height % 2 == width % 2 == 0
+        and height * width >= 64
+    )
+
+
+def winograd(x, kernel, *, algorithm):
+    """The 3×3 convolution, padded by zeros, of images (B, H, W, C) with a kernel (3, 3, C, O)."""
+    method = ALGORITHMS[algorithm]
+    tiles = _combine(method.b, _tiles(_pad(x, (1, 2)), method, (1, 2)))
+    kernels = _combine(method.g, kernel)
+    products = [
+        [jnp.einsum('bhwc,co->bhwo', *pair) for pair in zip(*lines, strict=True)]
+        for lines in zip(tiles, kernels, strict=True)
+    ]
+    lines = [_interleave(line, axis=2) for line in _combine(method.a, products)]
+    return _interleave(lines, axis=1)
+
+
+def _image_gradient(gradient, x, kernel, *, algorithm):
+    """Of winograd, likewise, of its images: the convolution with the kernel turned round."""
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    return winograd_p.bind(gradient, turned, algorithm=TRANSPOSED[algorithm])
+
+
+def _kernel_gradient(gradient, x, kernel, *, algorithm):
+    """Of winograd: what of its kernel has this gradient (B, ·, ·, O) of its output. Returns (3, 3, C, O)."""
+    method = ALGORITHMS[algorithm]
+    x += 0 * gradient[:, :1, :1, :1]  # so that nothing of this is done, and kept, before the gradient is there
+    tiles = _combine(method.b, _tiles(_pad(x.transpose(1, 2, 0, 3), (0, 1)), method, (0, 1)))
+    # Products of (O, pixels) and (pixels, C) are fastest. XLA would turn the gradient round again for each of them, but
+    # computes once what is padded; and it is padded for the image's gradient anyway.
+    gradient = _pad(_pad(gradient, (1, 2)).transpose(3, 1, 2, 0), (1, 2))[:, 2:-2, 2:-2]
+    phases = len(method.a)
+    parts = [[gradient[:, i::phases, j::phases] for j in range(phases)] for i in range(phases)]
+    products = [
+        [jnp.einsum('hwbc,ohwb->oc', *pair) for pair in zip(*lines, strict=True)]
+        for lines in zip(tiles, _combine(method.a.T, parts), strict=True)
+    ]
+    return jnp.array(_combine(method.g.T, products)).swapaxes(2, 3)
+
+
+def _combine(matrix, grid):
+    """Σ_ij matrix[p, i]·matrix[q, j]·grid[i][j], for all p and q, as lists of lists."""
+
+    def weighted(row, arrays):
+        return functools.reduce(jnp.add, [weight * array for weight, array in zip(row, arrays, strict=True) if weight])
+
+    lines = [[weighted(row, column) for column in zip(*grid, strict=True)] for row in matrix]
+    return [[weighted(row, line) for row in matrix] for line in lines]
+
+
+def _pad(x, axes):
+    return jnp.pad(x, [(int(i in axes),) * 2 for i in range(x.ndim)])
+
+
+def _tiles(x, method, axes):
+    """Of each place in a tile, what all tiles have there: a grid of images."""
+    size = method.b.shape[1]
+
+    def take(x, i, axis):
+        stop = x.shape[axis] - size + i + 1
+        return jax.lax.slice_in_dim(x, i, stop, method.stride, axis)
+
+    return [[take(take(x, i, axes[0]), j, axes[1]) for j in range(size)] for i in range(size)]
+
+
+def _interleave(images, axis):
+    """Row (or column) 0 of each image, then 1 of each, …."""
+    shape = list(images[0].shape)
+    shape[axis] *= len(images)
+    return jnp.stack(images, axis + 1).reshape(shape)
+
+
+def _vmap(args, dims, *, algorithm):
+    return jax.vmap(functools.partial(winograd, algorithm=algorithm), dims)(*args), 0
+
+
+# A primitive, and not a jax.custom_vjp, because likelihoods take derivatives forwards, many at a time.
+winograd_p = Primitive('winograd')
+winograd_p.def_impl(jax.jit(winograd, static_argnames='algorithm'))
+winograd_p.def_abstract_eval(
+    lambda x, kernel, *, algorithm: jax.typeof(
+        jax.eval_shape(functools.partial(winograd, algorithm=algorithm), x, kernel)
+    )
+)
+ad.defbilinear(winograd_p, _image_gradient, _kernel_gradient)
+batching.primitive_batchers[winograd_p] = _vmap
+mlir.register_lowering(winograd_p, mlir.lower_fun(winograd, multiple_results=False))
