@@ -26,10 +26,11 @@ class Algorithm(NamedTuple):
     stride: int
 
 
+_B = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32)
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 ALGORITHMS = {
     'same': Algorithm(
-        b=np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32),
+        b=_B,
         g=_G,
         a=np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32),
         stride=2,
@@ -41,7 +42,7 @@ ALGORITHMS = {
         stride=1,
     ),
     'halved': Algorithm(  # 2×2 outputs are added up
-        b=np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, 1, 0, -1]], np.float32),
+        b=_B[[0, 1, 3]],
         g=_G[[0, 1, 3]],
         a=np.array([[1, 2, -1]], np.float32),
         stride=2,
@@ -82,10 +83,7 @@ def winograd(x, kernel, *, algorithm):
     method = ALGORITHMS[algorithm]
     tiles = _combine(method.b, _tiles(_pad(x, (1, 2)), method, (1, 2)))
     kernels = _combine(method.g, kernel)
-    products = [
-        [jnp.einsum('bhwc,co->bhwo', *pair) for pair in zip(*lines, strict=True)]
-        for lines in zip(tiles, kernels, strict=True)
-    ]
+    products = _products('bhwc,co->bhwo', tiles, kernels)
     lines = [_interleave(line, axis=2) for line in _combine(method.a, products)]
     return _interleave(lines, axis=1)
 
@@ -106,10 +104,7 @@ def _kernel_gradient(gradient, x, kernel, *, algorithm):
     gradient = _pad(_pad(gradient, (1, 2)).transpose(3, 1, 2, 0), (1, 2))[:, 2:-2, 2:-2]
     phases = len(method.a)
     parts = [[gradient[:, i::phases, j::phases] for j in range(phases)] for i in range(phases)]
-    products = [
-        [jnp.einsum('hwbc,ohwb->oc', *pair) for pair in zip(*lines, strict=True)]
-        for lines in zip(tiles, _combine(method.a.T, parts), strict=True)
-    ]
+    products = _products('hwbc,ohwb->oc', tiles, _combine(method.a.T, parts))
     return jnp.array(_combine(method.g.T, products)).swapaxes(2, 3)
 
 
@@ -121,6 +116,13 @@ def _combine(matrix, grid):
 
     lines = [[weighted(row, column) for column in zip(*grid, strict=True)] for row in matrix]
     return [[weighted(row, line) for row in matrix] for line in lines]
+
+
+def _products(subscripts, one, other):
+    """The einsum of each place of a grid with the same place of another."""
+    return [
+        [jnp.einsum(subscripts, *pair) for pair in zip(*lines, strict=True)] for lines in zip(one, other, strict=True)
+    ]
 
 
 def _pad(x, axes):
