@@ -116,6 +116,8 @@ def test_large_convolutions_are_winograds_on_cpus(doubled):
         {'width': 4, 'height': 4},
         {'inputs': 3},
         {'outputs': 3},
+        {'inputs': 64},
+        {'outputs': 64},
         {'dtype': jnp.bfloat16},
     ],
     ids=lambda change: '-'.join(change),
