@@ -364,9 +364,9 @@ def assert_bitwise(one, other):
 
 
 def metrics(workdir, last=None):
-    """(step, loss, grad_norm, learning_rate) of each line of metrics.jsonl."""
-    lines = (workdir / 'logs' / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
-    logged = [json.loads(line) for line in lines]
+    """(step, loss, grad_norm, learning_rate) of each line of metrics.jsonl, but for one that is being written."""
+    text = (workdir / 'logs' / 'metrics.jsonl').read_text(encoding='utf-8')
+    logged = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]
     assert all(line['images_per_second'] > 0 for line in logged)
     names = ('step', 'loss', 'grad_norm', 'learning_rate')
     return [tuple(line[name] for name in names) for line in logged][:last]
