@@ -96,9 +96,9 @@ def primitives(f, *args):
 
 
 @pytest.mark.skipif(not CPU, reason='of CPUs')
-@pytest.mark.parametrize('doubled', [False, True])
-def test_large_convolutions_are_winograds_on_cpus(doubled):
-    x, kernel, *_ = (jnp.float32(a) for a in arrays(128, 128, 8, 8))
+@pytest.mark.parametrize('doubled, channels', [(False, 128), (True, 32)])
+def test_large_convolutions_are_winograds_on_cpus(doubled, channels):
+    x, kernel, *_ = (jnp.float32(a) for a in arrays(channels, channels, 8, 8))
 
     def ours(x, kernel):
         return conv(x, kernel, (1, 1), 'SAME', doubled=doubled, **HOW)
@@ -118,6 +118,9 @@ def test_large_convolutions_are_winograds_on_cpus(doubled):
         {'outputs': 3},
         {'inputs': 64},
         {'outputs': 64},
+        {'inputs': 24, 'doubled': True},
+        {'outputs': 24, 'doubled': True},
+        {'width': 2, 'height': 2, 'doubled': True},
         {'dtype': jnp.bfloat16},
     ],
     ids=lambda change: '-'.join(change),
@@ -127,10 +130,12 @@ def test_others_are_left_to_jax(change):
     how = {'strides': (1, 1), 'padding': 'SAME', 'dtype': jnp.float32} | change
     x, kernel, *_ = arrays(*(size[key] for key in ('inputs', 'outputs', 'height', 'width')))
     x, kernel = x.astype(how['dtype']), kernel.astype(how['dtype'])
-    asked = how['strides'], how['padding']
-    assert 'winograd' not in primitives(lambda x, kernel: conv(x, kernel, *asked, **HOW), x, kernel)
-    expected = jax.lax.conv_general_dilated(x, kernel, *asked, **HOW)
-    np.testing.assert_array_equal(conv(x, kernel, *asked, **HOW), expected)
+    asked, doubled = (how['strides'], how['padding']), change.get('doubled', False)
+    found = primitives(lambda x, kernel: conv(x, kernel, *asked, doubled=doubled, **HOW), x, kernel)
+    assert 'winograd' not in found and 'conv_general_dilated' in found
+    if not doubled:
+        expected = jax.lax.conv_general_dilated(x, kernel, *asked, **HOW)
+        np.testing.assert_array_equal(conv(x, kernel, *asked, **HOW), expected)
 
 
 @pytest.mark.parametrize('backend', ['gpu', 'tpu'])

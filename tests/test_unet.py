@@ -107,6 +107,38 @@ def test_each_branch_starts_as_nothing():
         assert np.abs(expected).max() > 0.5
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_attention_is_that_of_jax_by_its_four_layers(dtype, tolerance):
+    """And so are its gradients, from which those of the layers have to be found again. All biases are heard but the
+    keys', which has no say: as its gradient is zero exactly, Adam has no rounding to make steps of."""
+    draw = np.random.default_rng(0)
+    graph, state = nnx.split(Attention(16, groups=4, dtype=dtype, rngs=nnx.Rngs(0)))
+    state = jax.tree.map(lambda leaf: jnp.float32(draw.normal(size=leaf.shape)) / math.sqrt(leaf.shape[0]), state)
+    x, weight = (jnp.float32(draw.normal(size=(3, 4, 2, 16))) for _ in range(2))
+
+    def by_jax(state, x):
+        layers = nnx.merge(graph, state)
+        h = layers.norm(x).reshape(3, 8, 1, 16)
+        query, key, value = (
+            h @ linear.kernel[...] + linear.bias[...] for linear in (layers.query, layers.key, layers.value)
+        )
+        attended = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        return x + attended @ layers.out.kernel[...] + layers.out.bias[...]
+
+    def with_gradients(f):
+        return jax.jit(lambda *args: (f(*args), jax.grad(lambda *args: (f(*args) * weight).sum(), (0, 1))(*args)))
+
+    ours, (ours_of_state, ours_of_x) = with_gradients(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+    theirs, (theirs_of_state, theirs_of_x) = with_gradients(by_jax)(state, x)
+    for one, other in [(ours, theirs), (ours_of_x, theirs_of_x)]:
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs_of_state))
+    for one, other in zip(jax.tree.leaves(ours_of_state), jax.tree.leaves(theirs_of_state), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale)
+    assert not ours_of_state['key']['bias'][...].any()
+    assert np.abs(ours_of_state['query']['bias'][...]).max() > 0.01 * scale
+
+
 @pytest.mark.parametrize(
     'size, channels, multipliers', [(4, 5, (1, 1, 2)), (12, 2, (1, 2)), (7, 3, (2,)), (64, 1, (1, 1))]
 )

@@ -70,7 +70,7 @@ def _wins(x, kernel, strides, padding, scale):
         jax.default_backend() == 'cpu'
         and x.dtype == kernel.dtype == jnp.float32
         and kernel.shape[:2] == (3, 3)
-        and min(kernel.shape[2:]) >= 128
+        and min(kernel.shape[2:]) >= (128 if scale == 1 else 32)
         and set(strides) == {1}
         and padding == 'SAME'
         and height % 2 == width % 2 == 0

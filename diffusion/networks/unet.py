@@ -90,9 +90,18 @@ class ResBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """x + linear(attention(norm(x))): one head over all pixels."""
+    """x + linear(attention(norm(x))): one head over all pixels.
+
+    With a single head the four layers are two, of the products of their matrices:
+
+        logits = (h·Wq + bq)·(h·Wk + bk)ᵀ/√C = (h·WqWkᵀ + bq·Wkᵀ)·hᵀ/√C + what all keys have in common
+        output = (softmax(logits)·(h·Wv + bv))·Wo + bo = (softmax(logits)·h)·WvWo + bv·Wo + bo
+
+    and softmax does not depend on what its arguments have in common, nor anything on bk.
+    """
 
     def __init__(self, channels, *, groups, dtype, rngs):
+        self.dtype = dtype
         self.norm = _norm(channels, groups, rngs=rngs)
         self.query = _linear(channels, channels, rngs=rngs, dtype=dtype)
         self.key = _linear(channels, channels, rngs=rngs, dtype=dtype)
@@ -101,9 +110,17 @@ class Attention(nnx.Module):
 
     def __call__(self, x):
         batch, height, width, channels = x.shape
-        h = self.norm(x).reshape(batch, height * width, 1, channels)
-        h = jax.nn.dot_product_attention(self.query(h), self.key(h), self.value(h))  # softmax in float32
-        return x + self.out(h).reshape(x.shape)
+        h = self.norm(x).reshape(batch, height * width, channels).astype(self.dtype)
+        queries = _affine(h, self.query, self.key.kernel[...].T)
+        logits = jnp.einsum('btc,bsc->bts', queries, h, preferred_element_type=jnp.float32) / math.sqrt(channels)
+        mean = jnp.einsum('bts,bsc->btc', jax.nn.softmax(logits).astype(self.dtype), h)
+        out = _affine(mean, self.value, self.out.kernel[...]) + self.out.bias[...].astype(self.dtype)
+        return x + out.reshape(x.shape)
+
+
+def _affine(x, linear, matrix):
+    """(x·W + b)·matrix, by the product W·matrix, which is rounded to the type of x only then."""
+    return x @ (linear.kernel[...] @ matrix).astype(x.dtype) + (linear.bias[...] @ matrix).astype(x.dtype)
 
 
 class Stage(nnx.Module):
