@@ -31,6 +31,11 @@ def arrays(inputs=5, outputs=7, height=6, width=8, batch=3):
     return [random.normal(size=shape) for shape in shapes * 2]
 
 
+def small(algorithm):
+    """`arrays` of a size that the algorithm takes."""
+    return arrays(height=4, width=4) if algorithm == 'whole' else arrays()
+
+
 def bound(algorithm):
     return lambda x, kernel: winograd_p.bind(x, kernel, algorithm=algorithm)
 
@@ -42,7 +47,7 @@ def close(ours, theirs, tolerance=1e-5):
 
 @pytest.mark.parametrize('algorithm', ALGORITHMS)
 def test_values_and_derivatives_are_those_of_the_convolution(algorithm):
-    x, kernel, dx, dkernel = arrays()
+    x, kernel, dx, dkernel = small(algorithm)
     ours, theirs = bound(algorithm), lambda x, kernel: direct(x, kernel, algorithm)
     single = [jnp.float32(a) for a in (x, kernel, dx, dkernel)]
     with jax.enable_x64(True):
@@ -58,7 +63,7 @@ def test_values_and_derivatives_are_those_of_the_convolution(algorithm):
 @pytest.mark.parametrize('which', [0, 1])
 def test_either_argument_alone_many_at_a_time_and_twice(algorithm, which):
     """As the probability flow and second derivatives have it."""
-    primals = [jnp.float32(a) for a in arrays()[:2]]
+    primals = [jnp.float32(a) for a in small(algorithm)[:2]]
     several = jnp.stack([primals[which], 2 * primals[which], primals[which] - 1])
 
     def results(f, several):
@@ -76,19 +81,40 @@ def test_either_argument_alone_many_at_a_time_and_twice(algorithm, which):
     close(*(jax.jit(results, static_argnums=0)(f, several) for f in (bound(algorithm), theirs)))
 
 
-def test_rounding_is_that_of_a_convolution():
-    """With the channels and kernels of the CIFAR-10 network, against float64: at most three times the error."""
-    x, kernel, *_ = arrays(256, 128, 16, 16, batch=2)
+@pytest.mark.parametrize('algorithm, size, factor', [('same', 16, 3), ('whole', 4, 6)])
+def test_rounding_is_little_more_than_that_of_a_convolution(algorithm, size, factor):
+    """With the channels and kernels of the CIFAR-10 network, against float64, of values and of both gradients."""
+    x, kernel, *_ = arrays(256, 128, size, size, batch=32)
+    gradient = np.random.default_rng(1).normal(size=(32, size, size, 128))
+
+    def results(f, x, kernel, gradient):
+        value, back = jax.vjp(f, x, kernel)
+        return [np.asarray(a, np.float64) for a in (value, *back(gradient))]
+
     with jax.enable_x64(True):
-        exact = np.asarray(direct(x, kernel, 'same'))
-    x, kernel = jnp.float32(x), jnp.float32(kernel)
+        exact = results(lambda x, kernel: direct(x, kernel, algorithm), x, kernel, gradient)
 
-    def error(f):
-        return np.sqrt(np.mean((np.asarray(f(x, kernel), np.float64) - exact) ** 2))
+    def errors(f):
+        found = results(f, *(jnp.float32(a) for a in (x, kernel, gradient)))
+        return [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(found, exact, strict=True)]
 
-    assert error(bound('same')) < 3 * error(
-        lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', **HOW)
-    )
+    theirs = errors(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', **HOW))
+    for ours, of_convolution in zip(errors(bound(algorithm)), theirs, strict=True):
+        assert ours < factor * of_convolution
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('algorithm', ALGORITHMS)
+def test_an_image_that_is_not_finite_spoils_no_other(algorithm, bad):
+    x, kernel, *_ = (jnp.float32(a) for a in small(algorithm))
+
+    def results(x):
+        value, back = jax.vjp(bound(algorithm), x, kernel)
+        return value, back(value)[0]
+
+    for spoilt, expected in zip(results(x.at[0].set(bad)), results(x), strict=True):
+        assert not np.isfinite(spoilt[0]).any()
+        np.testing.assert_array_equal(spoilt[1:], expected[1:])
 
 
 def primitives(f, *args):
@@ -96,9 +122,9 @@ def primitives(f, *args):
 
 
 @pytest.mark.skipif(not CPU, reason='of CPUs')
-@pytest.mark.parametrize('doubled, channels', [(False, 128), (True, 32)])
-def test_large_convolutions_are_winograds_on_cpus(doubled, channels):
-    x, kernel, *_ = (jnp.float32(a) for a in arrays(channels, channels, 8, 8))
+@pytest.mark.parametrize('doubled, channels, size', [(False, 128, 8), (False, 32, 4), (True, 32, 8)])
+def test_large_convolutions_are_winograds_on_cpus(doubled, channels, size):
+    x, kernel, *_ = (jnp.float32(a) for a in arrays(channels, channels, size, size))
 
     def ours(x, kernel):
         return conv(x, kernel, (1, 1), 'SAME', doubled=doubled, **HOW)
@@ -113,7 +139,11 @@ def test_large_convolutions_are_winograds_on_cpus(doubled, channels):
         {'strides': (2, 2), 'padding': ((0, 1), (0, 1))},
         {'padding': ((0, 0), (0, 0))},
         {'height': 7},
-        {'width': 4, 'height': 4},
+        {'height': 4},
+        {'height': 4, 'width': 4, 'inputs': 24},
+        {'height': 4, 'width': 4, 'outputs': 24},
+        {'height': 4, 'width': 4, 'inputs': 256},
+        {'height': 4, 'width': 4, 'outputs': 256},
         {'inputs': 3},
         {'outputs': 3},
         {'inputs': 64},
@@ -144,3 +174,27 @@ def test_accelerators_have_their_own(backend, monkeypatch):
     x, kernel, *_ = (jnp.float32(a) for a in arrays(128, 128, 8, 8))
     found = primitives(lambda x, kernel: conv(x, kernel, (1, 1), 'SAME', doubled=True, **HOW), x, kernel)
     assert 'winograd' not in found and 'conv_general_dilated' in found
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+def test_convolutions_of_single_pixels_are_matrix_products(backend, monkeypatch):
+    monkeypatch.setattr(module.jax, 'default_backend', lambda: backend)
+    x, kernel, *_ = (jnp.float32(a) for a in arrays())
+    kernel = kernel[1:2, 1:2]
+
+    def ours(x, kernel, strides=(1, 1), padding='SAME'):
+        return conv(x, kernel, strides, padding, **HOW)
+
+    assert 'conv_general_dilated' not in primitives(ours, x, kernel)
+    for how in [(1, 1), 'SAME'], [(2, 2), 'SAME'], [(1, 1), ((1, 1), (0, 2))]:
+        np.testing.assert_allclose(
+            ours(x, kernel, *how), jax.lax.conv_general_dilated(x, kernel, *how, **HOW), atol=1e-5
+        )
+    doubled = conv(x, kernel, (1, 1), 'SAME', doubled=True, **HOW)
+    np.testing.assert_allclose(doubled, ours(x, kernel).repeat(2, axis=1).repeat(2, axis=2), atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [1, 3])
+def test_no_images_give_none(size):
+    x, kernel, *_ = (jnp.float32(a) for a in arrays(32, 40, 4, 4))
+    assert conv(x[:0], kernel[:size, :size], (1, 1), 'SAME', **HOW).shape == (0, 4, 4, 40)

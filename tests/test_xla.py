@@ -61,3 +61,11 @@ def test_on_cpus_its_gradients_are_the_convolutions_that_eigen_has():
 def test_one_part_is_in_memory_at_a_time():
     one, four = (compiled(fold, parts).memory_analysis().temp_size_in_bytes for parts in (1, 4))
     assert four < 1.5 * one
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_what_is_not_finite_stays_in_its_part(bad):
+    """Parts wait for each other, and have nothing else in common."""
+    parts = [jnp.array([bad, 1.0]), KEYS[:2]]
+    drawn = fold(lambda carry, part: (part[0], jax.random.normal(part[1])), (jnp.float32(0), jnp.float32(0)), parts)
+    np.testing.assert_array_equal(drawn, (1.0, jax.random.normal(KEYS[1])))

@@ -1,10 +1,13 @@
-"""Convolutions as CPUs compute them fastest: by Winograd's algorithm (benchmarks/NOTES.md has the figures).
+"""Convolutions as CPUs compute them fastest, most by Winograd's algorithm (benchmarks/NOTES.md has the figures).
 
 Along one axis, F(2, 3) gets two outputs of a kernel of three, y = Aᵀ[(G·k) ∘ (Bᵀ·d)], from four products instead of
 six, where d is the four inputs that they see. Along both axes these are 16 instead of 36, each a matrix product of
 all tiles' channels and a kernel's (Winograd 1980; Lavin and Gray, arXiv:1509.09308). Of an image that is doubled
 first, as on the way up in a U-Net, d is (x_{i−1}, x_i, x_i, x_{i+1}): one of the four products is always 0, and 9 of
 36 are left. The constants are ±½, ±1, ±2, and what is rounded stays within a small factor of what a convolution rounds.
+
+Images of 4×4 pixels are one tile each of F(4, 3), with 36 products instead of 144, and rounding of two to five times
+a convolution's. There Bᵀ, G and Aᵀ along both axes are a matrix product each, and so is all that derivatives need.
 """
 
 import functools
@@ -16,14 +19,26 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from diffusion.networks.after import after
+
 
 class Algorithm(NamedTuple):
-    """The matrices of y = A[(G·k) ∘ (B·d)]; from one d to the next are `stride` inputs."""
+    """The matrices of y = A[(G·k) ∘ (B·d)] along one axis, of 'whole' both; d to next d are `stride` inputs."""
 
     b: np.ndarray
     g: np.ndarray
     a: np.ndarray
     stride: int
+
+
+def _toom_cook(points):
+    """F(4, 3) along both axes at once, by the values of polynomials at five points and at infinity (Toom, Cook)."""
+
+    def values(coefficients):
+        return np.array([[p**i for i in range(coefficients)] for p in points] + [[0] * (coefficients - 1) + [1]])
+
+    b = np.linalg.inv(values(6)).T[:, 1:-1]  # the outermost inputs are the padding
+    return Algorithm(*(np.kron(m, m).astype(np.float32) for m in (b, values(3), values(4).T)), stride=4)
 
 
 _B = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32)
@@ -47,6 +62,7 @@ ALGORITHMS = {
         a=np.array([[1, 2, -1]], np.float32),
         stride=2,
     ),
+    'whole': _toom_cook((0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)),  # these round the least
 }
 TRANSPOSED = {'same': 'same', 'doubled': 'halved', 'halved': 'doubled'}
 
@@ -56,30 +72,40 @@ def conv(x, kernel, strides, padding, *, doubled=False, **options):
 
     doubled: each pixel of the images is repeated along both axes first.
     """
-    if _wins(x, kernel, strides, padding, 2 if doubled else 1):
-        return winograd_p.bind(x, kernel, algorithm='doubled' if doubled else 'same')
+    if kernel.shape[:2] == strides == (1, 1) and padding == 'SAME' and not doubled:
+        # As a matrix product, of which XLA's gradients are faster.
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+    algorithm = _fastest(x, kernel, strides, padding, doubled)
+    if algorithm:
+        return winograd_p.bind(x, kernel, algorithm=algorithm)
     if doubled:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
-def _wins(x, kernel, strides, padding, scale):
-    """Whether Winograd's algorithm is faster; the number of images does not matter, so that none changes with it."""
-    height, width = scale * x.shape[1], scale * x.shape[2]
-    return (
+def _fastest(x, kernel, strides, padding, doubled):
+    """The algorithm that is faster than a convolution, or None. The number of images does not decide."""
+    _, height, width, _ = x.shape
+    if not (
         jax.default_backend() == 'cpu'
         and x.dtype == kernel.dtype == jnp.float32
         and kernel.shape[:2] == (3, 3)
-        and min(kernel.shape[2:]) >= (128 if scale == 1 else 32)
         and set(strides) == {1}
         and padding == 'SAME'
-        and height % 2 == width % 2 == 0
-        and height * width >= 64
-    )
+    ):
+        return None
+    fewest, most = sorted(kernel.shape[2:])
+    if doubled:
+        return 'doubled' if fewest >= 32 and height * width >= 16 else None
+    if height == width == 4:
+        return 'whole' if fewest >= 32 and most <= 128 else None
+    return 'same' if fewest >= 128 and height % 2 == width % 2 == 0 and height * width >= 64 else None
 
 
 def winograd(x, kernel, *, algorithm):
     """The 3×3 convolution, padded by zeros, of images (B, H, W, C) with a kernel (3, 3, C, O)."""
+    if algorithm == 'whole':
+        return _whole(x, kernel)
     method = ALGORITHMS[algorithm]
     tiles = _combine(method.b, _tiles(_pad(x, (1, 2)), method, (1, 2)))
     kernels = _combine(method.g, kernel)
@@ -90,14 +116,18 @@ def winograd(x, kernel, *, algorithm):
 
 def _image_gradient(gradient, x, kernel, *, algorithm):
     """Of winograd, likewise, of its images: the convolution with the kernel turned round."""
+    if algorithm == 'whole':
+        return _whole_image_gradient(gradient, kernel)
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
     return winograd_p.bind(gradient, turned, algorithm=TRANSPOSED[algorithm])
 
 
 def _kernel_gradient(gradient, x, kernel, *, algorithm):
     """Of winograd: what of its kernel has this gradient (B, ·, ·, O) of its output. Returns (3, 3, C, O)."""
+    if algorithm == 'whole':
+        return _whole_kernel_gradient(gradient, x)
     method = ALGORITHMS[algorithm]
-    x += 0 * gradient[:, :1, :1, :1]  # so that nothing of this is done, and kept, before the gradient is there
+    x = after(gradient[:, :1, :1, :1], x)  # nothing of this is done, and kept, before
     tiles = _combine(method.b, _tiles(_pad(x.transpose(1, 2, 0, 3), (0, 1)), method, (0, 1)))
     # Products of (O, pixels) and (pixels, C) are fastest. XLA would turn the gradient round again for each of them, but
     # computes once what is padded; and it is padded for the image's gradient anyway.
@@ -106,6 +136,44 @@ def _kernel_gradient(gradient, x, kernel, *, algorithm):
     parts = [[gradient[:, i::phases, j::phases] for j in range(phases)] for i in range(phases)]
     products = _products('hwbc,ohwb->oc', tiles, _combine(method.a.T, parts))
     return jnp.array(_combine(method.g.T, products)).swapaxes(2, 3)
+
+
+def _whole(x, kernel):
+    """winograd of images that are one tile each. Kernels and products are shared by what follows."""
+    b, g, a, _ = ALGORITHMS['whole']
+    products = jnp.einsum('pbc,pco->pbo', _dot(b, _pixels(x)), _dot(g, _taps(kernel)))
+    # XLA is slow where it computes an image and turns it round in one go. What has another use, it computes first.
+    return after(x[:, :1, :1, :1], _images(_dot(a, products)))
+
+
+def _whole_image_gradient(gradient, kernel):
+    b, g, a, _ = ALGORITHMS['whole']
+    products = jnp.einsum('pbo,pco->pbc', _dot(a.T, _pixels(gradient)), _dot(g, _taps(kernel)))
+    return after(gradient[:, :1, :1, :1], _images(_dot(b.T, products)))
+
+
+def _whole_kernel_gradient(gradient, x):
+    b, g, a, _ = ALGORITHMS['whole']
+    products = jnp.einsum('pbc,pbo->pco', _dot(b, _pixels(x)), _dot(a.T, _pixels(gradient)))
+    return _dot(g.T, products).reshape(3, 3, *products.shape[1:])
+
+
+_dot = functools.partial(jnp.tensordot, axes=1)
+
+
+def _pixels(images):
+    """(B, 4, 4, C) → (16, B, C)."""
+    return images.reshape(len(images), 16, images.shape[-1]).swapaxes(0, 1)
+
+
+def _images(pixels):
+    """(16, B, C) → (B, 4, 4, C)."""
+    return pixels.swapaxes(0, 1).reshape(pixels.shape[1], 4, 4, pixels.shape[2])
+
+
+def _taps(kernel):
+    """(3, 3, C, O) → (9, C, O)."""
+    return kernel.reshape(9, *kernel.shape[2:])
 
 
 def _combine(matrix, grid):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion.networks.after import after
 from diffusion.networks.conv import conv
 from diffusion.networks.norm import GroupNorm
 
@@ -119,8 +120,13 @@ class Attention(nnx.Module):
 
 
 def _affine(x, linear, matrix):
-    """(x·W + b)·matrix, by the product W·matrix, which is rounded to the type of x only then."""
-    return x @ (linear.kernel[...] @ matrix).astype(x.dtype) + (linear.bias[...] @ matrix).astype(x.dtype)
+    """(x·W + b)·matrix, by the product W·matrix, which is rounded to the type of x only then.
+
+    Of x as one matrix: its gradients are a matrix product then too, which XLA is slow at with several axes.
+    """
+    product = (linear.kernel[...] @ matrix).astype(x.dtype)
+    out = (x.reshape(-1, x.shape[-1]) @ product).reshape(*x.shape[:-1], matrix.shape[-1])
+    return out + (linear.bias[...] @ matrix).astype(x.dtype)
 
 
 class Stage(nnx.Module):
@@ -152,7 +158,7 @@ def recomputed(run):
     """`run`, of which only the arguments are kept for the way back, and all else is computed again.
 
     As jax.checkpoint, but for the order: the second time may not start before the gradient is there, else
-    a compiler that computes it early, as XLA's for CPUs, saves no memory. Nothing but data holds it back.
+    a compiler that computes it early, as XLA's for CPUs, saves no memory.
 
     run: (state, inputs, emb, key) → x (B, H, W, C).
     """
@@ -163,8 +169,7 @@ def recomputed(run):
 
     def backward(args, gradient):
         state, inputs, emb, key = args
-        wait = 0 * gradient[:, :1, :1, :1]
-        inputs = [x + wait.astype(x.dtype) for x in inputs]
+        inputs = [after(gradient[:, :1, :1, :1], x) for x in inputs]
         _, back = jax.vjp(lambda *args: run(*args, key), state, inputs, emb)
         return *back(gradient), None
 
@@ -190,8 +195,8 @@ def in_order(run):
 
     def backward(back, gradient):
         state, inputs, emb = back(gradient)
-        wait = 0 * sum(leaf.ravel()[0] for leaf in jax.tree.leaves(state))
-        return state, [x + wait.astype(x.dtype) for x in inputs], emb, None
+        computed = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(state))
+        return state, [after(computed, x) for x in inputs], emb, None
 
     wrapped.defvjp(forward, backward)
     return wrapped

@@ -32,7 +32,7 @@ def fold(body, carry, parts):
     if not _written_out():
         return jax.lax.scan(lambda carry, part: (body(carry, part), None), carry, parts)[0]
     for i in range(len(jax.tree.leaves(parts)[0])):
-        ended = 0 * sum(leaf.ravel()[0] for leaf in jax.tree.leaves(carry))
+        ended = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(carry))
         carry = body(carry, [_after(ended, x[i]) for x in parts])
     return carry
 
@@ -50,8 +50,11 @@ def _written_out():
     return jax.default_backend() == 'cpu'
 
 
-def _after(zero, x):
-    """x, numbers or random keys, which a compiler cannot have before it has `zero`, a float."""
+def _after(value, x):
+    """x, numbers or random keys, which a compiler cannot have before it has `value`, a float.
+
+    XLA for CPUs drops jax.lax.optimization_barrier. What is added is 0: nothing is more than infinite.
+    """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_after(zero, jax.random.key_data(x)), impl=jax.random.key_impl(x))
-    return x + zero.astype(x.dtype)
+        return jax.random.wrap_key_data(_after(value, jax.random.key_data(x)), impl=jax.random.key_impl(x))
+    return x + (value > jnp.inf).astype(x.dtype)
