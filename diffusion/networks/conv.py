@@ -23,22 +23,12 @@ from diffusion.networks.after import after
 
 
 class Algorithm(NamedTuple):
-    """The matrices of y = A[(G·k) ∘ (B·d)] along one axis, of 'whole' both; d to next d are `stride` inputs."""
+    """The matrices of y = A[(G·k) ∘ (B·d)] along one axis; from one d to the next are `stride` inputs."""
 
     b: np.ndarray
     g: np.ndarray
     a: np.ndarray
     stride: int
-
-
-def _toom_cook(points):
-    """F(4, 3) along both axes at once, by the values of polynomials at five points and at infinity (Toom, Cook)."""
-
-    def values(coefficients):
-        return np.array([[p**i for i in range(coefficients)] for p in points] + [[0] * (coefficients - 1) + [1]])
-
-    b = np.linalg.inv(values(6)).T[:, 1:-1]  # the outermost inputs are the padding
-    return Algorithm(*(np.kron(m, m).astype(np.float32) for m in (b, values(3), values(4).T)), stride=4)
 
 
 _B = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32)
@@ -62,9 +52,21 @@ ALGORITHMS = {
         a=np.array([[1, 2, -1]], np.float32),
         stride=2,
     ),
-    'whole': _toom_cook((0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)),  # these round the least
 }
 TRANSPOSED = {'same': 'same', 'doubled': 'halved', 'halved': 'doubled'}
+
+
+def _toom_cook(points):
+    """(B, G, A) of F(4, 3) along both axes, by values of polynomials at five points and at infinity (Toom, Cook)."""
+
+    def values(coefficients):
+        return np.array([[p**i for i in range(coefficients)] for p in points] + [[0] * (coefficients - 1) + [1]])
+
+    b = np.linalg.inv(values(6)).T[:, 1:-1]  # the outermost inputs are the padding
+    return [np.kron(m, m).astype(np.float32) for m in (b, values(3), values(4).T)]
+
+
+WHOLE = _toom_cook((0, 2 / 3, -2 / 3, 3 / 2, -3 / 2))  # which round the least
 
 
 def conv(x, kernel, strides, padding, *, doubled=False, **options):
@@ -139,21 +141,21 @@ def _kernel_gradient(gradient, x, kernel, *, algorithm):
 
 
 def _whole(x, kernel):
-    """winograd of images that are one tile each. Kernels and products are shared by what follows."""
-    b, g, a, _ = ALGORITHMS['whole']
+    """winograd of images that are one tile each. On the way back XLA has G·k and B·x from here."""
+    b, g, a = WHOLE
     products = jnp.einsum('pbc,pco->pbo', _dot(b, _pixels(x)), _dot(g, _taps(kernel)))
     # XLA is slow where it computes an image and turns it round in one go. What has another use, it computes first.
     return after(x[:, :1, :1, :1], _images(_dot(a, products)))
 
 
 def _whole_image_gradient(gradient, kernel):
-    b, g, a, _ = ALGORITHMS['whole']
+    b, g, a = WHOLE
     products = jnp.einsum('pbo,pco->pbc', _dot(a.T, _pixels(gradient)), _dot(g, _taps(kernel)))
     return after(gradient[:, :1, :1, :1], _images(_dot(b.T, products)))
 
 
 def _whole_kernel_gradient(gradient, x):
-    b, g, a, _ = ALGORITHMS['whole']
+    b, g, a = WHOLE
     products = jnp.einsum('pbc,pbo->pco', _dot(b, _pixels(x)), _dot(a.T, _pixels(gradient)))
     return _dot(g.T, products).reshape(3, 3, *products.shape[1:])
 
