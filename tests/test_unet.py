@@ -179,6 +179,26 @@ def test_dropout():
     assert np.abs(loud[0][0] - loud[0][1]).max() > 1e-3  # each image drops its own
 
 
+def test_dropout_is_that_of_flax():
+    """Of 12 channels, which do not fill their bytes of packed bits."""
+    draw = np.random.default_rng(0)
+    block = ResBlock(8, 12, 16, dropout=0.3, groups=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    block.conv2.kernel[...] = draw.normal(size=block.conv2.kernel.shape)
+    x, emb = (jnp.float32(draw.normal(size=shape)) for shape in ((2, 4, 4, 8), (2, 16)))
+    key = jax.random.key(1)
+
+    def by_flax(x):
+        h = block.conv1(nnx.silu(block.norm1(x))) + block.time(nnx.silu(emb))[:, None, None]
+        h = nnx.Dropout(0.3)(nnx.silu(block.norm2(h)), deterministic=False, rngs=key)
+        return block.shortcut(x) + block.conv2(h)
+
+    def value_and_gradient(function):
+        return jax.value_and_grad(lambda x: (function(x) ** 2).sum())(x)
+
+    for found, expected in zip(*map(value_and_gradient, (lambda x: block(x, emb, key), by_flax)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 def test_each_block_drops_by_a_key_of_its_own(monkeypatch):
     """And at another call by others."""
     keys = []
@@ -221,8 +241,11 @@ def test_a_layer_turned_by_a_step_says_at_t_what_it_said_one_later():
     assert np.abs(time_embedding(t, 64) @ kernel - later).max() > 0.1
 
 
-def test_training_has_the_gradients_of_the_function_that_it_computes():
-    """It has a rule of its own for the way back. Without dropout the function is that of sampling."""
+@pytest.mark.parametrize('large', [0, math.inf])
+def test_training_has_the_gradients_of_the_function_that_it_computes(monkeypatch, large):
+    """It has rules of its own for the way back, others of large images. Without dropout the function is that of
+    sampling."""
+    monkeypatch.setattr(unet, 'LARGE', large)
     draw = np.random.default_rng(0)
     graph, state = nnx.split(abstract(**SMALL | dict(image_size=4, multipliers=(1,), attention_resolutions=())))
     state = jax.tree.map(lambda leaf: jnp.float32(draw.normal(size=leaf.shape) * 0.2), state)
@@ -239,15 +262,17 @@ def test_training_has_the_gradients_of_the_function_that_it_computes():
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max() + 1e-30)
 
 
-def test_in_order_images_wait_for_parameters(monkeypatch):
-    """The image's gradient needs each parameter's: what it waits for is added to it here."""
-    monkeypatch.setattr(unet, 'after', lambda value, x: value + x)
+def test_little_is_kept_of_large_images(monkeypatch):
+    """Of a block's arrays of an image's size, what leads on: its input and what its second convolution starts from."""
 
-    def gradient(wrap):
-        def run(state, inputs, emb, key):
-            return sum(inputs) + emb + sum(factor * leaf for factor, leaf in zip((10, 100), state, strict=True))
+    def kept(large, dropout):
+        monkeypatch.setattr(unet, 'LARGE', large)
+        block = ResBlock(8, 8, 16, dropout=dropout, groups=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        x = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
+        _, back = jax.vjp(lambda x: block(x, jnp.ones((2, 16)), jax.random.key(0)), x)
+        images = {leaf.tobytes() for leaf in map(np.asarray, jax.tree.leaves(back)) if leaf.shape[:3] == (2, 4, 4)}
+        return sorted(len(image) / x.size for image in images)  # bytes of a number of the image
 
-        return jax.grad(lambda x: wrap(run)([jnp.ones(2)] * 2, [x], jnp.zeros(2), None).sum())(jnp.ones(2))
-
-    np.testing.assert_array_equal(gradient(unet.in_order), 111)
-    np.testing.assert_array_equal(gradient(lambda run: run), 1)
+    assert kept(0, 0.0) == [4, 4]
+    assert kept(0, 0.1) == [1 / 8, 4, 4]
+    assert len(kept(math.inf, 0.1)) > 6

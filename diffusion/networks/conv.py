@@ -19,7 +19,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from diffusion.networks.after import after
+from diffusion.networks.order import after
 
 
 class Algorithm(NamedTuple):

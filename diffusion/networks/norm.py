@@ -15,6 +15,11 @@ class GroupNorm(nnx.GroupNorm):
     """
 
     def __call__(self, x):
+        factor, offset = self.affine(x)
+        return x.astype(jnp.float32) * factor + offset
+
+    def affine(self, x):
+        """(factor, offset), (B, 1, 1, C) each, of which the norm of x is x·factor + offset."""
         x = x.astype(jnp.float32)
         batch, height, width, channels = x.shape
         size = channels // self.num_groups
@@ -27,4 +32,4 @@ class GroupNorm(nnx.GroupNorm):
         first = mean(x)
         variance = jnp.maximum(mean(x * x) - first * first, 0)
         factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
-        return x * factor[:, None, None] + (self.bias[...] - first * factor)[:, None, None]
+        return factor[:, None, None], (self.bias[...] - first * factor)[:, None, None]

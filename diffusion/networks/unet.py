@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion.networks.after import after
 from diffusion.networks.conv import conv
 from diffusion.networks.norm import GroupNorm
+from diffusion.networks.order import in_order, recomputed
 
 fan_avg = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 zeros = nnx.initializers.zeros_init()
+LARGE = 2**19  # numbers, of an image that takes longer to keep in memory, and fetch again, than to compute
 
 
 def time_embedding(t, dim):
@@ -71,6 +72,25 @@ def _norm(channels, groups, *, rngs):
     return GroupNorm(channels, groups, epsilon=1e-6, rngs=rngs)
 
 
+def _activated(norm, conv, x, *, training, mask=None, keep=1.0):
+    """conv(dropout(silu(norm(x)))). mask: what dropout keeps, packed bits along the channels; keep: their share.
+
+    In training, on CPUs, of a large x only itself is kept: what the convolution sees is computed again on the way back.
+    """
+    graph, state = nnx.split(conv)
+
+    def run(x, given, mask):
+        (factor, offset), state = given
+        h = nnx.silu(x.astype(jnp.float32) * factor + offset)
+        if mask is not None:
+            h = jnp.where(jnp.unpackbits(mask, axis=-1, count=h.shape[-1]), h / keep, 0)
+        return nnx.merge(graph, state)(h)
+
+    if training and x.size > LARGE and jax.default_backend() == 'cpu':
+        run = recomputed(run)
+    return run(x, (norm.affine(x), state), mask)
+
+
 class ResBlock(nnx.Module):
     """x + conv(dropout(silu(norm(conv(silu(norm(x))) + linear(silu(emb))))))."""
 
@@ -79,15 +99,19 @@ class ResBlock(nnx.Module):
         self.conv1 = _conv(inputs, outputs, rngs=rngs, dtype=dtype)
         self.time = _linear(embedding, outputs, rngs=rngs, dtype=dtype)
         self.norm2 = _norm(outputs, groups, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
+        self.dropout = dropout
         self.conv2 = _conv(outputs, outputs, rngs=rngs, dtype=dtype, init=zeros)
         self.shortcut = _conv(inputs, outputs, 1, rngs=rngs, dtype=dtype) if inputs != outputs else None
 
     def __call__(self, x, emb, dropout_key):
-        h = self.conv1(nnx.silu(self.norm1(x)))
+        training = dropout_key is not None
+        h = _activated(self.norm1, self.conv1, x, training=training)
         h += self.time(nnx.silu(emb))[:, None, None]
-        h = self.dropout(nnx.silu(self.norm2(h)), deterministic=dropout_key is None, rngs=dropout_key)
-        return (x if self.shortcut is None else self.shortcut(x)) + self.conv2(h)
+        mask, keep = None, 1 - self.dropout
+        if training and self.dropout:
+            mask = jnp.packbits(jax.random.bernoulli(dropout_key, keep, h.shape), axis=-1)
+        h = _activated(self.norm2, self.conv2, h, training=training, mask=mask, keep=keep)
+        return (x if self.shortcut is None else self.shortcut(x)) + h
 
 
 class Attention(nnx.Module):
@@ -142,7 +166,8 @@ class Stage(nnx.Module):
         """Block i on its inputs, images that are put together channel by channel."""
         graph, state = nnx.split((self.blocks[i], self.attentions[i] if self.attentions else None))
 
-        def run(state, inputs, emb, dropout_key):
+        def run(inputs, given, dropout_key):
+            state, emb = given
             block, attention = nnx.merge(graph, state)
             x = block(jnp.concatenate(inputs, axis=-1), emb, dropout_key)
             return x if attention is None else attention(x)
@@ -151,55 +176,7 @@ class Stage(nnx.Module):
             run = recomputed(run)
         elif dropout_key is not None and jax.default_backend() == 'cpu' and jax.device_count() == 1:
             run = in_order(run)
-        return run(state, inputs, emb, dropout_key)
-
-
-def recomputed(run):
-    """`run`, of which only the arguments are kept for the way back, and all else is computed again.
-
-    As jax.checkpoint, but for the order: the second time may not start before the gradient is there, else
-    a compiler that computes it early, as XLA's for CPUs, saves no memory.
-
-    run: (state, inputs, emb, key) → x (B, H, W, C).
-    """
-
-    @jax.custom_vjp
-    def wrapped(*args):
-        return run(*args)
-
-    def backward(args, gradient):
-        state, inputs, emb, key = args
-        inputs = [after(gradient[:, :1, :1, :1], x) for x in inputs]
-        _, back = jax.vjp(lambda *args: run(*args, key), state, inputs, emb)
-        return *back(gradient), None
-
-    wrapped.defvjp(lambda *args: (run(*args), args), backward)
-    return wrapped
-
-
-def in_order(run):
-    """`run`, on whose way back the images' gradients wait for those of the parameters.
-
-    On a lone CPU XLA would go all the way back first, with all that the parameters' gradients need still in memory.
-    Several devices would bring each other their parts of these gradients for it.
-
-    run: (state, inputs, emb, key) → x (B, H, W, C). Has no derivative forwards: it is for training.
-    """
-
-    @jax.custom_vjp
-    def wrapped(*args):
-        return run(*args)
-
-    def forward(state, inputs, emb, key):
-        return jax.vjp(lambda *args: run(*args, key), state, inputs, emb)
-
-    def backward(back, gradient):
-        state, inputs, emb = back(gradient)
-        computed = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(state))
-        return state, [after(computed, x) for x in inputs], emb, None
-
-    wrapped.defvjp(forward, backward)
-    return wrapped
+        return run(inputs, (state, emb), dropout_key)
 
 
 class UNet(nnx.Module):
@@ -273,8 +250,10 @@ class UNet(nnx.Module):
         self.conv_out = _conv(width, image_channels, rngs=rngs, dtype=dtype, init=zeros)
 
     def __call__(self, x, t, *, deterministic=True, rngs=None):
+        training = not deterministic
+
         def key():
-            return None if deterministic else rngs.dropout()
+            return rngs.dropout() if training else None
 
         emb = self.time2(nnx.silu(self.time1(time_embedding(t, self.channels))))
         x = self.conv_in(x)
@@ -294,7 +273,7 @@ class UNet(nnx.Module):
                 x = stage.block(i, [x, skips.pop()], emb, key())
             if stage.resample is not None:
                 x = stage.resample(x)
-        return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
+        return _activated(self.norm_out, self.conv_out, x, training=training).astype(jnp.float32)
 
 
 def _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups):

@@ -1,0 +1,72 @@
+"""What holds a compiler back, and changes no number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.networks import order
+from diffusion.networks.order import after, in_order, recomputed
+
+
+@pytest.mark.parametrize('value', [0.0, -3.5, np.nan, np.inf, -np.inf])
+def test_after_changes_nothing(value):
+    for x in (jnp.arange(3.0), jnp.arange(3), jnp.bfloat16([1, 2]), jnp.array([np.nan, np.inf])):
+        found = jax.jit(after)(jnp.float32(value), x)
+        assert found.dtype == x.dtype
+        np.testing.assert_array_equal(found, x)
+    np.testing.assert_array_equal(jax.grad(lambda v: after(v, jnp.ones(2)).sum())(value), 0.0)
+
+
+def test_after_is_in_the_program():
+    program = jax.jit(after).lower(jnp.float32(0), jnp.ones(3)).compile().as_text()
+    assert 'compare(' in program and 'direction=GT' in program
+
+
+def run(x, given, fixed):
+    """Σ sin x_i + …, of which each x and each of what is given has another gradient."""
+    return sum(jnp.sin(leaf) for leaf in x) + sum(factor * leaf for factor, leaf in zip((10, 100), given, strict=True))
+
+
+@pytest.mark.parametrize('rule', [recomputed, in_order])
+def test_the_way_back_has_the_same_gradients(rule):
+    """Of all that has one; also where keys, whole numbers and nothing at all are fixed."""
+
+    def dropped(x, given, fixed):
+        key, bits, nothing = fixed
+        assert nothing is None
+        return run(x, given, fixed) * jax.random.bernoulli(key, 0.5, (2, 3)) * bits
+
+    x, given = [jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3))], [jnp.full((2, 3), 2.0), jnp.ones(3)]
+    fixed = jax.random.key(0), jnp.arange(6, dtype=jnp.uint8).reshape(2, 3), None
+
+    def value_and_gradients(function):
+        return jax.jit(jax.value_and_grad(lambda *args: (function(*args, fixed) ** 2).sum(), (0, 1)))(x, given)
+
+    jax.tree.map(np.testing.assert_array_equal, *map(value_and_gradients, (rule(dropped), dropped)))
+
+
+def gradient_of_x(rule):
+    x, ones = jnp.zeros((2, 1)), jnp.ones((2, 1))
+    return jax.grad(lambda x: rule(run)([x], [ones] * 2, None).sum())(x)
+
+
+def test_in_order_images_wait_for_parameters(monkeypatch):
+    """The image's gradient needs each parameter's: what it waits for is added to it here."""
+    monkeypatch.setattr(order, 'after', lambda value, x: value + x)
+    np.testing.assert_array_equal(gradient_of_x(in_order), 111)
+    np.testing.assert_array_equal(gradient_of_x(lambda run: run), 1)
+
+
+def test_what_is_recomputed_waits_for_the_gradient(monkeypatch):
+    """Each image for its own, which is added to it here."""
+    monkeypatch.setattr(order, 'after', lambda value, x: value + x)
+    gradient = jnp.array([[2.0], [3.0]])
+    _, back = jax.vjp(lambda x: recomputed(run)([x], [0.0, 0.0], None), jnp.zeros((2, 1)))
+    np.testing.assert_allclose(back(gradient)[0], gradient * np.cos(gradient), rtol=1e-6)
+
+
+def test_only_the_arguments_of_what_is_recomputed_are_kept():
+    x = jnp.ones((2, 3))
+    kept = jax.tree.leaves(jax.vjp(lambda x: recomputed(lambda *args: jnp.exp(run(*args)))([x], [x, x], None), x)[1])
+    assert all(leaf is x or np.array_equal(leaf, x) for leaf in kept)
