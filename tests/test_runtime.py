@@ -176,6 +176,13 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path):
 # Logs
 
 
+def test_logs_do_not_bring_pytorch_along(tmp_path):
+    """Which tensorboardX imports where it can; whoever wants it finds it afterwards."""
+    (tmp_path / 'torch.py').write_text('print("imported")')
+    done = python('import diffusion.runtime.writer; print("logs"); import torch', PYTHONPATH=str(tmp_path))
+    assert done.stdout.split() == ['logs', 'imported'], done.stderr
+
+
 def log(directory, *, step, steps):
     with Writer(str(directory), step=step) as writer:
         for k in steps:

@@ -4,11 +4,27 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter  # writes at once; SummaryWriter's thread hangs on a full disk
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+@contextlib.contextmanager
+def _hidden(name):
+    """What asks for the module meanwhile is told that there is none."""
+    there = sys.modules.get(name)
+    sys.modules[name] = None
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if there:
+            sys.modules[name] = there
+
+
+with _hidden('torch'):  # tensorboardX would import it where it is installed, for a second and 180 MB, and for nothing
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter  # writes at once; a SummaryWriter hangs on a full disk
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 
 class Writer:
