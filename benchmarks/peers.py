@@ -20,6 +20,7 @@ import time
 
 import numpy as np
 
+MEMORY = 'megabytes of the process', 'megabytes of the work alone'  # at most
 NETWORKS = {'cifar10': 'CIFAR-10 network (35.7M)', 'digits': 'digits network'}
 
 
@@ -85,19 +86,23 @@ def ours(task):
 
     config = task.build()
     exp = experiment.build(config)
-    state = jax.jit(exp.init)(jax.random.key(0))
     images = task.images(config)
     if task.num_steps:
+        params = jax.jit(exp.network.init)(jax.random.key(0))
         levels = timesteps(exp.schedule.T, task.num_steps)
         how = dict(batch_size=task.batch, timesteps=levels, kind='eps', eta=task.eta)
-        draw = generate.make_sampler(exp, state.ema, images.shape[1:], **how)
-        return lambda: data.to_uint8(draw(state.ema, 0, 0, task.batch)), lambda: None
+        draw = generate.make_sampler(exp, params, images.shape[1:], **how)
+        return lambda: data.to_uint8(draw(params, 0, 0, task.batch)), lambda: None
+    state = jax.jit(exp.init)(jax.random.key(0))
     shown, indices = jax.device_put(images), jax.device_put(np.arange(task.batch, dtype=np.int32))
     step = train.compile_step(config, exp, state, shown, indices)
+    last = None
 
     def once():
-        nonlocal state
-        state, _ = step(state, shown, indices)
+        nonlocal state, last
+        before = last
+        state, last = step(state, shown, indices)
+        jax.block_until_ready(before)  # as in training: one step is under way while the next is sent
 
     return once, lambda: jax.block_until_ready(state)
 
@@ -205,21 +210,23 @@ def sides():
 
 
 def work(side, task):
-    """For each line on standard input, do the task and print its seconds and the most memory since the first one."""
+    """For each line on standard input, do the task and print its seconds, the most memory, and what it had before."""
     once, finish = SIDES[side](task)
     once()
     finish()
-    forget_peak()
     for _ in sys.stdin:
+        forget_peak()
+        before, _ = memory(side)
         started = time.perf_counter()
         for _ in range(task.times):
             once()
         finish()
-        print((time.perf_counter() - started) / task.times, peak_memory(side), flush=True)
+        seconds = (time.perf_counter() - started) / task.times
+        print(seconds, memory(side)[1], before, flush=True)
 
 
 def forget_peak():
-    """From here on, peak_memory is that of the work; what compilers took and gave back does not count."""
+    """From here on, the most memory is that of the work; what compilers took and gave back does not count."""
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
 
@@ -228,20 +235,22 @@ def forget_peak():
             file.write('5')
 
 
-def peak_memory(side):
-    """Bytes: of the GPU, as the framework counts them; or of the process, as Linux does."""
+def memory(side):
+    """(bytes now, at most so far): of the GPU, as the framework counts them; or of the process, as Linux does."""
     if side == 'ours':
         import jax
 
         if jax.default_backend() != 'cpu':
-            return jax.devices()[0].memory_stats()['peak_bytes_in_use']
+            found = jax.devices()[0].memory_stats()
+            return found['bytes_in_use'], found['peak_bytes_in_use']
     else:
         import torch
 
         if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     with open('/proc/self/status') as file:
-        return 1024 * int(next(line for line in file if line.startswith('VmHWM')).split()[1])
+        found = dict(line.split(':') for line in file)
+    return tuple(1024 * int(found[name].split()[0]) for name in ('VmRSS', 'VmHWM'))
 
 
 def start(side, task):
@@ -252,7 +261,7 @@ def start(side, task):
 
 
 def turn(process):
-    """(seconds, bytes) of one turn."""
+    """(seconds, bytes at most, bytes before) of one turn."""
     process.stdin.write('\n')
     process.stdin.flush()
     answer = process.stdout.readline().split()
@@ -262,7 +271,7 @@ def turn(process):
 
 
 def compare(task, sides, repetitions):
-    """{'seconds': {side: [of each repetition]}, 'megabytes': {side: at most}}."""
+    """{'seconds': {side: [of each repetition]}, each of MEMORY: {side: …}}."""
     processes = {side: start(side, task) for side in sides}
     for process in processes.values():
         turn(process)
@@ -273,14 +282,20 @@ def compare(task, sides, repetitions):
     for process in processes.values():
         process.communicate()
     return {
-        'seconds': {side: [seconds for seconds, _ in of_side] for side, of_side in found.items()},
-        'megabytes': {side: max(memory for _, memory in of_side) / 1e6 for side, of_side in found.items()},
+        'seconds': {side: [seconds for seconds, _, _ in turns] for side, turns in found.items()},
+        MEMORY[0]: {side: max(most for _, most, _ in turns) / 1e6 for side, turns in found.items()},
+        MEMORY[1]: {side: max(most - before for _, most, before in turns) / 1e6 for side, turns in found.items()},
     }
 
 
 def ratios(result, side):
     """Ours over theirs, of each repetition."""
     return np.divide(result['seconds']['ours'], result['seconds'][side])
+
+
+def larger(result, side, what):
+    """Ours over theirs, of one of MEMORY."""
+    return result[what]['ours'] / result[what][side]
 
 
 def summary(task, result):
@@ -290,7 +305,7 @@ def summary(task, result):
         if side != 'ours':
             of_side = ratios(result, side)
             found += f'; over {side} {np.median(of_side):.2f} ({of_side.min():.2f} … {of_side.max():.2f})'
-            found += f', memory {result["megabytes"]["ours"] / result["megabytes"][side]:.2f}'
+            found += ''.join(f', {what} {larger(result, side, what):.2f}' for what in MEMORY)
     return found
 
 

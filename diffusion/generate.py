@@ -14,7 +14,7 @@ from diffusion.metrics import colour, frechet
 from diffusion.report.grid import save_grid
 from diffusion.runtime import mesh as meshes
 from diffusion.runtime.files import versions, write_json
-from diffusion.runtime.xla import compiler_options
+from diffusion.runtime.xla import compiled
 
 LARGEST_FRECHET = 4096  # values an image; the covariance has the square of that
 
@@ -34,9 +34,8 @@ def make_sampler(exp, params, shape, *, batch_size, **how):
         net = exp.network.net(meshes.whole(exp.mesh, params))
         return sampler.sample(keys, exp.schedule, net, shape=shape, **how)
 
-    draw = jax.jit(draw, out_shardings=meshes.replicated(exp.mesh), compiler_options=compiler_options())
-    draw = draw.lower(params, 0, 0).compile()
-    return lambda params, seed, start, stop: np.asarray(draw(params, seed, start))[: stop - start]
+    program = compiled(draw, params, 0, 0, out_shardings=meshes.replicated(exp.mesh))
+    return lambda params, seed, start, stop: np.asarray(program(params, seed, start))[: stop - start]
 
 
 def run(config, workdir):
@@ -57,7 +56,7 @@ def run(config, workdir):
     started = time.perf_counter()
     with experiment.naming('config.sample'):
         draw = make_sampler(exp, params, shape, batch_size=batch_size, kind=config.model.kind, **how)
-    compiled = time.perf_counter()
+    ready = time.perf_counter()
     batches = []
     show = dict(desc='sample', unit='image', dynamic_ncols=True, disable=not meshes.is_first())
     with tqdm(total=asked.num_images, **show) as bar:
@@ -94,14 +93,14 @@ def run(config, workdir):
         'schedule': config.schedule.to_dict(),
         'quality': quality,
         'colour_drift': None if drift is None else drift.tolist(),
-        'compile_seconds': round(compiled - started, 3),
-        'wall_seconds': round(finished - compiled, 3),
+        'compile_seconds': round(ready - started, 3),
+        'wall_seconds': round(finished - ready, 3),
         'device': f'{exp.mesh.size} × {jax.devices()[0].device_kind}',
         'versions': versions(),
     }
     with experiment.writing(folder):
         write_json(os.path.join(folder, 'record.json'), record)
-    seconds = f'{finished - compiled:.1f} s, and {compiled - started:.1f} s to compile'
+    seconds = f'{finished - ready:.1f} s, and {ready - started:.1f} s to compile'
     print(f'{len(images)} images from step {step}, {asked.weights} weights, in {seconds}')
     if quality['value'] is None:
         print(f'{quality["metric"]}: none, because {quality["why"]}')

@@ -23,7 +23,7 @@ from diffusion.runtime import mesh as meshes
 from diffusion.runtime.errors import first_line
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.writer import Writer
-from diffusion.runtime.xla import compiler_options, operations
+from diffusion.runtime.xla import compiled, operations
 from diffusion.schedule import timesteps
 
 
@@ -179,10 +179,9 @@ def compile_step(config, exp, state, images, indices):
     out_shardings = _shardings(state), meshes.replicated(exp.mesh)
     parts = exp.mesh.size * config.train.accumulate
     largest = config.train.batch_size // parts * config.data.image_size**2 * config.model.channels
-    options = compiler_options(0 if config.model.remat else largest)
+    how = dict(out_shardings=out_shardings, largest_kept=0 if config.model.remat else largest, donate=0)
     with experiment.naming('config.train'):
-        jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
-        return jitted.lower(state, images, indices).compile()
+        return compiled(step_fn, state, images, indices, **how)
 
 
 def feed(config, exp, images, start):

@@ -1,6 +1,8 @@
 """What XLA is told of every program (benchmarks/NOTES.md has the figures)."""
 
+import ctypes
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,21 @@ def compiler_options(largest_kept=0):
     if largest_kept > 2**19:
         options['xla_cpu_scheduler_type'] = 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
     return options
+
+
+def compiled(function, *args, out_shardings, largest_kept=0, donate=()):
+    """The program of function(*args); those args whose numbers are in `donate` lend it their buffers for its results.
+
+    On Linux free memory is given back to the system: malloc would keep what compiling took, more than a gigabyte.
+    """
+    options = compiler_options(largest_kept)
+    jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings, compiler_options=options)
+    program = jitted.lower(*args).compile()
+    if sys.platform == 'linux':
+        trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # that of glibc
+        if trim:
+            trim(0)
+    return program
 
 
 def fold(body, carry, parts):
