@@ -10,6 +10,7 @@ neighbours. Without PyTorch ours is measured alone.
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -20,7 +21,6 @@ import time
 
 import numpy as np
 
-MEMORY = 'megabytes of the process', 'megabytes of the work alone'  # at most
 NETWORKS = {'cifar10': 'CIFAR-10 network (35.7M)', 'digits': 'digits network'}
 
 
@@ -142,10 +142,10 @@ def theirs(task, compiled):
             x0 = (images[: task.batch].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
             t, eps = torch.randint(0, 1000, (task.batch,), device=device), torch.randn_like(x0)
             loss = mean_loss(scheduler.add_noise(x0, eps, t), t, eps)
-            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
             optimizer.step()
+            optimizer.zero_grad()  # here, and the gradients take no memory while the next step goes forward
             with torch.no_grad():
                 torch._foreach_lerp_(ema, parameters, 1 - config.train.ema_decay)
 
@@ -210,47 +210,50 @@ def sides():
 
 
 def work(side, task):
-    """For each line on standard input, do the task and print its seconds, the most memory, and what it had before."""
+    """For each line on standard input, do the task and print its seconds and the most memory since the first one."""
     once, finish = SIDES[side](task)
     once()
     finish()
+    forget_peak(side)
     for _ in sys.stdin:
-        forget_peak()
-        before, _ = memory(side)
         started = time.perf_counter()
         for _ in range(task.times):
             once()
         finish()
-        seconds = (time.perf_counter() - started) / task.times
-        print(seconds, memory(side)[1], before, flush=True)
+        print((time.perf_counter() - started) / task.times, peak_memory(side), flush=True)
 
 
-def forget_peak():
-    """From here on, the most memory is that of the work; what compilers took and gave back does not count."""
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
+def forget_peak(side):
+    """From here on, the most memory is that of the work; what compilers took and gave back does not count.
 
-        ctypes.CDLL(None).malloc_trim(0)
-        with open('/proc/self/clear_refs', 'w') as file:
-            file.write('5')
+    But for JAX on a GPU, which does not forget.
+    """
+    if side != 'ours':
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim:
+        trim(0)
+    with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')
 
 
-def memory(side):
-    """(bytes now, at most so far): of the GPU, as the framework counts them; or of the process, as Linux does."""
+def peak_memory(side):
+    """Bytes: of the GPU, as the framework counts them; or of the process, as Linux does."""
     if side == 'ours':
         import jax
 
         if jax.default_backend() != 'cpu':
-            found = jax.devices()[0].memory_stats()
-            return found['bytes_in_use'], found['peak_bytes_in_use']
+            return jax.devices()[0].memory_stats()['peak_bytes_in_use']
     else:
         import torch
 
         if torch.cuda.is_available():
-            return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated()
     with open('/proc/self/status') as file:
-        found = dict(line.split(':') for line in file)
-    return tuple(1024 * int(found[name].split()[0]) for name in ('VmRSS', 'VmHWM'))
+        return 1024 * int(next(line for line in file if line.startswith('VmHWM')).split()[1])
 
 
 def start(side, task):
@@ -261,7 +264,7 @@ def start(side, task):
 
 
 def turn(process):
-    """(seconds, bytes at most, bytes before) of one turn."""
+    """(seconds, bytes) of one turn."""
     process.stdin.write('\n')
     process.stdin.flush()
     answer = process.stdout.readline().split()
@@ -271,7 +274,7 @@ def turn(process):
 
 
 def compare(task, sides, repetitions):
-    """{'seconds': {side: [of each repetition]}, each of MEMORY: {side: …}}."""
+    """{'seconds': {side: [of each repetition]}, 'megabytes': {side: at most}}."""
     processes = {side: start(side, task) for side in sides}
     for process in processes.values():
         turn(process)
@@ -282,20 +285,14 @@ def compare(task, sides, repetitions):
     for process in processes.values():
         process.communicate()
     return {
-        'seconds': {side: [seconds for seconds, _, _ in turns] for side, turns in found.items()},
-        MEMORY[0]: {side: max(most for _, most, _ in turns) / 1e6 for side, turns in found.items()},
-        MEMORY[1]: {side: max(most - before for _, most, before in turns) / 1e6 for side, turns in found.items()},
+        'seconds': {side: [seconds for seconds, _ in of_side] for side, of_side in found.items()},
+        'megabytes': {side: max(memory for _, memory in of_side) / 1e6 for side, of_side in found.items()},
     }
 
 
 def ratios(result, side):
     """Ours over theirs, of each repetition."""
     return np.divide(result['seconds']['ours'], result['seconds'][side])
-
-
-def larger(result, side, what):
-    """Ours over theirs, of one of MEMORY."""
-    return result[what]['ours'] / result[what][side]
 
 
 def summary(task, result):
@@ -305,7 +302,7 @@ def summary(task, result):
         if side != 'ours':
             of_side = ratios(result, side)
             found += f'; over {side} {np.median(of_side):.2f} ({of_side.min():.2f} … {of_side.max():.2f})'
-            found += ''.join(f', {what} {larger(result, side, what):.2f}' for what in MEMORY)
+            found += f', memory {result["megabytes"]["ours"] / result["megabytes"][side]:.2f}'
     return found
 
 

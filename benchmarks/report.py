@@ -13,7 +13,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.peers import MEMORY, TASKS, larger, ratios
+from benchmarks.peers import TASKS, ratios
 from benchmarks.record import RESULTS
 
 PAGE = os.path.join(os.path.dirname(RESULTS), 'README.md')
@@ -38,19 +38,20 @@ def found_by(results, benchmark):
 
 def table(benchmark, measured):
     """Ours beside PyTorch's: a row for each task and peer."""
-    rows = ['| what | seconds | beside PyTorch | ours over theirs | target | memory of the process | of work alone |']
-    rows += ['|---|---:|---|---:|---:|---:|---:|']
+    rows = ['| what | seconds | beside PyTorch | ours over theirs | target | memory, ours over theirs |']
+    rows += ['|---|---:|---|---:|---:|---:|']
     for task in TASKS[benchmark]:
         for side, target in task.targets.items():
             found = measured.get(task.name)
             if found is None or side not in found['seconds']:
                 seconds = f'{np.median(found["seconds"]["ours"]):.3g}' if found else MISSING
-                rows.append(f'| {task.name} | {seconds} | {side} | {MISSING} | ≤ {target} | {MISSING} | {MISSING} |')
+                rows.append(f'| {task.name} | {seconds} | {side} | {MISSING} | ≤ {target} | {MISSING} |')
                 continue
-            of_side, memory = ratios(found, side), [f'{larger(found, side, what):.2f}' for what in MEMORY]
+            of_side = ratios(found, side)
+            memory = found['megabytes']['ours'] / found['megabytes'][side]
             rows.append(
                 f'| {task.name} | {np.median(found["seconds"]["ours"]):.3g} | {side} | {np.median(of_side):.2f} '
-                f'({of_side.min():.2f} … {of_side.max():.2f}) | ≤ {target} | {" | ".join(memory)} |'
+                f'({of_side.min():.2f} … {of_side.max():.2f}) | ≤ {target} | {memory:.2f} |'
             )
     return '\n'.join(rows) + '\n'
 

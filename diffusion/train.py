@@ -179,7 +179,7 @@ def compile_step(config, exp, state, images, indices):
     out_shardings = _shardings(state), meshes.replicated(exp.mesh)
     parts = exp.mesh.size * config.train.accumulate
     largest = config.train.batch_size // parts * config.data.image_size**2 * config.model.channels
-    how = dict(out_shardings=out_shardings, largest_kept=0 if config.model.remat else largest, donate=0)
+    how = dict(out_shardings=out_shardings, largest_kept=largest, donate=(0,))
     with experiment.naming('config.train'):
         return compiled(step_fn, state, images, indices, **how)
 

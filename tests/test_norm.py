@@ -52,6 +52,14 @@ def test_half_precision_goes_in_and_float32_comes_out():
     np.testing.assert_array_equal(out, norm(x.astype(jnp.float32)))
 
 
+def test_a_gradient_in_half_precision_is_rounded_once():
+    """What comes by the statistics nearly cancels the rest: the two are added up before."""
+    (norm, _), draw = pair(8, 2)
+    x, weight = (jnp.asarray(draw.normal(size=(2, 8, 8, 8)) + 3, jnp.bfloat16) for _ in range(2))
+    found, exact = (jax.grad(lambda x: (norm(x) * weight).sum())(x) for x in (x, x.astype(jnp.float32)))
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
 def test_its_first_parameters_are_those_of_flax():
     """Also the random numbers that are used up in making it, so that layers made after it start as they did."""
     rngs = [nnx.Rngs(3), nnx.Rngs(3)]

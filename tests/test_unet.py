@@ -262,6 +262,19 @@ def test_training_has_the_gradients_of_the_function_that_it_computes(monkeypatch
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max() + 1e-30)
 
 
+@pytest.mark.parametrize('large', [0, math.inf])
+def test_the_gradient_of_an_image_in_half_precision_is_rounded_once(monkeypatch, large):
+    monkeypatch.setattr(unet, 'LARGE', large)
+    draw = np.random.default_rng(0)
+    block = ResBlock(8, 8, 16, dropout=0.0, groups=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x, weight = (jnp.asarray(draw.normal(size=(2, 4, 4, 8)) + 3, jnp.bfloat16) for _ in range(2))
+
+    def gradient(x):
+        return jax.grad(lambda x: (unet._activated(block.norm1, block.conv1, x, training=True) * weight).sum())(x)
+
+    np.testing.assert_array_equal(gradient(x), gradient(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
 def test_little_is_kept_of_large_images(monkeypatch):
     """Of a block's arrays of an image's size, what leads on: its input and what its second convolution starts from."""
 

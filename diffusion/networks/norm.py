@@ -15,12 +15,12 @@ class GroupNorm(nnx.GroupNorm):
     """
 
     def __call__(self, x):
+        x = x.astype(jnp.float32)
         factor, offset = self.affine(x)
-        return x.astype(jnp.float32) * factor + offset
+        return x * factor + offset
 
     def affine(self, x):
-        """(factor, offset), (B, 1, 1, C) each, of which the norm of x is x·factor + offset."""
-        x = x.astype(jnp.float32)
+        """(factor, offset), (B, 1, 1, C) each, of which the norm of x is x·factor + offset. x: float32."""
         batch, height, width, channels = x.shape
         size = channels // self.num_groups
 

@@ -20,7 +20,7 @@ def recomputed(run):
     a compiler that computes it early, as XLA's for CPUs, saves no memory.
 
     run: (x, given, fixed) → (B, …), where x are arrays (B, …) of as many axes, given all else that has a gradient, and
-    fixed what has none. Has no derivative forwards: it is for training.
+    fixed what has none; x alone waits. Has no derivative forwards: it is for training.
     """
 
     @jax.custom_vjp

@@ -19,7 +19,7 @@ from diffusion.networks.order import in_order, recomputed
 
 fan_avg = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 zeros = nnx.initializers.zeros_init()
-LARGE = 2**19  # numbers, of an image that takes longer to keep in memory, and fetch again, than to compute
+LARGE = 2**19  # numbers of a batch that takes longer to keep in memory, and fetch again, than to compute
 
 
 def time_embedding(t, dim):
@@ -78,10 +78,11 @@ def _activated(norm, conv, x, *, training, mask=None, keep=1.0):
     In training, on CPUs, of a large x only itself is kept: what the convolution sees is computed again on the way back.
     """
     graph, state = nnx.split(conv)
+    x = x.astype(jnp.float32)  # here, for the gradients of both its uses are added up before they are rounded
 
     def run(x, given, mask):
         (factor, offset), state = given
-        h = nnx.silu(x.astype(jnp.float32) * factor + offset)
+        h = nnx.silu(x * factor + offset)
         if mask is not None:
             h = jnp.where(jnp.unpackbits(mask, axis=-1, count=h.shape[-1]), h / keep, 0)
         return nnx.merge(graph, state)(h)
@@ -174,7 +175,7 @@ class Stage(nnx.Module):
 
         if self.remat:
             run = recomputed(run)
-        elif dropout_key is not None and jax.default_backend() == 'cpu' and jax.device_count() == 1:
+        if dropout_key is not None and jax.default_backend() == 'cpu' and jax.device_count() == 1:
             run = in_order(run)
         return run(inputs, (state, emb), dropout_key)
 

@@ -11,14 +11,13 @@ import time
 @contextlib.contextmanager
 def _hidden(name):
     """What asks for the module meanwhile is told that there is none."""
-    there = sys.modules.get(name)
+    there = {name: sys.modules[name]} if name in sys.modules else {}
     sys.modules[name] = None
     try:
         yield
     finally:
         del sys.modules[name]
-        if there:
-            sys.modules[name] = there
+        sys.modules.update(there)
 
 
 with _hidden('torch'):  # tensorboardX would import it where it is installed, for a second and 180 MB, and for nothing

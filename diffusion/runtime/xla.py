@@ -54,12 +54,12 @@ def fold(body, carry, parts):
     return carry
 
 
-def operations(compiled, parts=1):
+def operations(program, parts=1):
     """Floating-point operations of a compiled program on each device; NaN where XLA does not count them.
 
     parts: of a `fold` that most of the program is: of a loop XLA counts one turn.
     """
-    counted = (compiled.cost_analysis() or {}).get('flops', math.nan)
+    counted = (program.cost_analysis() or {}).get('flops', math.nan)
     return counted if _written_out() else counted * parts
 
 
