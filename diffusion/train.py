@@ -179,9 +179,9 @@ def compile_step(config, exp, state, images, indices):
     out_shardings = _shardings(state), meshes.replicated(exp.mesh)
     parts = exp.mesh.size * config.train.accumulate
     largest = config.train.batch_size // parts * config.data.image_size**2 * config.model.channels
-    how = dict(out_shardings=out_shardings, largest_kept=largest, donate=(0,))
+    args = state, images, indices
     with experiment.naming('config.train'):
-        return compiled(step_fn, state, images, indices, **how)
+        return compiled(step_fn, *args, out_shardings=out_shardings, largest_kept=largest, donate=(0,))
 
 
 def feed(config, exp, images, start):

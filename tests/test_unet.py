@@ -179,8 +179,10 @@ def test_dropout():
     assert np.abs(loud[0][0] - loud[0][1]).max() > 1e-3  # each image drops its own
 
 
-def test_dropout_is_that_of_flax():
+@pytest.mark.parametrize('large', [0, math.inf])
+def test_dropout_is_that_of_flax(monkeypatch, large):
     """Of 12 channels, which do not fill their bytes of packed bits."""
+    monkeypatch.setattr(unet, 'LARGE', large)
     draw = np.random.default_rng(0)
     block = ResBlock(8, 12, 16, dropout=0.3, groups=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
     block.conv2.kernel[...] = draw.normal(size=block.conv2.kernel.shape)
@@ -193,7 +195,7 @@ def test_dropout_is_that_of_flax():
         return block.shortcut(x) + block.conv2(h)
 
     def value_and_gradient(function):
-        return jax.value_and_grad(lambda x: (function(x) ** 2).sum())(x)
+        return jax.jit(jax.value_and_grad(lambda x: (function(x) ** 2).sum()))(x)
 
     for found, expected in zip(*map(value_and_gradient, (lambda x: block(x, emb, key), by_flax)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
@@ -289,3 +291,25 @@ def test_little_is_kept_of_large_images(monkeypatch):
     assert kept(0, 0.0) == [4, 4]
     assert kept(0, 0.1) == [1 / 8, 4, 4]
     assert len(kept(math.inf, 0.1)) > 6
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu' or jax.device_count() > 1, reason='of a lone CPU')
+@pytest.mark.parametrize('training, remat', [(True, False), (True, True), (False, False), (False, True)])
+def test_rules_for_the_way_back(monkeypatch, training, remat):
+    """In training images wait for parameters, with remat, too; without, nothing bars derivatives forwards but remat."""
+    used = []
+
+    def told(name):
+        return lambda run: used.append(name) or run
+
+    for name in ('in_order', 'recomputed'):
+        monkeypatch.setattr(unet, name, told(name))
+    graph, state = nnx.split(abstract(**SMALL, remat=remat))
+
+    def call(state):
+        how = dict(deterministic=False, rngs=nnx.Rngs(dropout=0)) if training else {}
+        return nnx.merge(graph, state)(jnp.zeros((1, 8, 8, 1)), jnp.array([1]), **how)
+
+    jax.eval_shape(call, state)
+    blocks = 2 * 1 + 2 * 2  # down and up, at two resolutions
+    assert used == (['recomputed'] * remat + ['in_order'] * training) * blocks
