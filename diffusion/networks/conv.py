@@ -16,10 +16,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from diffusion.networks.order import after
+from diffusion.networks.order import after, apart
 
 
 class Algorithm(NamedTuple):
@@ -109,7 +110,7 @@ def winograd(x, kernel, *, algorithm):
     if algorithm == 'whole':
         return _whole(x, kernel)
     method = ALGORITHMS[algorithm]
-    tiles = _combine(method.b, _tiles(_pad(x, (1, 2)), method, (1, 2)))
+    tiles = _combine(method.b, _tiles(_pad(x), method))
     kernels = _combine(method.g, kernel)
     products = _products('bhwc,co->bhwo', tiles, kernels)
     lines = [_interleave(line, axis=2) for line in _combine(method.a, products)]
@@ -130,14 +131,18 @@ def _kernel_gradient(gradient, x, kernel, *, algorithm):
         return _whole_kernel_gradient(gradient, x)
     method = ALGORITHMS[algorithm]
     x = after(gradient[:, :1, :1, :1], x)  # nothing of this is done, and kept, before
-    tiles = _combine(method.b, _tiles(_pad(x.transpose(1, 2, 0, 3), (0, 1)), method, (0, 1)))
-    # Products of (O, pixels) and (pixels, C) are fastest. XLA would turn the gradient round again for each of them, but
-    # computes once what is padded; and it is padded for the image's gradient anyway.
-    gradient = _pad(_pad(gradient, (1, 2)).transpose(3, 1, 2, 0), (1, 2))[:, 2:-2, 2:-2]
-    phases = len(method.a)
-    parts = [[gradient[:, i::phases, j::phases] for j in range(phases)] for i in range(phases)]
-    products = _products('hwbc,ohwb->oc', tiles, _combine(method.a.T, parts))
+    tiles = _combine(method.b, _tiles(_pad(x), method))
+    # Products that sum over pixels are fastest of (O, pixels) and (pixels, C).
+    phases = apart(lambda gradient: _phases(gradient, len(method.a)), gradient[0, 0, 0, 0], gradient)
+    products = _products('bhwc,obhw->oc', tiles, _combine(method.a.T, phases))
     return jnp.array(_combine(method.g.T, products)).swapaxes(2, 3)
+
+
+def _phases(images, size):
+    """Of each place in squares of size×size pixels, what all squares have there: a grid of arrays (C, B, ·, ·)."""
+    batch, height, width, channels = images.shape
+    phases = images.reshape(batch, height // size, size, width // size, size, channels).transpose(2, 4, 5, 0, 1, 3)
+    return with_layout_constraint(phases, Layout(major_to_minor=tuple(range(phases.ndim))))
 
 
 def _whole(x, kernel):
@@ -195,19 +200,19 @@ def _products(subscripts, one, other):
     ]
 
 
-def _pad(x, axes):
-    return jnp.pad(x, [(int(i in axes),) * 2 for i in range(x.ndim)])
+def _pad(images):
+    return jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
-def _tiles(x, method, axes):
+def _tiles(images, method):
     """Of each place in a tile, what all tiles have there: a grid of images."""
     size = method.b.shape[1]
 
-    def take(x, i, axis):
-        stop = x.shape[axis] - size + i + 1
-        return jax.lax.slice_in_dim(x, i, stop, method.stride, axis)
+    def take(images, i, axis):
+        stop = images.shape[axis] - size + i + 1
+        return jax.lax.slice_in_dim(images, i, stop, method.stride, axis)
 
-    return [[take(take(x, i, axes[0]), j, axes[1]) for j in range(size)] for i in range(size)]
+    return [[take(take(images, i, axis=1), j, axis=2) for j in range(size)] for i in range(size)]
 
 
 def _interleave(images, axis):

@@ -13,6 +13,16 @@ def after(value, x):
     return x + (value > jnp.inf).astype(x.dtype)
 
 
+def apart(function, value, x):
+    """function(x), computed once and by itself.
+
+    XLA for CPUs would compute it again in each program that uses it, number by number as they are needed there; not
+    what a condition decides on, that `value`, a float, is not more than infinite.
+    """
+    shape = jax.eval_shape(function, x)
+    return jax.lax.cond(value > jnp.inf, lambda x: jnp.zeros(shape.shape, shape.dtype), function, x)
+
+
 def recomputed(run):
     """`run`, of which only the arguments are kept for the way back, and all else is computed again.
 
