@@ -99,7 +99,7 @@ def test_each_branch_starts_as_nothing():
     def fresh(key, x, emb):
         how = dict(groups=4, dtype=jnp.float32, rngs=nnx.Rngs(key))
         block = ResBlock(8, 12, 16, dropout=0.0, **how)
-        return (block(x, emb, None), block.shortcut(x)), (Attention(8, **how)(x), x)
+        return (block(x, emb, None), block.shortcut(x)), (Attention(8, **how)(x, False), x)
 
     x, emb = jax.random.normal(jax.random.key(1), (2, 4, 4, 8)), jax.random.normal(jax.random.key(2), (2, 16))
     for answer, expected in fresh(jax.random.key(0, impl='unsafe_rbg'), x, emb):  # quick to compile
@@ -107,10 +107,12 @@ def test_each_branch_starts_as_nothing():
         assert np.abs(expected).max() > 0.5
 
 
+@pytest.mark.parametrize('large', [0, math.inf])
 @pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
-def test_attention_is_that_of_jax_by_its_four_layers(dtype, tolerance):
+def test_attention_is_that_of_jax_by_its_four_layers(monkeypatch, dtype, tolerance, large):
     """And so are its gradients, from which those of the layers have to be found again. All biases are heard but the
     keys', which has no say: as its gradient is zero exactly, Adam has no rounding to make steps of."""
+    monkeypatch.setattr(unet, 'LARGE', large)
     draw = np.random.default_rng(0)
     graph, state = nnx.split(Attention(16, groups=4, dtype=dtype, rngs=nnx.Rngs(0)))
     state = jax.tree.map(lambda leaf: jnp.float32(draw.normal(size=leaf.shape)) / math.sqrt(leaf.shape[0]), state)
@@ -128,7 +130,7 @@ def test_attention_is_that_of_jax_by_its_four_layers(dtype, tolerance):
     def with_gradients(f):
         return jax.jit(lambda *args: (f(*args), jax.grad(lambda *args: (f(*args) * weight).sum(), (0, 1))(*args)))
 
-    ours, (ours_of_state, ours_of_x) = with_gradients(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+    ours, (ours_of_state, ours_of_x) = with_gradients(lambda state, x: nnx.merge(graph, state)(x, True))(state, x)
     theirs, (theirs_of_state, theirs_of_x) = with_gradients(by_jax)(state, x)
     for one, other in [(ours, theirs), (ours_of_x, theirs_of_x)]:
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
@@ -278,19 +280,31 @@ def test_the_gradient_of_an_image_in_half_precision_is_rounded_once(monkeypatch,
 
 
 def test_little_is_kept_of_large_images(monkeypatch):
-    """Of a block's arrays of an image's size, what leads on: its input and what its second convolution starts from."""
+    """Of a block's arrays of an image's size, what leads on: its input and what its second convolution starts from.
+    Of an attention's, its input alone."""
+    how = dict(groups=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
-    def kept(large, dropout):
+    def kept(large, layer):
         monkeypatch.setattr(unet, 'LARGE', large)
-        block = ResBlock(8, 8, 16, dropout=dropout, groups=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
         x = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
-        _, back = jax.vjp(lambda x: block(x, jnp.ones((2, 16)), jax.random.key(0)), x)
-        images = {leaf.tobytes() for leaf in map(np.asarray, jax.tree.leaves(back)) if leaf.shape[:3] == (2, 4, 4)}
-        return sorted(len(image) / x.size for image in images)  # bytes of a number of the image
+        _, back = jax.vjp(layer, x)
+        leaves = [leaf for leaf in map(np.asarray, jax.tree.leaves(back)) if leaf.shape[:1] == (2,)]
+        arrays = {leaf.tobytes() for leaf in leaves if leaf.size >= x.size / 8}
+        return sorted(len(array) / x.size for array in arrays)  # bytes of a number of the image
 
-    assert kept(0, 0.0) == [4, 4]
-    assert kept(0, 0.1) == [1 / 8, 4, 4]
-    assert len(kept(math.inf, 0.1)) > 6
+    def block(dropout):
+        layer = ResBlock(8, 8, 16, dropout=dropout, **how)
+        return lambda x: layer(x, jnp.ones((2, 16)), jax.random.key(0))
+
+    def attention():
+        layer = Attention(8, **how)
+        return lambda x: layer(x, True)
+
+    assert kept(0, block(0.0)) == [4, 4]
+    assert kept(0, block(0.1)) == [1 / 8, 4, 4]
+    assert len(kept(math.inf, block(0.1))) > 6
+    assert kept(0, attention()) == [4]
+    assert len(kept(math.inf, attention())) > 3
 
 
 @pytest.mark.skipif(jax.default_backend() != 'cpu' or jax.device_count() > 1, reason='of a lone CPU')

@@ -72,11 +72,13 @@ def _norm(channels, groups, *, rngs):
     return GroupNorm(channels, groups, epsilon=1e-6, rngs=rngs)
 
 
-def _activated(norm, conv, x, *, training, mask=None, keep=1.0):
-    """conv(dropout(silu(norm(x)))). mask: what dropout keeps, packed bits along the channels; keep: their share.
+def _thrifty(run, x, training):
+    """`run`, as of `recomputed`, for x: in training, on CPUs, only a large x itself is kept for the way back."""
+    return recomputed(run) if training and x.size > LARGE and jax.default_backend() == 'cpu' else run
 
-    In training, on CPUs, of a large x only itself is kept: what the convolution sees is computed again on the way back.
-    """
+
+def _activated(norm, conv, x, *, training, mask=None, keep=1.0):
+    """conv(dropout(silu(norm(x)))). mask: what dropout keeps, packed bits along the channels; keep: their share."""
     graph, state = nnx.split(conv)
     x = x.astype(jnp.float32)  # here, for the gradients of both its uses are added up before they are rounded
 
@@ -87,9 +89,7 @@ def _activated(norm, conv, x, *, training, mask=None, keep=1.0):
             h = jnp.where(jnp.unpackbits(mask, axis=-1, count=h.shape[-1]), h / keep, 0)
         return nnx.merge(graph, state)(h)
 
-    if training and x.size > LARGE and jax.default_backend() == 'cpu':
-        run = recomputed(run)
-    return run(x, (norm.affine(x), state), mask)
+    return _thrifty(run, x, training)(x, (norm.affine(x), state), mask)
 
 
 class ResBlock(nnx.Module):
@@ -134,14 +134,18 @@ class Attention(nnx.Module):
         self.value = _linear(channels, channels, rngs=rngs, dtype=dtype)
         self.out = _linear(channels, channels, rngs=rngs, dtype=dtype, init=zeros)
 
-    def __call__(self, x):
+    def __call__(self, x, training):
+        graph, state = nnx.split(self)
+        return x + _thrifty(lambda x, state, _: nnx.merge(graph, state).branch(x), x, training)(x, state, None)
+
+    def branch(self, x):
         batch, height, width, channels = x.shape
         h = self.norm(x).reshape(batch, height * width, channels).astype(self.dtype)
         queries = _affine(h, self.query, self.key.kernel[...].T)
         logits = jnp.einsum('btc,bsc->bts', queries, h, preferred_element_type=jnp.float32) / math.sqrt(channels)
         mean = jnp.einsum('bts,bsc->btc', jax.nn.softmax(logits).astype(self.dtype), h)
         out = _affine(mean, self.value, self.out.kernel[...]) + self.out.bias[...].astype(self.dtype)
-        return x + out.reshape(x.shape)
+        return out.reshape(x.shape)
 
 
 def _affine(x, linear, matrix):
@@ -165,17 +169,18 @@ class Stage(nnx.Module):
 
     def block(self, i, inputs, emb, dropout_key):
         """Block i on its inputs, images that are put together channel by channel."""
+        training = dropout_key is not None
         graph, state = nnx.split((self.blocks[i], self.attentions[i] if self.attentions else None))
 
         def run(inputs, given, dropout_key):
             state, emb = given
             block, attention = nnx.merge(graph, state)
             x = block(jnp.concatenate(inputs, axis=-1), emb, dropout_key)
-            return x if attention is None else attention(x)
+            return x if attention is None else attention(x, training)
 
         if self.remat:
             run = recomputed(run)
-        if dropout_key is not None and jax.default_backend() == 'cpu' and jax.device_count() == 1:
+        if training and jax.default_backend() == 'cpu' and jax.device_count() == 1:
             run = in_order(run)
         return run(inputs, (state, emb), dropout_key)
 
@@ -267,7 +272,7 @@ class UNet(nnx.Module):
                 x = stage.resample(x)
                 skips.append(x)
         x = self.mid1(x, emb, key())
-        x = self.mid_attention(x)
+        x = self.mid_attention(x, training)
         x = self.mid2(x, emb, key())
         for stage in self.up:
             for i in range(len(stage.blocks)):
