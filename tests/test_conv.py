@@ -1,5 +1,7 @@
 """Winograd's algorithm against jax.lax's convolution in float64, with its derivatives in both directions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,3 +213,17 @@ def test_images_are_computed_before_they_are_turned_round():
         pieces = jax.jit(f).lower(x).compile().as_text().split('\n\n')
         computing = [piece for piece in pieces if ' exponential(' in piece and 'ENTRY' not in piece]
         assert computing and not any('[16,96]' in piece for piece in computing)
+
+
+@pytest.mark.skipif(not CPU, reason='of CPUs')
+@pytest.mark.parametrize('algorithm', module.ALGORITHMS)
+def test_the_way_back_turns_an_image_and_a_kernel_round_once(algorithm):
+    """And not in the slow loop of each product that uses it, as XLA does where nothing keeps it from it."""
+    x, kernel, *_ = (jnp.float32(a) for a in arrays(8, 24, 8, 8))
+
+    def loss(x, kernel):
+        return (jnp.sin(bound(algorithm)(jnp.sin(x), kernel)) ** 2).sum()
+
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).compile().as_text()
+    turned = re.findall(r'= (\S+?)\{\S* transpose\(', program)
+    assert len(turned) == len(set(turned)) == 3  # the gradient, the kernel, and what its gradient is

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion.networks import order
-from diffusion.networks.order import after, in_order, recomputed
+from diffusion.networks.order import after, apart, in_order, recomputed
 
 
 @pytest.mark.parametrize('value', [0.0, -3.5, np.nan, np.inf, -np.inf])
@@ -21,6 +21,22 @@ def test_after_changes_nothing(value):
 def test_after_is_in_the_program():
     program = jax.jit(after).lower(jnp.float32(0), jnp.ones(3)).compile().as_text()
     assert 'compare(' in program and 'direction=GT' in program
+
+
+@pytest.mark.parametrize('first', [0.0, np.nan, np.inf, -np.inf])
+def test_apart_changes_nothing(first):
+    """Nor does it bar derivatives, in both directions and many at a time."""
+    x, dx = jnp.arange(6.0).reshape(2, 3).at[0, 0].set(first), jnp.ones((2, 3))
+
+    def results(f):
+        several = jnp.stack([x, -x])
+        return f(x), jax.jvp(f, (x,), (dx,)), jax.vjp(f, x)[1](dx.T), jax.vmap(f)(several), f(x[:0])
+
+    def function(x):
+        return jnp.sin(x).T
+
+    found, expected = (jax.jit(results, static_argnums=0)(f) for f in (lambda x: apart(function, x), function))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def run(x, given, fixed):

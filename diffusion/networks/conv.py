@@ -121,7 +121,7 @@ def _image_gradient(gradient, x, kernel, *, algorithm):
     """Of winograd, likewise, of its images: the convolution with the kernel turned round."""
     if algorithm == 'whole':
         return _whole_image_gradient(gradient, kernel)
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    turned = apart(lambda kernel: _in_memory(kernel[::-1, ::-1].swapaxes(2, 3)), kernel)
     return winograd_p.bind(gradient, turned, algorithm=TRANSPOSED[algorithm])
 
 
@@ -133,7 +133,7 @@ def _kernel_gradient(gradient, x, kernel, *, algorithm):
     x = after(gradient[:, :1, :1, :1], x)  # nothing of this is done, and kept, before
     tiles = _combine(method.b, _tiles(_pad(x), method))
     # Products that sum over pixels are fastest of (O, pixels) and (pixels, C).
-    phases = apart(lambda gradient: _phases(gradient, len(method.a)), gradient[0, 0, 0, 0], gradient)
+    phases = apart(lambda gradient: _phases(gradient, len(method.a)), gradient)
     products = _products('bhwc,obhw->oc', tiles, _combine(method.a.T, phases))
     return jnp.array(_combine(method.g.T, products)).swapaxes(2, 3)
 
@@ -141,8 +141,13 @@ def _kernel_gradient(gradient, x, kernel, *, algorithm):
 def _phases(images, size):
     """Of each place in squares of size×size pixels, what all squares have there: a grid of arrays (C, B, ·, ·)."""
     batch, height, width, channels = images.shape
-    phases = images.reshape(batch, height // size, size, width // size, size, channels).transpose(2, 4, 5, 0, 1, 3)
-    return with_layout_constraint(phases, Layout(major_to_minor=tuple(range(phases.ndim))))
+    squares = images.reshape(batch, height // size, size, width // size, size, channels)
+    return _in_memory(squares.transpose(2, 4, 5, 0, 1, 3))
+
+
+def _in_memory(x):
+    """x, whose axes lie in memory in their order."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def _whole(x, kernel):

@@ -13,14 +13,16 @@ def after(value, x):
     return x + (value > jnp.inf).astype(x.dtype)
 
 
-def apart(function, value, x):
-    """function(x), computed once and by itself.
+def apart(function, x):
+    """function(x), computed once and by itself; function: of floats, gives an array.
 
-    XLA for CPUs would compute it again in each program that uses it, number by number as they are needed there; not
-    what a condition decides on, that `value`, a float, is not more than infinite.
+    XLA for CPUs would compute it again in each program that uses it, number by number as they are needed there; but
+    not what a condition decides on: that x is not more than infinite.
     """
+    if not x.size:
+        return function(x)
     shape = jax.eval_shape(function, x)
-    return jax.lax.cond(value > jnp.inf, lambda x: jnp.zeros(shape.shape, shape.dtype), function, x)
+    return jax.lax.cond(x[(0,) * x.ndim] > jnp.inf, lambda x: jnp.zeros(shape.shape, shape.dtype), function, x)
 
 
 def recomputed(run):
