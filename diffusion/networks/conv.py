@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -121,7 +120,7 @@ def _image_gradient(gradient, x, kernel, *, algorithm):
     """Of winograd, likewise, of its images: the convolution with the kernel turned round."""
     if algorithm == 'whole':
         return _whole_image_gradient(gradient, kernel)
-    turned = apart(lambda kernel: _in_memory(kernel[::-1, ::-1].swapaxes(2, 3)), kernel)
+    turned = apart(lambda kernel: kernel[::-1, ::-1].swapaxes(2, 3), kernel)
     return winograd_p.bind(gradient, turned, algorithm=TRANSPOSED[algorithm])
 
 
@@ -142,12 +141,7 @@ def _phases(images, size):
     """Of each place in squares of size×size pixels, what all squares have there: a grid of arrays (C, B, ·, ·)."""
     batch, height, width, channels = images.shape
     squares = images.reshape(batch, height // size, size, width // size, size, channels)
-    return _in_memory(squares.transpose(2, 4, 5, 0, 1, 3))
-
-
-def _in_memory(x):
-    """x, whose axes lie in memory in their order."""
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+    return squares.transpose(2, 4, 5, 0, 1, 3)
 
 
 def _whole(x, kernel):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def after(value, x):
@@ -14,15 +15,21 @@ def after(value, x):
 
 
 def apart(function, x):
-    """function(x), computed once and by itself; function: of floats, gives an array.
+    """function(x), computed once and by itself, its axes in memory in their order; function: of floats, gives an array.
 
     XLA for CPUs would compute it again in each program that uses it, number by number as they are needed there; but
-    not what a condition decides on: that x is not more than infinite.
+    not what a condition decides on: that x is not more than infinite. Without a fixed order of axes it would compute
+    nothing apart but leave an image as it lies, and turn it round in those programs.
     """
     if not x.size:
         return function(x)
+
+    def laid_out(x):
+        result = function(x)
+        return with_layout_constraint(result, Layout(major_to_minor=tuple(range(result.ndim))))
+
     shape = jax.eval_shape(function, x)
-    return jax.lax.cond(x[(0,) * x.ndim] > jnp.inf, lambda x: jnp.zeros(shape.shape, shape.dtype), function, x)
+    return jax.lax.cond(x[(0,) * x.ndim] > jnp.inf, lambda x: jnp.zeros(shape.shape, shape.dtype), laid_out, x)
 
 
 def recomputed(run):
