@@ -16,8 +16,8 @@ def compiler_options(largest_kept=0):
     is good for small programs. Of large ones each operation keeps all cores busy, and what was begun early waits in
     memory: they are ordered for the least memory, and their matrix products are Eigen's, too.
 
-    Several CPU devices get what JAX has by itself: of programs that run at the same time, some of Eigen's convolutions
-    were wrong, by more than the numbers that they should have been.
+    Several CPU devices get what JAX has by itself: with convolutions by Eigen, some of what programs computed at the
+    same time was wrong, for a reason that is not known.
     """
     if jax.default_backend() != 'cpu' or jax.device_count() > 1:
         return {}
