@@ -82,13 +82,16 @@ def ours(task):
     import jax
 
     from diffusion import data, experiment, generate, train
+    from diffusion.runtime import mesh as meshes
     from diffusion.schedule import timesteps
 
+    if task.num_steps:
+        meshes.use_cores(task.batch)  # as --mode=sample does
     config = task.build()
     exp = experiment.build(config)
     images = task.images(config)
     if task.num_steps:
-        params = jax.jit(exp.network.init)(jax.random.key(0))
+        params = jax.jit(exp.network.init, out_shardings=meshes.replicated(exp.mesh))(jax.random.key(0))
         levels = timesteps(exp.schedule.T, task.num_steps)
         how = dict(batch_size=task.batch, timesteps=levels, kind='eps', eta=task.eta)
         draw = generate.make_sampler(exp, params, images.shape[1:], **how)

@@ -127,9 +127,14 @@ LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax')  # of which others compile other 
 
 
 def begin(config, mode):
-    """Join the other hosts of the run, before anything touches a device. RunError: they were not asked for the same."""
+    """Join the other hosts of the run, before anything touches a device. RunError: they were not asked for the same.
+
+    Alone on a CPU, cores share the images that are drawn.
+    """
     with naming('config.distributed'):
         distributed.connect(**config.distributed)
+    if mode == 'sample':
+        meshes.use_cores(min(config.sample.batch_size, config.sample.num_images))
     if jax.distributed.is_initialized():
         asked = {f'config.{key}': repr(value) for key, value in _flat(config.to_dict()) if key not in OF_A_HOST}
         versions = {f'the version of {name}': importlib.metadata.version(name) for name in LIBRARIES}

@@ -208,31 +208,69 @@ def test_a_mesh_does_not_depend_on_the_order_in_which_devices_come(seen):
     assert seen['properties']['order'] == list(range(8))
 
 
+CORES = """
+import os, sys
+import jax
+from diffusion.runtime import mesh
+
+os.sched_getaffinity = lambda _: range(int(sys.argv[1]))
+mesh.use_cores(int(sys.argv[2]))
+print(jax.device_count())
+"""
+
+
+@pytest.mark.parametrize(
+    ('cores', 'most', 'told', 'devices'),
+    [
+        (1, 100, {}, 1),
+        (5, 100, {}, 5),
+        (64, 100, {}, 8),
+        (5, 3, {}, 3),
+        (5, 0, {}, 1),
+        (5, 100, {'JAX_NUM_CPU_DEVICES': '2'}, 2),
+        (5, 100, {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}, 2),
+    ],
+)
+def test_cores_become_devices(cores, most, told, devices):
+    done = python(CORES, cores, most, **({'JAX_PLATFORMS': 'cpu'} | told))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == devices
+
+
 DRAW = """
 import sys
 import jax, numpy as np
 from configs import digits
 from diffusion import experiment, generate
 from diffusion.schedule import timesteps
+from tests.hlo import left_to_eigen
 
+def compiled(*args, made_by=generate.compiled, **how):
+    program = made_by(*args, **how)
+    print(len(left_to_eigen(program.as_text())))
+    return program
+
+generate.compiled = compiled
 exp = experiment.build(digits.get_config())
 rng = np.random.default_rng(0)
 leaves, tree = jax.tree.flatten(exp.network.init(jax.random.key(0)))
 params = tree.unflatten([leaf + 0.05 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves])
-how = dict(batch_size=200, timesteps=timesteps(1000, 100)[-31:], kind='eps', eta=0.0)
+how = dict(batch_size=200, timesteps=timesteps(1000, 100)[-21:], kind='eps', eta=0.0)
 np.save(sys.argv[1], generate.make_sampler(exp, params, (8, 8, 1), **how)(params, 0, 0, 200))
 """
 
 
 @pytest.mark.slow
 def test_two_cpu_devices_draw_what_one_does(tmp_path):
-    """Of 200 images by Eigen's convolutions, the first seven of each device went wrong after a few steps."""
-    drawn = []
+    """With convolutions by Eigen, the first seven of 200 images on each device went wrong after a few steps."""
+    drawn, left = [], []
     for devices in (1, 2):
         done = python(DRAW, tmp_path / f'{devices}.npy', JAX_NUM_CPU_DEVICES=str(devices), JAX_PLATFORMS='cpu')
         assert done.returncode == 0, done.stderr
         drawn.append(np.load(tmp_path / f'{devices}.npy'))
+        left.append(int(done.stdout))
     np.testing.assert_allclose(*drawn, atol=1e-3)
+    assert left[0] > 0 and left[1] == 0
 
 
 # On this process's own device.

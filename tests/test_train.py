@@ -435,6 +435,8 @@ def test_what_was_trained_can_be_sampled(unbroken):
         record = json.load(file)
     assert record['checkpoint_step'] == LONG
     assert f'{record["quality"]["value"]:.4f}' in done.stdout and record['quality']['metric'] in done.stdout
+    if jax.default_backend() == 'cpu':
+        assert record['device'] == f'{min(len(os.sched_getaffinity(0)), 3)} × cpu'  # one for each image at most
 
 
 def test_the_same_command_again_says_that_it_is_complete(two_steps, capsys):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,22 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion.runtime.xla import fold
+
+MOST_CORES = 8  # that become devices: each of them holds the parameters
+
+
+def use_cores(most):
+    """Make each core of a lone host a CPU device, up to `most` of them; before anything touches a device.
+
+    Several devices share a batch, and keep more cores busy than a program that is computed by all: many of its products
+    and sums are too small to be split. Where JAX was told how many there are, by JAX_NUM_CPU_DEVICES or XLA_FLAGS,
+    there are that many.
+    """
+    told = jax.config.jax_num_cpu_devices >= 0
+    told |= 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+    if not told and not jax.distributed.is_initialized():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        jax.config.update('jax_num_cpu_devices', max(min(cores, most, MOST_CORES), 1))
 
 
 def make_mesh(fsdp=1):

@@ -16,8 +16,9 @@ def compiler_options(largest_kept=0):
     is good for small programs. Of large ones each operation keeps all cores busy, and what was begun early waits in
     memory: they are ordered for the least memory, and their matrix products are Eigen's, too.
 
-    Several CPU devices get what JAX has by itself: with convolutions by Eigen, some of what programs computed at the
-    same time was wrong, for a reason that is not known.
+    Several CPU devices get what JAX has by itself, convolutions by YNNPACK: those of Eigen can be wrong there. While
+    each thread of XLA's pool is busy with a program, what they leave in its queues stays; after 1,024 pieces the pool
+    does at once what it is asked to do later, and Eigen then packs the next part of an image over one still in use.
     """
     if jax.default_backend() != 'cpu' or jax.device_count() > 1:
         return {}
