@@ -206,12 +206,18 @@ def economies():
         return exp, program
 
     exp, plain = compiled()
-    params, optimizer = exp.network.init(jax.random.key(0)), optax.adam(2e-3)
-    state = optimizer.init(params)
+    optimizer = optax.adam(2e-3)
+    params = jax.jit(exp.network.init)(jax.random.key(0))
+    state = jax.jit(optimizer.init)(params)
+
+    @jax.jit
+    def updated(params, state, gradient):
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state
+
     for step in range(2):  # as the last convolutions start at zero, most parameters have no gradient before
         gradient = plain(params, jax.random.key(step), key.normal(size=eps.shape).astype(np.float32))
-        updates, state = optimizer.update(gradient, state)
-        params = optax.apply_updates(params, updates)
+        params, state = updated(params, state, gradient)
     programs = {'plain': plain, 'remat': compiled(remat=True)[1]}
     programs['both'] = compiled(remat=True, dtype='bfloat16')[1]
     gradients = {name: program(params, jax.random.key(0), eps) for name, program in programs.items()}

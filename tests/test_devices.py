@@ -253,7 +253,7 @@ def compiled(*args, made_by=generate.compiled, **how):
 generate.compiled = compiled
 exp = experiment.build(digits.get_config())
 rng = np.random.default_rng(0)
-leaves, tree = jax.tree.flatten(exp.network.init(jax.random.key(0)))
+leaves, tree = jax.tree.flatten(jax.jit(exp.network.init)(jax.random.key(0)))
 params = tree.unflatten([leaf + 0.05 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves])
 how = dict(batch_size=200, timesteps=timesteps(1000, 100)[-21:], kind='eps', eta=0.0)
 np.save(sys.argv[1], generate.make_sampler(exp, params, (8, 8, 1), **how)(params, 0, 0, 200))
