@@ -1,11 +1,12 @@
-# make demo        train on handwritten digits, sample with DDIM and DDPM, compute the likelihood, name the pictures
-# make prepare     a dataset as array_record files: DATASET=celeb_a [DATA_DIR=…] [MANUAL_DIR=…], needs TensorFlow
-# make test        the test suite, in minutes
-# make test-slow   what takes longer: the demo's quality, likelihoods of a trained run
-# make peers       comparisons with PyTorch and diffusers, in an environment of their own
-# make chaos       kill a run at random moments, damage its checkpoints, fill its disk; KILLS=100 for the long form
-# make bench       the numbers of the README; with VENV=.venv-peers EXTRAS=test,peers beside PyTorch's
-# make lint        style and format
+# make demo         train on handwritten digits, sample with DDIM and DDPM, compute the likelihood, name the pictures
+# make test         the tests, in minutes
+# make lint         style, format and types
+# make test-slow    tests that take longer: the demo's quality, likelihoods of a trained run, lost hosts
+# make chaos        kill a run at random moments, damage its checkpoints, fill its disk; KILLS=100 for the long form
+# make peers        comparisons with PyTorch and diffusers, in an environment of their own
+# make bench        the numbers in docs/numbers.md; with VENV=.venv-peers EXTRAS=test,peers also PyTorch's
+# make prepare      a TFDS dataset as array_record files: DATASET=celeb_a [DATA_DIR=…] [MANUAL_DIR=…]; uses TensorFlow
+# make install      the environment alone; EXTRAS=test,cuda12 for NVIDIA GPUs, EXTRAS=test,tpu for TPUs
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= test
@@ -15,8 +16,13 @@ CORRUPTIONS ?= 40
 python := $(VENV)/bin/python
 demo := runs/digits
 main := $(python) main.py --config=configs/digits.py --workdir=$(demo)
+pytest := $(python) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo prepare test test-slow test-versions peers chaos bench lint install clean
+# What depends most on the versions of Python, JAX, Flax, Orbax and Diffrax: about a third of the time of all tests.
+version_tests := tests/networks tests/runtime tests/data tests/modes/test_train.py tests/modes/test_sample.py \
+  tests/likelihood/test_flow.py tests/test_sampler.py tests/test_cli.py tests/test_layers.py tests/test_package.py
+
+.PHONY: demo prepare test test-slow test-newer test-versions peers chaos bench lint install clean
 
 install: $(VENV)/installed
 
@@ -33,25 +39,34 @@ demo: install
 	$(main) --mode=sample --config.sample.eta=1 --config.sample.num_steps=1000 --config.sample.num_images=100
 	$(main) --mode=likelihood --config.likelihood.num_images=16 --config.likelihood.samples=2
 	@echo; echo 'Pictures to open:'; ls $(demo)/samples/*/grid.png $(demo)/likelihood/*/terms.png
-	@echo 'and how it learned, in $(demo)/samples/progress/'
+	@echo 'and samples during training, in $(demo)/samples/progress/'
 
 prepare:
-	$(if $(DATASET),,$(error say which: make prepare DATASET=celeb_a, or DATASET=folder:/path NAME=mine))
+	$(if $(DATASET),,$(error name a dataset: make prepare DATASET=celeb_a, or DATASET=folder:/path NAME=mine))
 	$(MAKE) install VENV=.venv-prepare EXTRAS=prepare
 	.venv-prepare/bin/python -m diffusion.data.prepare "$(DATASET)" $(if $(DATA_DIR),--data_dir="$(DATA_DIR)") \
 	  $(if $(MANUAL_DIR),--manual_dir="$(MANUAL_DIR)") $(if $(NAME),--name="$(NAME)")
 
+lint: install
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
 test: install
-	$(python) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(pytest)
 
 test-slow: install
 	$(python) -m pytest -m slow
 
-# With OTHER=path/to/python of an environment that has another version of JAX: runs go on from one to the other.
+# With PYTHON and VENV of a newer Python, for which newer versions of JAX exist.
+test-newer: install
+	$(pytest) $(version_tests)
+
+# With OTHER=path/to/python of an environment with another version of JAX: each resumes the other's runs.
 test-versions: install
 	OTHER_PYTHON="$(abspath $(OTHER))" $(python) -m pytest tests/test_versions.py
 
-# In an environment of its own: PyTorch is large, and nothing else needs it.
+# In an environment of its own, because PyTorch is large and nothing else needs it.
 peers:
 	$(MAKE) install VENV=.venv-peers EXTRAS=test,peers
 	.venv-peers/bin/python -m pytest -m peers
@@ -67,9 +82,5 @@ bench: install
 	$(python) -m benchmarks.peers
 	$(python) -m benchmarks.report
 
-lint: install
-	$(python) -m ruff check .
-	$(python) -m ruff format --check .
-
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,8 +1,8 @@
-"""The share of each class among samples, as a classifier (an SVC on pixels) says that real images have taught.
+"""Measure the share of each class among samples, as named by a classifier (an SVC on pixels) of the real images.
 
-    python -m benchmarks.classes SOURCE IMAGE_SIZE CHANNELS samples.npz …        SOURCE: tfds:mnist, folder:PATH, digits
+    python -m benchmarks.classes SOURCE SIZE CHANNELS samples.npz …        SOURCE: tfds:mnist, folder:PATH, digits
 
-Also how often the classifier is right on images that it has not seen.
+Also print the accuracy of the classifier on held-out images.
 """
 
 import sys
@@ -12,18 +12,19 @@ from sklearn.svm import SVC
 
 from diffusion import data
 
-MOST = 10_000  # images that it learns from
+MOST = 10_000  # training images of the classifier
 
 
-def main():
+def main() -> None:
+    """Print the shares for each samples.npz."""
     source, image_size, channels, *paths = sys.argv[1:]
     how = dict(image_size=int(image_size), channels=int(channels))
     train, test = (data.load(source, split, **how) for split in ('train', 'test'))
     chosen = np.random.default_rng(0).permutation(len(train))[:MOST]
     classifier = SVC(C=10).fit(flat(train[chosen]), train.labels[chosen])
-    seen = np.arange(min(len(test), 2000)) * (len(test) // min(len(test), 2000))
-    right = (classifier.predict(flat(test[seen])) == test.labels[seen]).mean()
-    print(f'right on {right:.1%} of {len(seen)} held-out images')
+    held_out = np.arange(min(len(test), 2000)) * (len(test) // min(len(test), 2000))
+    accuracy = (classifier.predict(flat(test[held_out])) == test.labels[held_out]).mean()
+    print(f'accuracy {accuracy:.1%} on {len(held_out)} held-out images')
     for path in paths:
         with np.load(path) as arrays:
             images = arrays['arr_0']
@@ -34,7 +35,8 @@ def main():
         print(f'{path}\n  {len(images)} images: {shares}')
 
 
-def flat(images):
+def flat(images: np.ndarray) -> np.ndarray:
+    """Turn images (N, H, W, C) uint8 into vectors (N, H·W·C) float32 in [−1, 1]."""
     return data.to_float(images).reshape(len(images), -1)
 
 

@@ -1,18 +1,19 @@
-"""What the framework costs beyond the network, on the digits' network and whatever device is there.
+"""Measure what the framework costs beyond the network, with the digits' network on the default device.
 
     python -m benchmarks.cost
 
-Compile time of the sampler for 10 and 1000 steps; seconds from the start of a program that trains to its first step,
-where its programs have been compiled before; and the time of the posterior-form ELBO of digits at T = 1000 in units of
-the same number of network evaluations alone. Medians over interleaved repetitions.
+Three figures, each the median over interleaved repetitions:
+- the compile time of the sampler for 1000 steps over that for 10;
+- the seconds from the command to the first training step, with a warm compile cache;
+- the time of the posterior-form ELBO of digits at T = 1000 over that of the same number of network evaluations alone.
 """
 
-import functools
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,39 +21,43 @@ import numpy as np
 
 from benchmarks.peers import Task
 from benchmarks.record import store
-from diffusion import experiment, generate
+from diffusion import build
 from diffusion.likelihood.elbo import elbo
-from diffusion.runtime.xla import compiler_options
+from diffusion.modes.sample import make_sampler
+from diffusion.runtime import mesh
 from diffusion.schedule import timesteps
 
 
-def seconds(function):
+def seconds(function: Callable) -> float:
+    """Return the seconds that a call takes, until its result is computed."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
 
 
-def compile_times(repetitions=3, batch=50):
-    """Median seconds to compile the sampler for 10 and for 1000 steps."""
-    config = Task('digits', batch).build()
-    exp = experiment.build(config)
+def compile_times(repetitions: int = 3, batch: int = 50) -> dict[int, float]:
+    """Return the median seconds to compile the sampler, for 10 and for 1000 steps."""
+    exp = build.build(Task('digits', batch).build())
     params = exp.network.init(jax.random.key(0))
 
-    def build(num_steps):
+    def compile_sampler(num_steps):
         levels = timesteps(exp.schedule.T, num_steps)
-        generate.make_sampler(exp, params, (8, 8, 1), batch_size=batch, timesteps=levels, kind='eps', eta=1.0)
+        make_sampler(exp, params, (8, 8, 1), batch_size=batch, timesteps=levels, kind='eps', eta=1.0)
 
-    build(20)  # what is only done once
+    compile_sampler(20)  # warm up
     times = {10: [], 1000: []}
     for _ in range(repetitions):
         for num_steps, found in times.items():
             jax.clear_caches()
-            found.append(seconds(lambda n=num_steps: build(n)))
+            found.append(seconds(lambda n=num_steps: compile_sampler(n)))
     return {num_steps: float(np.median(found)) for num_steps, found in times.items()}
 
 
-def first_steps(repetitions=3):
-    """Seconds from typing `python main.py --config=configs/digits.py …` to the record of step 1."""
+def first_steps(repetitions: int = 3) -> list[float]:
+    """Return the seconds from `python main.py --config=configs/digits.py …` to the log entry of step 1, for each run.
+
+    One more run before them fills the compile cache.
+    """
     times = []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(1 + repetitions):
@@ -67,23 +72,22 @@ def first_steps(repetitions=3):
                     time.sleep(0.01)
                 times.append(time.perf_counter() - started)
                 if process.poll() is not None:
-                    sys.exit(f'{" ".join(command)} has ended before its first step')
+                    sys.exit(f'{" ".join(command)} ended before its first step')
                 process.kill()
     return times[1:]
 
 
-def elbo_ratios(name, *, images, batch, dtype='float32'):
-    """Seconds of the ELBO over those of as many network evaluations, for each batch of the images in turn."""
+def elbo_ratios(name: str, *, images: int, batch: int, dtype: str = 'float32') -> list[float]:
+    """Return, for each batch of images, the time of the ELBO over that of as many network evaluations."""
     config = Task(name, batch, dtype=dtype).build()
-    exp = experiment.build(config)
+    exp = build.build(config)
     params = exp.network.init(jax.random.key(0))
     x0 = jnp.zeros((batch, config.data.image_size, config.data.image_size, config.data.channels))
+    key = jax.random.key(0)
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
     def bound(params, key):
         return elbo(key, exp.schedule, exp.network.net(params), x0, kind='eps').total()
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
     def network(params, key):
         net = exp.network.net(params)
 
@@ -92,13 +96,16 @@ def elbo_ratios(name, *, images, batch, dtype='float32'):
 
         return jax.lax.scan(step, jax.random.normal(key, x0.shape), jnp.arange(exp.schedule.T, 0, -1))[0]
 
-    functions = [lambda f=f: f(params, jax.random.key(0)) for f in (bound, network)]
+    whole = mesh.replicated(exp.mesh)
+    compiled = [exp.implementation.compile(f, params, key, out_shardings=whole) for f in (bound, network)]
+    functions = [lambda f=f: f(params, key) for f in compiled]
     for function in functions:
-        seconds(function)
+        seconds(function)  # warm up
     return [seconds(functions[0]) / seconds(functions[1]) for _ in range(images // batch)]
 
 
-def main():
+def main() -> None:
+    """Measure, and store the figures."""
     compiled = compile_times()
     ratios = elbo_ratios('digits', images=250, batch=50)
     first = first_steps()

@@ -1,8 +1,8 @@
-"""How good samples of the digits are: Fréchet distance in pixels, and the share of each class.
+"""Measure the quality of samples of the digits: Fréchet distance of raw pixels, and the share of each class.
 
     python -m benchmarks.digits runs/digits/samples/*/samples.npz
 
-All 1,797 real digits are the reference, and train the classifier (an SVC) that names the samples.
+All 1,797 real digits are the reference; they also train the classifier (an SVC) that names the samples.
 """
 
 import sys
@@ -15,8 +15,15 @@ from diffusion import data
 from diffusion.metrics import frechet
 
 
-def quality(images):
-    """(Fréchet distance of raw pixels in [−1, 1], share of each class (10,)) of samples, uint8 (N, 8, 8, 1)."""
+def quality(images: np.ndarray) -> tuple[float, np.ndarray]:
+    """Compare samples with the real digits.
+
+    Args:
+        images: (N, 8, 8, 1) uint8.
+
+    Returns:
+        (Fréchet distance of raw pixels in [−1, 1], share of each class (10,)).
+    """
     digits = load_digits()
     real = data.to_float(np.round(digits.images * (255 / 16)).astype(np.uint8))
     fake = data.to_float(images)
@@ -26,7 +33,8 @@ def quality(images):
     return distance, counts / len(images)
 
 
-def main():
+def main() -> None:
+    """Print the quality of each samples.npz."""
     for path in sys.argv[1:]:
         with np.load(path) as arrays:
             images = arrays['arr_0']

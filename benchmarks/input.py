@@ -1,11 +1,10 @@
-"""How fast images come, by each path, and how long training waits for them.
+"""Measure the throughput of the input pipeline, and how long training waits for it.
 
     python -m benchmarks.input [--source=folder:PATH] [--image_size=32]
 
-Images/s: decoded from their files (cold), gathered from the cache, and on the device; beside Grain's own loader
-and PyTorch's (where it is installed), which decode the same files by Pillow. And the share of the time of training
-steps, with the digits' network and batches of 32, that is lost by waiting for the next batch. Without --source, on
-synthetic JPEGs.
+It reports images/s decoded from files, gathered from the cache, and gathered on the device, beside the loaders of Grain
+and (if installed) PyTorch, which decode the same files with Pillow. It also reports the fraction of training time,
+with the digits' network, that is spent waiting for the next batch. Without --source, it uses synthetic JPEGs.
 """
 
 import argparse
@@ -24,16 +23,17 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.record import store
-from configs import digits
-from diffusion import data, experiment, train
+from diffusion import build, data
+from diffusion.configs import digits
 from diffusion.data.sources import open_source
+from diffusion.modes import train
 
 BATCH = 128
-PEER_IMAGES = 12_800  # that each of the peers decodes
+PEER_IMAGES = 12_800  # decoded by each of the other loaders
 
 
 def synthetic(folder, count=10_000, size=32):
-    """A folder of smooth coloured JPEGs."""
+    """Write smooth coloured JPEGs to a folder, and return the source."""
     random = np.random.default_rng(0)
     for i in range(count):
         small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
@@ -42,7 +42,7 @@ def synthetic(folder, count=10_000, size=32):
 
 
 def rate(batches, count):
-    """Images/s of the first `count` images, after a first batch."""
+    """Return the images/s of the first `count` images, after a warm-up batch."""
     next(batches)
     start, seen = time.perf_counter(), 0
     while seen < count:
@@ -50,22 +50,22 @@ def rate(batches, count):
     return seen / (time.perf_counter() - start)
 
 
-def decode_by_pillow(read, image_size, i):
-    """What anyone would write."""
-    with Image.open(io.BytesIO(read(i)[0])) as image:
+def decode_with_pillow(encoded, image_size, i):
+    """Decode and resize a picture in the usual way."""
+    with Image.open(io.BytesIO(encoded(i))) as image:
         return np.asarray(image.convert('RGB').resize((image_size, image_size), Image.Resampling.LANCZOS))
 
 
 def grain_loader(pictures, image_size):
-    """Grain's batches of decoded pictures, shuffled, decoded by its threads."""
+    """Return Grain's shuffled batches, decoded in its threads."""
     numbers = grain.MapDataset.source(range(len(pictures))).shuffle(seed=0).repeat()
-    decoded = numbers.map(functools.partial(decode_by_pillow, pictures.read, image_size))
+    decoded = numbers.map(functools.partial(decode_with_pillow, pictures.encoded, image_size))
     threads = grain.ReadOptions(num_threads=2 * os.cpu_count(), prefetch_buffer_size=4 * BATCH)
     return iter(decoded.to_iter_dataset(threads).batch(BATCH))
 
 
 def torch_loader(pictures, image_size):
-    """PyTorch's batches of decoded pictures, shuffled, decoded by one process a core."""
+    """Return PyTorch's shuffled batches, decoded in one process per core."""
     import torch
 
     class Pictures(torch.utils.data.Dataset):
@@ -73,14 +73,14 @@ def torch_loader(pictures, image_size):
             return len(pictures)
 
         def __getitem__(self, i):
-            return torch.from_numpy(decode_by_pillow(pictures.read, image_size, i).copy())
+            return torch.from_numpy(decode_with_pillow(pictures.encoded, image_size, i).copy())
 
     loader = torch.utils.data.DataLoader(Pictures(), BATCH, shuffle=True, num_workers=os.cpu_count(), drop_last=True)
     return iter(loader)
 
 
 def on_device(images, steps):
-    """Images/s that a jitted gather on the device yields, with the order of the batch sent at each step."""
+    """Return the images/s of a compiled gather on the device, to which the indices are sent at each step."""
     whole, order = jax.device_put(images.images[:]), data.Order(len(images), BATCH, 0)
     gather = jax.jit(lambda whole, indices: whole[indices])
     jax.block_until_ready(gather(whole, order[0]))
@@ -92,22 +92,23 @@ def on_device(images, steps):
 
 
 def waiting(images, placement, *, segments=8, steps=100):
-    """The share of the time of training steps, as train.run makes them, for which they wait for their batch.
+    """Return the fraction of training time that is spent waiting for batches.
 
-    By comparison, in turns, with the same steps on one batch that is on the device already; the medians of the
-    segments. Also what share of the time the host spends in next(batches), which the device may not notice.
+    Segments of steps that are fed as in training alternate with segments of the same steps on one batch that is on
+    the device already; the medians are compared. Also return the fraction of the time that the host spends in
+    next(batches), while the device may be busy.
     """
     config = digits.get_config()
     config.data.placement = placement
     config.train.num_steps = 10**6
-    exp = experiment.build(config)
+    exp = build.build(config)
     state = jax.jit(exp.init)(jax.random.key(0))
     batches = train.feed(config, exp, images, 0)
     first = next(batches)
     step_fn = train.compile_step(config, exp, state, *first)
 
     def segment(batches):
-        """(seconds, of which in next(batches)) a step."""
+        """Return (seconds, seconds in next(batches)) per step."""
         nonlocal state
         jax.block_until_ready(state)
         begun, inside, pending, batch = time.perf_counter(), 0.0, None, next(batches)
@@ -134,8 +135,9 @@ def waiting(images, placement, *, segments=8, steps=100):
 
 
 def main():
+    """Run the benchmark, and store its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--source', help='folder:PATH, a zip file likewise, or tfds:NAME; synthetic pictures without')
+    parser.add_argument('--source', help='folder:PATH or tfds:NAME; by default, synthetic pictures')
     parser.add_argument('--image_size', type=int, default=32)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:

@@ -1,11 +1,12 @@
-"""Ours beside PyTorch's, in one run: the same networks, batches and precision.
+"""Compare ours with PyTorch's in one run: the same networks, batches and precision.
 
-    make bench VENV=.venv-peers EXTRAS=test,peers      or      python -m benchmarks.peers [--repetitions=5]
+    make bench VENV=.venv-peers EXTRAS=test,peers
+    python -m benchmarks.peers [--repetitions=5] [--implementation=auto|plain|cpu]
 
-The peers are diffusers' UNet2DModel with its schedulers, channels_last, torch.optim.Adam behind a clipped gradient,
-and an EMA: `eager` as one writes it; `compiled`, on a GPU, by torch.compile, the best PyTorch can do. Each side is a
-process of its own, which waits while the others work; they take turns, and what counts is the median of the ratios of
-neighbours. Without PyTorch ours is measured alone.
+The peers are diffusers' UNet2DModel with its schedulers, channels_last, torch.optim.Adam after clipping, and an EMA:
+`eager` as users write it; `compiled`, on a GPU, by torch.compile, the best that PyTorch can do. Each side is a process
+of its own. They take turns, and wait while another works; the figure is the median of the ratios of neighbouring turns.
+Without PyTorch, only ours is measured.
 """
 
 import argparse
@@ -18,48 +19,53 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 NETWORKS = {'cifar10': 'CIFAR-10 network (35.7M)', 'digits': 'digits network'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A train step on `batch` images; or where num_steps is given, to draw as many by DDIM (eta 0) or DDPM (eta 1)."""
+    """A training step on `batch` images; or, with `num_steps`, sampling of as many by DDIM (eta 0) or DDPM (eta 1)."""
 
     config: str
     batch: int
     num_steps: int = 0
     eta: float = 0.0
     dtype: str = 'float32'
-    times: int = 1  # that it is done at one turn
-    targets: dict = dataclasses.field(default_factory=dict)  # {side: what ours over theirs should not exceed}
+    times: int = 1  # repetitions within a turn
+    targets: dict[str, float] = dataclasses.field(default_factory=dict)  # {side: the largest ratio, ours/theirs}
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """What the tables call it."""
         precision = '' if self.dtype == 'float32' else f', {self.dtype}'
         if not self.num_steps:
             return f'train step, {NETWORKS[self.config]}, batch {self.batch}{precision}'
         method = 'DDPM' if self.eta else 'DDIM'
         return f'{method}-{self.num_steps}, {NETWORKS[self.config]}, {self.batch} images{precision}'
 
-    def build(self):
-        """The config of the task."""
-        from configs import cifar10, digits
+    def build(self) -> ConfigDict:
+        """Return the config of the task."""
+        from diffusion.configs import cifar10, digits
 
         config = {'cifar10': cifar10, 'digits': digits}[self.config].get_config()
         config.train.batch_size = self.batch
         config.model.dtype = self.dtype
         return config
 
-    def images(self, config):
+    def images(self, config: ConfigDict) -> np.ndarray:
+        """Return random images for it, (N, H, W, C) uint8."""
         size, channels = config.data.image_size, config.data.channels
         return np.random.default_rng(0).integers(0, 256, (2 * self.batch, size, size, channels), dtype=np.uint8)
 
 
 BEST = {'eager': 0.5, 'compiled': 0.75}
-TASKS = {  # of each benchmark
+TASKS = {  # for each benchmark
     'peers': [
         Task('cifar10', 16, targets={'eager': 1.0}),
         Task('cifar10', 16, num_steps=50, targets={'eager': 1.0}),
@@ -77,41 +83,43 @@ TASKS = {  # of each benchmark
 }
 
 
-def ours(task):
-    """A function that does the task once, and one that waits until all is done."""
+def ours(task: Task, implementation: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return a function that does the task once, and one that waits until everything is done."""
     import jax
 
-    from diffusion import data, experiment, generate, train
-    from diffusion.runtime import mesh as meshes
+    from diffusion import build, data
+    from diffusion.modes import sample, train
+    from diffusion.runtime import mesh
     from diffusion.schedule import timesteps
 
     if task.num_steps:
-        meshes.use_cores(task.batch)  # as --mode=sample does
+        mesh.use_cores(task.batch)  # as --mode=sample does
     config = task.build()
-    exp = experiment.build(config)
+    config.model.implementation = implementation
+    exp = build.build(config)
     images = task.images(config)
     if task.num_steps:
-        params = jax.jit(exp.network.init, out_shardings=meshes.replicated(exp.mesh))(jax.random.key(0))
+        params = jax.jit(exp.network.init, out_shardings=mesh.replicated(exp.mesh))(jax.random.key(0))
         levels = timesteps(exp.schedule.T, task.num_steps)
-        how = dict(batch_size=task.batch, timesteps=levels, kind='eps', eta=task.eta)
-        draw = generate.make_sampler(exp, params, images.shape[1:], **how)
+        chain: dict[str, Any] = dict(timesteps=levels, kind='eps', eta=task.eta)
+        draw = sample.make_sampler(exp, params, images.shape[1:], batch_size=task.batch, **chain)
         return lambda: data.to_uint8(draw(params, 0, 0, task.batch)), lambda: None
     state = jax.jit(exp.init)(jax.random.key(0))
-    shown, indices = jax.device_put(images), jax.device_put(np.arange(task.batch, dtype=np.int32))
-    step = train.compile_step(config, exp, state, shown, indices)
+    batch = jax.device_put(images), jax.device_put(np.arange(task.batch, dtype=np.int32))
+    step = train.compile_step(config, exp, state, *batch)
     last = None
 
     def once():
         nonlocal state, last
         before = last
-        state, last = step(state, shown, indices)
-        jax.block_until_ready(before)  # as in training: one step is under way while the next is sent
+        state, last = step(state, *batch)
+        jax.block_until_ready(before)  # at most two steps are in flight, as in training
 
     return once, lambda: jax.block_until_ready(state)
 
 
-def theirs(task, compiled):
-    """The same by PyTorch and diffusers."""
+def theirs(task: Task, compiled: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return the same for PyTorch and diffusers."""
     import torch
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
@@ -148,7 +156,7 @@ def theirs(task, compiled):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
             optimizer.step()
-            optimizer.zero_grad()  # here, and the gradients take no memory while the next step goes forward
+            optimizer.zero_grad()  # here, so that gradients take no memory during the next forward pass
             with torch.no_grad():
                 torch._foreach_lerp_(ema, parameters, 1 - config.train.ema_decay)
 
@@ -156,12 +164,12 @@ def theirs(task, compiled):
 
     net = net.eval().to(dict(float32=torch.float32, bfloat16=torch.bfloat16)[task.dtype])
     scheduler = (DDPMScheduler if task.eta else DDIMScheduler)(beta_start=1e-4, beta_end=0.02, clip_sample=True)
-    how = {} if task.eta else {'use_clipped_model_output': True}  # as DDPM does, and ours
+    how = {} if task.eta else {'use_clipped_model_output': True}  # as DDPM and ours do
     scheduler.set_timesteps(task.num_steps)
     a_bars = scheduler.alphas_cumprod.tolist()
 
     def update(x, t, a_t, a_s):
-        """A step of the sampler, network and rule as one program. a_t, a_s: ᾱ before and after."""
+        """A step of the sampler, network included, as one program. a_t, a_s: ᾱ before and after."""
         eps = net(x.to(net.dtype), t).sample.float()
         x0 = ((x - (1 - a_t).sqrt() * eps) / a_t.sqrt()).clamp(-1, 1)
         eps = (x - a_t.sqrt() * x0) / (1 - a_t).sqrt()
@@ -187,9 +195,9 @@ def theirs(task, compiled):
     return sample, finish
 
 
-def layout_of(config):
-    """The config.json of diffusers' network of the same layout as ours."""
-    from diffusion.interop.diffusers import network_config
+def layout_of(config: ConfigDict) -> dict[str, Any]:
+    """Return the config.json of diffusers' network with our layout."""
+    from diffusion.interop.diffusers_export import network_config
 
     keys = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups', 'dropout')
     size, channels = config.data.image_size, config.data.channels
@@ -198,13 +206,13 @@ def layout_of(config):
 
 SIDES = {
     'ours': ours,
-    'eager': lambda task: theirs(task, compiled=False),
-    'compiled': lambda task: theirs(task, compiled=True),
+    'eager': lambda task, _: theirs(task, compiled=False),
+    'compiled': lambda task, _: theirs(task, compiled=True),
 }
 
 
-def sides():
-    """Those that can be measured here, ours first."""
+def sides() -> list[str]:
+    """Return the sides that can be measured here, ours first."""
     if not all(importlib.util.find_spec(name) for name in ('torch', 'diffusers')):
         return ['ours']
     import torch
@@ -212,9 +220,9 @@ def sides():
     return ['ours', 'eager', 'compiled'] if torch.cuda.is_available() else ['ours', 'eager']
 
 
-def work(side, task):
-    """For each line on standard input, do the task and print its seconds and the most memory since the first one."""
-    once, finish = SIDES[side](task)
+def work(side: str, task: Task, implementation: str) -> None:
+    """For each line on standard input, do the task, and print its seconds and the peak of memory since the start."""
+    once, finish = SIDES[side](task, implementation)
     once()
     finish()
     forget_peak(side)
@@ -226,11 +234,8 @@ def work(side, task):
         print((time.perf_counter() - started) / task.times, peak_memory(side), flush=True)
 
 
-def forget_peak(side):
-    """From here on, the most memory is that of the work; what compilers took and gave back does not count.
-
-    But for JAX on a GPU, which does not forget.
-    """
+def forget_peak(side: str) -> None:
+    """Start the peak of memory anew, so that compilation does not count. JAX cannot do that on a GPU."""
     if side != 'ours':
         import torch
 
@@ -243,8 +248,8 @@ def forget_peak(side):
         file.write('5')
 
 
-def peak_memory(side):
-    """Bytes: of the GPU, as the framework counts them; or of the process, as Linux does."""
+def peak_memory(side: str) -> int:
+    """Return bytes: of the GPU, as the framework counts them; or of the process, as Linux does."""
     if side == 'ours':
         import jax
 
@@ -259,78 +264,89 @@ def peak_memory(side):
         return 1024 * int(next(line for line in file if line.startswith('VmHWM')).split()[1])
 
 
-def start(side, task):
+def start(side: str, task: Task, implementation: str) -> subprocess.Popen:
+    """Start the process of a side."""
     command = [sys.executable, '-m', 'benchmarks.peers', f'--side={side}', f'--task={task.name}']
+    command.append(f'--implementation={implementation}')
     pipe = subprocess.PIPE
     environment = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment)
 
 
-def turn(process):
-    """(seconds, bytes) of one turn."""
+def turn(process: subprocess.Popen) -> tuple[float, ...]:
+    """Let a side do the task; return (seconds, bytes)."""
+    assert process.stdin and process.stdout
     process.stdin.write('\n')
     process.stdin.flush()
     answer = process.stdout.readline().split()
     if not answer:
-        sys.exit(f'{" ".join(process.args)} has ended before it answered')
+        sys.exit(f'{process.args!r} ended before it answered')
     return tuple(map(float, answer))
 
 
-def compare(task, sides, repetitions):
-    """{'seconds': {side: [of each repetition]}, 'megabytes': {side: at most}}."""
-    processes = {side: start(side, task) for side in sides}
+def compare(task: Task, sides: Sequence[str], repetitions: int, implementation: str = 'auto') -> dict[str, dict]:
+    """Measure all sides in turns.
+
+    Returns:
+        {'seconds': {side: [of each repetition]}, 'megabytes': {side: peak}}.
+    """
+    processes = {side: start(side, task, implementation) for side in sides}
     for process in processes.values():
         turn(process)
-    found = {side: [] for side in sides}
+    found: dict[str, list] = {side: [] for side in sides}
     for _ in range(repetitions):
         for side, process in processes.items():
             found[side].append(turn(process))
     for process in processes.values():
         process.communicate()
     return {
-        'seconds': {side: [seconds for seconds, _ in of_side] for side, of_side in found.items()},
-        'megabytes': {side: max(memory for _, memory in of_side) / 1e6 for side, of_side in found.items()},
+        'seconds': {side: [seconds for seconds, _ in turns] for side, turns in found.items()},
+        'megabytes': {side: max(memory for _, memory in turns) / 1e6 for side, turns in found.items()},
     }
 
 
-def ratios(result, side):
-    """Ours over theirs, of each repetition."""
+def ratios(result: dict[str, dict], side: str) -> np.ndarray:
+    """Return the ratio of times, ours/theirs, of each repetition."""
     return np.divide(result['seconds']['ours'], result['seconds'][side])
 
 
-def summary(task, result):
-    """One line."""
+def summary(task: Task, result: dict[str, dict]) -> str:
+    """Return one line with the figures of a task."""
     found = f'{task.name}: {np.median(result["seconds"]["ours"]):.4g} s'
     for side in result['seconds']:
         if side != 'ours':
-            of_side = ratios(result, side)
-            found += f'; over {side} {np.median(of_side):.2f} ({of_side.min():.2f} … {of_side.max():.2f})'
+            each = ratios(result, side)
+            found += f'; over {side} {np.median(each):.2f} ({each.min():.2f} … {each.max():.2f})'
             found += f', memory {result["megabytes"]["ours"] / result["megabytes"][side]:.2f}'
     return found
 
 
-def peer_versions():
+def peer_versions() -> dict[str, str]:
+    """Return the versions of the peers' packages."""
     return {name: importlib.metadata.version(name) for name in ('torch', 'diffusers') if importlib.util.find_spec(name)}
 
 
-def main():
+def main() -> None:
+    """Compare all sides, or be one of them."""
     tasks = {task.name: task for of_kind in TASKS.values() for task in of_kind}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repetitions', type=int, default=5)
+    parser.add_argument('--implementation', choices=['auto', 'plain', 'cpu'], default='auto', help='of our network')
     parser.add_argument('--side', choices=[*SIDES], help='be one of the processes')
-    parser.add_argument('--task', choices=[*tasks], help='one task alone, whose figures are not kept')
+    parser.add_argument('--task', choices=[*tasks], help='do one task, and do not store its figures')
     asked = parser.parse_args()
     if asked.side:
-        work(asked.side, tasks[asked.task])
+        work(asked.side, tasks[asked.task], asked.implementation)
         return
     from benchmarks.record import store
 
     result = {}
     for task in [tasks[asked.task]] if asked.task else TASKS['peers']:
-        result[task.name] = compare(task, sides(), asked.repetitions)
+        result[task.name] = compare(task, sides(), asked.repetitions, asked.implementation)
         print(summary(task, result[task.name]), flush=True)
     if not asked.task:
-        store('peers', {'tasks': result}, **peer_versions())
+        name = 'peers' if asked.implementation == 'auto' else f'peers --implementation={asked.implementation}'
+        store(name, {'tasks': result}, **peer_versions())
 
 
 if __name__ == '__main__':

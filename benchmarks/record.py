@@ -1,4 +1,4 @@
-"""Where the figures of a machine lie, and what each of them says of itself."""
+"""Keep the figures of each machine in results/<machine>.json."""
 
 import json
 import os
@@ -7,20 +7,27 @@ import re
 
 import jax
 
-from diffusion.runtime.files import versions, write_json
+from diffusion.util import versions, write_json
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results')
 
 
-def machine():
-    """Its name: the accelerator's, or the processor's and the number of its cores."""
+def machine() -> str:
+    """Return the machine's name: the accelerator's, or the processor's architecture and number of cores."""
     device = jax.devices()[0]
     found = f'{platform.machine()} {os.cpu_count()} cores' if device.platform == 'cpu' else device.device_kind
     return re.sub(r'\W+', '-', found.lower())
 
 
-def store(name, result, arguments='', **more_versions):
-    """Print the figures of benchmark `name`, and put them in the place of its last ones in results/<machine>.json."""
+def store(name: str, result: dict, arguments: str = '', **more_versions: str) -> None:
+    """Print the figures of a benchmark, and let them replace its previous ones in the results of this machine.
+
+    Args:
+        name: the module in benchmarks/.
+        result: the figures, as JSON.
+        arguments: what follows `python -m benchmarks.<name>` in the command, with the space before it.
+        more_versions: versions of packages that `diffusion.util.versions` does not name.
+    """
     path = os.path.join(RESULTS, f'{machine()}.json')
     whole = {}
     if os.path.exists(path):

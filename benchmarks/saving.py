@@ -1,8 +1,8 @@
-"""How long the training loop stands still while a checkpoint of the 35.7M-parameter network is begun.
+"""Measure for how long a checkpoint of the 35.7M-parameter network blocks the training loop.
 
     python -m benchmarks.saving
 
-The state (parameters, EMA, Adam: 572 MB) is copied, and written in the background; the loop goes on in between.
+The state (parameters, EMA, Adam: 572 MB) is copied; writing it to disk happens in the background.
 """
 
 import tempfile
@@ -12,19 +12,20 @@ import jax
 import numpy as np
 
 from benchmarks.record import store
-from configs import cifar10
-from diffusion import experiment
-from diffusion.runtime.checkpoint import Checkpoints
+from diffusion import build
+from diffusion.configs import cifar10
+from diffusion.runtime.checkpoints import Checkpoints
 
 
-def main(repetitions=8):
-    exp = experiment.build(cifar10.get_config())
+def main(repetitions: int = 8) -> None:
+    """Save a few checkpoints, each after the previous one is written, and store the figures."""
+    exp = build.build(cifar10.get_config())
     state = jax.block_until_ready(jax.jit(exp.init)(jax.random.key(0)))
-    trees = {'params': state.params, 'ema': state.ema, 'opt_state': state.opt_state}
+    trees = state.trees()
     stalls, writes = [], []
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=1, writing=True) as checkpoints:
         checkpoints.reserve(**trees)
-        time.sleep(5)  # as many steps pass before the first checkpoint
+        time.sleep(5)  # in training, many steps precede the first checkpoint
         for step in range(repetitions):
             start = time.perf_counter()
             checkpoints.save(step, **trees)

@@ -1,12 +1,13 @@
 """CelebA at 64×64, as in DDIM (Song et al. 2020, arXiv:2010.02502): 78,700,803 parameters.
 
-    python main.py --config=configs/celeba.py --workdir=runs/celeba
+    make prepare DATASET=celeb_a
+    diffusion --config=celeba --workdir=runs/celeba
 
-The crop is DDIM's: 128×128 pixels around row 121, column 89, resized to 64×64. Song et al. report
-FID 3.26 (1000 steps, η = 1, large variance) and 9.17 for 50 DDIM steps ('uniform' spacing).
+The crop is DDIM's: the 128×128 pixels around row 121, column 89. Song et al. report FID 3.26 (1000 steps, η = 1,
+variance 'large') and 9.17 for 50 DDIM steps (spacing 'uniform').
 """
 
-from configs import default
+from diffusion.configs import default
 
 
 def get_config():

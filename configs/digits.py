@@ -1,9 +1,9 @@
-"""Handwritten digits at 8×8 (scikit-learn ships them), to see all of it work within minutes on two CPU cores.
+"""Handwritten digits at 8×8, which scikit-learn ships: all modes within minutes on two CPU cores.
 
-python main.py --config=configs/digits.py --workdir=runs/digits
+diffusion --config=digits --workdir=runs/digits
 """
 
-from configs import default
+from diffusion.configs import default
 
 
 def get_config():

@@ -1,15 +1,15 @@
-"""Your own pictures: size, channels and their number are found out, and a network is chosen and printed.
+"""Your own pictures, in a folder or a zip file.
 
-    python main.py --config=configs/folder.py --workdir=runs/mine --config.data.source=folder:/path/to/pictures
+    diffusion --config=folder --workdir=runs/mine --config.data.source=folder:/path/to/pictures
 
---mode=data shows what the network would see.
-A zip file will do as well. Pictures of other shapes are cut to their largest central square; where they differ in
-size, image_size is a power of two that 99 of 100 of them reach, at most 64. Any choice can be made by hand:
---config.data.image_size=128 --config.model.channels=64. The first run's choices stand in workdir/config.json, and
-later ones keep them.
+Image size, channels and network are chosen from the pictures and printed; --mode=data shows what the network will see.
+Pictures that are not square are cropped to their largest central square. If the pictures differ in size, image_size is
+the largest power of two that 99 of 100 of them reach, at most 64. Each choice can be made by hand, for example
+--config.data.image_size=128 --config.model.channels=64. The choices of the first command are stored in config.json in
+the workdir, and later commands use them.
 """
 
-from configs import default
+from diffusion.configs import default
 
 
 def get_config():

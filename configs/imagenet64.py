@@ -1,15 +1,15 @@
 """ImageNet at 64×64 (van den Oord et al. 2016, arXiv:1601.06759), after improved-diffusion's unconditional model.
 
     make prepare DATASET=downsampled_imagenet/64x64
-    python main.py --config=configs/imagenet64.py --workdir=runs/imagenet64
+    diffusion --config=imagenet64 --workdir=runs/imagenet64
 
-Nichol & Dhariwal 2021 (arXiv:2102.09672) trained 1.5 million steps of 128 images, with the cosine schedule and
-T = 4000: 3 blocks a resolution, widths 128 × (1, 2, 3, 4), attention at 16 and 8. Their network differs in what this
-one has not (learned variances, four heads, scale and shift), so their 3.53 bits/dim is not to be expected.
+Nichol & Dhariwal 2021 (arXiv:2102.09672) trained 1.5 million steps of 128 images with the cosine schedule, T = 4000,
+3 blocks per resolution, widths 128 × (1, 2, 3, 4), and attention at 16 and 8. Their network also has learned variances,
+four heads, and scale and shift, which this one does not have; do not expect their 3.53 bits/dim.
 Decoded, the 1,281,149 images take 16 GB in data.cache_dir. The held-out split is called validation.
 """
 
-from configs import default
+from diffusion.configs import default
 
 
 def get_config():

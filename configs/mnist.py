@@ -1,13 +1,13 @@
-"""MNIST at 28×28: handwritten digits, 60,000 to train on and 10,000 held out.
+"""MNIST at 28×28: handwritten digits, 60,000 for training and 10,000 held out.
 
     make prepare DATASET=mnist
-    python main.py --config=configs/mnist.py --workdir=runs/mnist
+    diffusion --config=mnist --workdir=runs/mnist
 
-4,000 steps of 32 images take about 20 minutes on two CPU cores. --config.data.source=folder:PATH takes a folder or
-zip file of PNGs with train/ and test/ instead.
+4,000 steps of 32 images take about 20 minutes on two CPU cores. A folder or zip file of PNGs with train/ and test/ can
+be used instead: --config.data.source=folder:PATH.
 """
 
-from configs import default
+from diffusion.configs import default
 
 
 def get_config():

@@ -1,68 +1,125 @@
-"""How other codebases sample: which levels, what is clipped, which noise. Each as arguments of `sampler.sample`."""
+"""How other codebases sample: which levels, which noise, and what is clipped, as arguments of `sampler.sample`."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from diffusion.gaussian import Clip
 from diffusion.schedule import timesteps
 
-MODES = ('', 'diffusers', 'diffusers-ddim', 'ddim', 'ho')
+Arguments = dict[str, Any]  # those of `sampler.sample`, and 'spacing' and 'num_steps' for the record
 
 
-def resolve(compat, T, *, num_steps, spacing, eta, variance, clip):
-    """What `sampler.sample` is to do, and the spacing, where a codebase is to be followed.
-
-        ''                what is asked
-        'ho'              Ho et al.'s code for CIFAR-10: all T levels, η = 1, σ² = β, x̂_0 clipped
-        'ddim'            the DDIM authors' code: spacing 'quad', or 'uniform' where another is asked, in as many
-                          steps as come out of it (`timesteps` with exact=False); variance 'small', x̂_0 not clipped;
-                          but clipped with variance 'large' and η = 1 (its ddpm_noisy, the paper's σ̂)
-        'diffusers'       its DDPMScheduler where η = 1, else its DDIMScheduler; spacing 'leading' where neither
-                          'trailing' nor 'linspace' is asked
-        'diffusers-ddim'  its DDIMScheduler, for any η
-
-    What a mode fixes takes the place of what is asked; the rest is as asked.
-
-    Where the DDIM code visits a level twice in a row, the second visit changes nothing (β = 0, so σ = 0 and
-    x_s = x_t), and it is left out. diffusers' DDIMScheduler goes from each level t to t − ⌊T/S⌋, wherever it
-    is evaluated next: the pairs do not meet where S does not divide T, or the spacing is 'linspace'. It clips
-    x̂_0 and leaves ε̂ as it is, and has the variance 'small' alone. Its DDPMScheduler adds noise on the last
-    step of 'trailing' chains shorter than T.
-
-    Returns {'timesteps', 'eta', 'variance', 'clip', 'last_noise', 'spacing', 'num_steps'}.
-    Raises ValueError for another mode, for a number of 'trailing' steps of which diffusers takes one too
-    many, from level 0, and for what `timesteps` refuses.
-    """
-    if compat not in MODES:
-        raise ValueError(f'compat is {compat!r}, but must be one of {", ".join(map(repr, MODES))}')
-    exact, last_noise = True, False
-    if compat == 'ho':
-        num_steps, spacing, eta, variance, clip = T, 'trailing', 1.0, 'large', True
-    elif compat == 'ddim':
-        spacing = 'quad' if spacing == 'quad' else 'uniform'
-        exact = False
-        clip = variance == 'large' and eta == 1
-        variance = 'large' if clip else 'small'
-    elif compat:
-        spacing = spacing if spacing in ('trailing', 'linspace') else 'leading'
+def as_asked(
+    T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip, exact: bool = True
+) -> Arguments:
+    """Follow no codebase: sample with what is asked. Arguments, result and errors as in `resolve`."""
     levels = timesteps(T, num_steps, spacing, exact=exact)
-    if compat.startswith('diffusers'):
-        if spacing == 'trailing' and math.ceil(T / (T / num_steps)) > num_steps:
-            raise ValueError(
-                f"compat {compat!r}: of {num_steps} 'trailing' steps diffusers takes one more, from timestep −1, "
-                'which is no noise level; ask for another number'
-            )
-        if eta == 1 and compat == 'diffusers':
-            last_noise = variance == 'large' and bool(levels[-2] > 1)
-        else:
-            levels = np.stack([levels[:-1], np.maximum(levels[:-1] - T // num_steps, 0)], axis=1)
-            variance, clip = 'small', 'x0-only' if clip else False
     return {
         'timesteps': levels,
         'eta': eta,
         'variance': variance,
         'clip': clip,
-        'last_noise': last_noise,
+        'last_noise': False,
         'spacing': spacing,
-        'num_steps': len(levels) - (levels.ndim == 1),
+        'num_steps': len(levels) - 1,
     }
+
+
+def ho(T: int, **asked: Any) -> Arguments:
+    """Follow Ho et al.'s code for CIFAR-10: all T levels, η = 1, σ² = β, x̂_0 clipped. As in `resolve`."""
+    return as_asked(T, num_steps=T, spacing='trailing', eta=1.0, variance='large', clip=True)
+
+
+def ddim(T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip) -> Arguments:
+    """Follow the DDIM authors' code. Arguments, result and errors as in `resolve`.
+
+    Its spacing is 'quad', or 'uniform' if another one is asked for, with as many steps as the spacing gives
+    (`timesteps` with exact=False). Where it visits a level twice in a row, the second visit changes nothing (β = 0, so
+    σ = 0 and x_s = x_t); that visit is left out. Its variance is 'small' and it does not clip x̂_0, unless the variance
+    asked for is 'large' and η = 1: then it clips (`ddpm_noisy` in that code, σ̂ in the paper).
+    """
+    noisy = variance == 'large' and eta == 1
+    return as_asked(
+        T,
+        num_steps=num_steps,
+        spacing='quad' if spacing == 'quad' else 'uniform',
+        eta=eta,
+        variance='large' if noisy else 'small',
+        clip=noisy,
+        exact=False,
+    )
+
+
+def diffusers_ddim(T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip) -> Arguments:
+    """Follow diffusers' DDIMScheduler. Arguments, result and errors as in `resolve`.
+
+    It steps from each level t to t − ⌊T/S⌋, wherever it evaluates the network next: the pairs do not meet if S does not
+    divide T or the spacing is 'linspace'. Its variance is always 'small'. It clips x̂_0 and keeps ε̂.
+    """
+    arguments = _diffusers(T, num_steps=num_steps, spacing=spacing, eta=eta, variance='small', clip=clip)
+    t = arguments['timesteps'][:-1]
+    pairs = np.stack([t, np.maximum(t - T // num_steps, 0)], axis=1)
+    return arguments | {'timesteps': pairs, 'clip': 'x0-only' if clip else False}
+
+
+def diffusers(T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip) -> Arguments:
+    """Follow diffusers' DDPMScheduler if η = 1, else its DDIMScheduler. Arguments, result and errors as in `resolve`.
+
+    With variance 'large' its DDPMScheduler adds noise on the last step if that step starts above level 1.
+    """
+    asked: Arguments = dict(num_steps=num_steps, spacing=spacing, eta=eta, variance=variance, clip=clip)
+    if eta != 1:
+        return diffusers_ddim(T, **asked)
+    arguments = _diffusers(T, **asked)
+    return arguments | {'last_noise': variance == 'large' and bool(arguments['timesteps'][-2] > 1)}
+
+
+def _diffusers(T: int, *, num_steps: int, spacing: str, **asked: Any) -> Arguments:
+    """What diffusers' schedulers share: their spacings, and the numbers of steps that they cannot run."""
+    spacing = spacing if spacing in ('trailing', 'linspace') else 'leading'
+    arguments = as_asked(T, num_steps=num_steps, spacing=spacing, **asked)
+    if spacing == 'trailing' and math.ceil(T / (T / num_steps)) > num_steps:
+        raise ValueError(
+            f"diffusers takes one more than the {num_steps} 'trailing' steps asked for, from timestep −1, "
+            'which is not a noise level; ask for another number'
+        )
+    return arguments
+
+
+COMPAT: dict[str, Callable[..., Arguments]] = {
+    '': as_asked,
+    'diffusers': diffusers,
+    'diffusers-ddim': diffusers_ddim,
+    'ddim': ddim,
+    'ho': ho,
+}
+
+
+def resolve(compat: str, T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip) -> Arguments:
+    """Choose the arguments of `sampler.sample` that reproduce a codebase.
+
+    What the codebase fixes replaces what is asked for; the rest stays as asked for.
+
+    Args:
+        compat: a key of `COMPAT`: which codebase to follow; '' for none.
+        T: the number of noise levels of the schedule.
+        num_steps: the number of steps asked for, 1 to T.
+        spacing: the spacing asked for, a key of `schedule.SPACINGS`.
+        eta: η asked for, in [0, 1].
+        variance: the variance asked for, 'small' or 'large'.
+        clip: the clipping asked for, as in `gaussian.predict`.
+
+    Returns:
+        The arguments 'timesteps', 'eta', 'variance', 'clip' and 'last_noise' of `sampler.sample`, and the 'spacing' and
+        'num_steps' that they come from.
+
+    Raises:
+        ValueError: the codebase is unknown; `schedule.timesteps` refuses the levels; or the codebase would take a step
+            from a level that does not exist.
+    """
+    if compat not in COMPAT:
+        raise ValueError(f'compat is {compat!r}, but must be one of {", ".join(map(repr, COMPAT))}')
+    return COMPAT[compat](T, num_steps=num_steps, spacing=spacing, eta=eta, variance=variance, clip=clip)

@@ -1,114 +1,210 @@
 """The Gaussians of the forward process: noising, what a network predicts, and the kernel q_σ(x_s | x_t, x_0).
 
-Images are x (B, ...), noise levels t (B,) or a scalar; any trailing shape will do, scalars included.
+Images are arrays (B, ...) with any trailing shape. Noise levels are arrays (B,), or one scalar for the whole batch.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Real
 
-KINDS = ('eps', 'x0', 'v')
+from diffusion.schedule import Schedule
+
+Images = Float[Array, 'B *shape']
+Level = Real[ArrayLike, '*B']  # (B,) or ()
+Coefficient = Float[Array, '...']  # broadcasts against images: (B, 1, …, 1) or ()
+Net = Callable[[Images, Real[Array, 'B']], Images]  # (x_t, t) -> output
+Clip = bool | Literal['x0-only']
+Variance = str | Float[ArrayLike, 'num_steps']
 
 
 class Prediction(NamedTuple):
-    """An image and the noise that together make x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·eps; each of x_t's shape."""
+    """A clean image and the noise that together make x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·eps.
 
-    x0: jax.Array
-    eps: jax.Array
+    Attributes:
+        x0: (B, ...), the clean images.
+        eps: (B, ...), the noise.
+    """
+
+    x0: Images
+    eps: Images
 
 
-def like(coefficient, x):
-    """One coefficient for each image, (B,) or a scalar, shaped so that it multiplies the images `x`."""
+class Kind(NamedTuple):
+    """What a network outputs, as two pure functions of signal = √ᾱ_t and noise = √(1−ᾱ_t).
+
+    Attributes:
+        target: (signal, noise, x0, eps) -> output (B, ...), what a perfect network outputs at x_t.
+        predict: (signal, noise, output, x_t) -> Prediction, the inverse of `target`; its x0 is NaN at a signal of 0
+            if the output does not determine x_0 there.
+    """
+
+    target: Callable[[Coefficient, Coefficient, Images, Images], Images]
+    predict: Callable[[Coefficient, Coefficient, Images, Images], Prediction]
+
+
+def _predict_from_eps(signal: Coefficient, noise: Coefficient, output: Images, x_t: Images) -> Prediction:
+    return Prediction(jnp.where(signal > 0, (x_t - noise * output) / signal, jnp.nan), output)
+
+
+def _predict_from_x0(signal: Coefficient, noise: Coefficient, output: Images, x_t: Images) -> Prediction:
+    return Prediction(output, (x_t - signal * output) / noise)
+
+
+def _predict_from_v(signal: Coefficient, noise: Coefficient, output: Images, x_t: Images) -> Prediction:
+    return Prediction(signal * x_t - noise * output, noise * x_t + signal * output)
+
+
+KINDS = {
+    'eps': Kind(lambda signal, noise, x0, eps: eps, _predict_from_eps),
+    'x0': Kind(lambda signal, noise, x0, eps: x0, _predict_from_x0),
+    'v': Kind(lambda signal, noise, x0, eps: signal * eps - noise * x0, _predict_from_v),
+}
+
+
+def like(coefficient: Float[Array, '*B'], x: Images) -> Coefficient:
+    """Append axes of size 1 to a coefficient, so that it multiplies each image of `x` by its own value.
+
+    Args:
+        coefficient: (B,) or scalar.
+        x: (B, ...).
+
+    Returns:
+        (B, 1, …, 1) with as many axes as `x`, or the scalar itself.
+    """
     if coefficient.ndim == 0:
         return coefficient
     return jnp.expand_dims(coefficient, tuple(range(coefficient.ndim, jnp.ndim(x))))
 
 
-def q_sample(schedule, x0, t, eps):
-    """Noise clean images: x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε.                                    DDPM Eq. 4
+def q_sample(schedule: Schedule, x0: Images, t: Level, eps: Images) -> Images:
+    """Add noise to clean images: x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (DDPM Eq. 4).
 
-    x0, eps: (B, ...); t: (B,) or scalar. Returns x_t (B, ...).
+    Args:
+        schedule: the noise schedule.
+        x0: (B, ...), clean images.
+        t: (B,) or scalar, the noise levels, 0 to T.
+        eps: (B, ...), standard normal noise.
+
+    Returns:
+        (B, ...), x_t.
     """
     return like(schedule.signal(t), x0) * x0 + like(schedule.noise(t), x0) * eps
 
 
-def target(schedule, kind, x0, t, eps):
-    """What a network of this `kind` is to output at x_t = q_sample(schedule, x0, t, eps).
+def target(schedule: Schedule, kind: str, x0: Images, t: Level, eps: Images) -> Images:
+    """What a network of this `kind` should output at x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε.
 
         'eps'   ε                                      DDPM §3.2
         'x0'    x_0
         'v'     √ᾱ_t·ε − √(1−ᾱ_t)·x_0                  progressive distillation (arXiv:2202.00512) §4
 
-    x0, eps: (B, ...); t: (B,) or scalar. Returns (B, ...). Raises ValueError for another kind.
+    Args:
+        schedule: the noise schedule.
+        kind: a key of `KINDS`.
+        x0: (B, ...), clean images.
+        t: (B,) or scalar, the noise levels, 0 to T.
+        eps: (B, ...), the noise in x_t.
+
+    Returns:
+        (B, ...), the target.
+
+    Raises:
+        ValueError: the kind is unknown.
     """
-    if kind == 'eps':
-        return eps
-    if kind == 'x0':
-        return x0
-    if kind == 'v':
-        return like(schedule.signal(t), x0) * eps - like(schedule.noise(t), x0) * x0
-    raise _unknown(kind)
+    return _kind(kind).target(like(schedule.signal(t), x0), like(schedule.noise(t), x0), x0, eps)
 
 
-def predict(schedule, kind, output, x_t, t, *, clip=False) -> Prediction:
-    """The image and the noise that a network's output stands for; the inverse of `target`.
+def predict(schedule: Schedule, kind: str, output: Images, x_t: Images, t: Level, *, clip: Clip = False) -> Prediction:
+    """Convert the output of a network to the clean image and the noise that it implies; the inverse of `target`.
 
         'eps'   x̂_0 = (x_t − √(1−ᾱ_t)·ε̂)/√ᾱ_t         DDPM Eq. 15, DDIM Eq. 9
         'x0'    ε̂ = (x_t − √ᾱ_t·x̂_0)/√(1−ᾱ_t)
         'v'     x̂_0 = √ᾱ_t·x_t − √(1−ᾱ_t)·v̂,   ε̂ = √(1−ᾱ_t)·x_t + √ᾱ_t·v̂
 
-    With `clip`, x̂_0 is clipped to [−1, 1], and ε̂ is derived again so that the two still make x_t; with
-    clip='x0-only' ε̂ stays what it was, and they do not (diffusers' DDIM).
+    Args:
+        schedule: the noise schedule.
+        kind: a key of `KINDS`.
+        output: (B, ...), the output of the network.
+        x_t: (B, ...), its input.
+        t: (B,) or scalar, the noise levels, 1 to T.
+        clip: True clips x̂_0 to [−1, 1] and derives ε̂ again, so that the two still make x_t; 'x0-only' clips x̂_0 and
+            keeps ε̂, as diffusers' DDIM does.
 
-    output, x_t: (B, ...); t: (B,) or scalar, t ≥ 1; clip: False, True or 'x0-only'.
-    Raises ValueError for another kind or clip, and for 'eps' at a level where ᾱ_t = 0: x_t then holds
-    nothing of x_0 (x̂_0 is NaN where `t` is traced).
+    Returns:
+        x̂_0 and ε̂, each (B, ...).
+
+    Raises:
+        ValueError: the kind or `clip` is unknown, or x_0 cannot be derived: kind 'eps' at a level where ᾱ_t = 0. If
+            `t` is traced, x̂_0 is NaN there.
     """
     if clip not in (False, True, 'x0-only'):
         raise ValueError(f"clip is {clip!r}, but must be False, True or 'x0-only'")
+    require_signal(schedule, kind, t)
     signal, noise = like(schedule.signal(t), x_t), like(schedule.noise(t), x_t)
-    if kind == 'eps':
-        require_signal(schedule, kind, t)
-        x0 = jnp.where(signal > 0, (x_t - noise * output) / signal, jnp.nan)
-        prediction = Prediction(x0, output)
-    elif kind == 'x0':
-        prediction = Prediction(output, (x_t - signal * output) / noise)
-    elif kind == 'v':
-        prediction = Prediction(signal * x_t - noise * output, noise * x_t + signal * output)
-    else:
-        raise _unknown(kind)
+    prediction = _kind(kind).predict(signal, noise, output, x_t)
     if clip:
         x0 = jnp.clip(prediction.x0, -1, 1)
         prediction = Prediction(x0, prediction.eps if clip == 'x0-only' else (x_t - signal * x0) / noise)
     return prediction
 
 
-def require_signal(schedule, kind, t):
-    """Raise ValueError if x̂_0 cannot be had from a network of this `kind` at level `t`; traced levels pass."""
-    with jax.ensure_compile_time_eval():  # so that concrete levels stay concrete under jit
+def require_signal(schedule: Schedule, kind: str, t: Level) -> None:
+    """Check that the output of a network of this `kind` determines x_0 at the noise levels `t`.
+
+    Args:
+        schedule: the noise schedule.
+        kind: a key of `KINDS`.
+        t: noise levels of any shape; traced levels are not checked.
+
+    Raises:
+        ValueError: x_0 cannot be derived at one of the levels, or a level is outside [0, T].
+    """
+    with jax.ensure_compile_time_eval():  # keeps concrete levels concrete under jit
         signal = schedule.signal(t)
-    if kind == 'eps' and not isinstance(signal, jax.core.Tracer) and not np.all(np.asarray(signal) > 0):
-        raise ValueError(
-            "x_0 cannot be derived from eps at a level where alpha_bar is 0 (level T of the 'jsd' schedule); "
-            "use kind 'x0' or 'v', or timesteps that start below that level"
-        )
+    if isinstance(signal, jax.core.Tracer) or np.all(np.asarray(signal) > 0) or _determines_x0_from_noise(kind):
+        return
+    others = ' or '.join(repr(other) for other in KINDS if _determines_x0_from_noise(other))
+    raise ValueError(
+        f"x_0 cannot be derived from {kind} at a level where alpha_bar is 0 (level T of the 'jsd' schedule); "
+        f'use kind {others}, or timesteps that start below that level'
+    )
 
 
-def posterior(schedule, prediction, s, t, *, eta):
+def _determines_x0_from_noise(kind: str) -> bool:
+    """Return whether the output of a network determines x_0 where ᾱ_t = 0, so that x_t is pure noise."""
+    with jax.ensure_compile_time_eval():
+        zero, one = jnp.zeros(()), jnp.ones(())
+        return bool(jnp.isfinite(_kind(kind).predict(zero, one, zero, zero).x0))
+
+
+def posterior(
+    schedule: Schedule, prediction: Prediction, s: Level, t: Level, *, eta: float
+) -> tuple[Images, Coefficient]:
     """The kernel: mean and standard deviation of q_σ(x_s | x_t, x_0), for any 0 ≤ s < t.
 
         mean = √ᾱ_s·x0 + √(1−ᾱ_s−σ²)·eps                                               DDIM Eq. 7, 12
-        σ    = η · √((1−ᾱ_s)/(1−ᾱ_t)) · √(1−ᾱ_t/ᾱ_s)                                   DDIM Eq. 16
+        σ    = η·√((1−ᾱ_s)/(1−ᾱ_t))·√(1−ᾱ_t/ᾱ_s)                                       DDIM Eq. 16
 
-    η = 1 is the posterior of DDPM (Eq. 7), η = 0 the deterministic step of DDIM. With the true pair
-    (x_0, ε) this is the forward process; with a predicted pair (x̂_0, ε̂) it is the model.
-    At s = 0 it is x0 itself: mean x0, std 0.
+    η = 1 is the posterior of DDPM (Eq. 7); η = 0 is the deterministic step of DDIM. With the true pair (x_0, ε) this is
+    the forward process; with a predicted pair (x̂_0, ε̂) it is the model. At s = 0 the mean is x0 and σ is 0.
 
-    prediction: Prediction of (B, ...); s, t: (B,) or scalar; eta: Python float in [0, 1].
-    Returns (mean (B, ...), std), std a shape that broadcasts against mean.
-    Raises ValueError where eta is outside [0, 1], and for levels that are not s < t (traced levels pass).
+    Args:
+        schedule: the noise schedule.
+        prediction: x0 and eps, each (B, ...).
+        s: (B,) or scalar, the noise levels after the step.
+        t: (B,) or scalar, the noise levels before the step, s < t ≤ T.
+        eta: η, a Python float in [0, 1].
+
+    Returns:
+        The mean (B, ...), and σ in a shape that broadcasts against it.
+
+    Raises:
+        ValueError: `eta` is outside [0, 1], or a level is not s < t. Traced levels are not checked.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f'eta is {eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM')
@@ -124,23 +220,41 @@ def posterior(schedule, prediction, s, t, *, eta):
     return mean, like(std, x0)
 
 
-def own_variance(schedule, variance, s, t, *, eta):
-    """The variances that a reverse chain has in place of the kernel's σ², one for each pair (t, s).
+def own_variance(
+    schedule: Schedule,
+    variance: Variance,
+    s: Int[np.ndarray, 'num_steps'],
+    t: Int[np.ndarray, 'num_steps'],
+    *,
+    eta: float,
+) -> Float[Array, 'num_steps'] | None:
+    """The variances of a reverse chain that replace σ² of the kernel, one for each pair (t, s).
 
-        'small'              None: the kernel's own, DDPM's β̃ at η = 1
+        'small'              none: the kernel's σ² (at η = 1 DDPM's β̃)
         'large'              1 − ᾱ_t/ᾱ_s: DDPM's σ² = β, the DDIM paper's σ̂²
-        array (num_steps,)   these, first pair first, the decoder's (s = 0) last
+        array (num_steps,)   these variances, the first pair first
 
-    s, t: (num_steps,). Returns None or (num_steps,) float32. Raises ValueError for another variance, for one
-    that is negative or not finite, and for 'large' with eta = 0, which has no noise.
+    Args:
+        schedule: the noise schedule.
+        variance: 'small', 'large' or an array, finite and not negative.
+        s: the noise levels after each step.
+        t: the noise levels before each step.
+        eta: η, in [0, 1].
+
+    Returns:
+        (num_steps,) float32, or None for 'small'.
+
+    Raises:
+        ValueError: the variance is unknown, has another shape, is negative or not finite; or it is 'large' with
+            `eta` = 0, which adds no noise.
     """
     if not isinstance(variance, str):
         if not isinstance(variance, jax.core.Tracer):
             variance = np.asarray(variance, np.float32)
             if not np.all((variance >= 0) & np.isfinite(variance)):
-                raise ValueError(f'a variance is finite and not negative; not {variance}')
-        if variance.shape != t.shape:
-            raise ValueError(f'variance has the shape {variance.shape}, but the chain has {len(t)} steps')
+                raise ValueError(f'variance is {variance}, but must be finite and not negative')
+        if np.shape(variance) != t.shape:
+            raise ValueError(f'variance has the shape {np.shape(variance)}, but the chain has {len(t)} steps')
         return jnp.asarray(variance)
     if variance == 'small':
         return None
@@ -151,11 +265,22 @@ def own_variance(schedule, variance, s, t, *, eta):
     return schedule.beta(s, t)
 
 
-def chain(schedule, kind, timesteps):
-    """The pairs of a chain, as arrays (t, s), from its levels (num_steps+1,), first > … > last = 0.
+def chain(
+    schedule: Schedule, kind: str, timesteps: Int[ArrayLike, 'num_steps+1']
+) -> tuple[Int[np.ndarray, 'num_steps'], Int[np.ndarray, 'num_steps']]:
+    """Split the noise levels of a chain into its pairs (t, s).
 
-    Raises ValueError where the levels do not decrease to 0 or leave the schedule, and for kind 'eps'
-    from a level where ᾱ is 0.
+    Args:
+        schedule: the noise schedule.
+        kind: a key of `KINDS`.
+        timesteps: the noise levels, first > … > last = 0.
+
+    Returns:
+        t and s, each (num_steps,).
+
+    Raises:
+        ValueError: the levels do not decrease to 0 or are outside [0, T], or the kind cannot start at the first level
+            (see `require_signal`).
     """
     levels = np.asarray(timesteps)
     if levels.ndim != 1 or len(levels) < 2 or levels[-1] != 0 or np.any(np.diff(levels) >= 0):
@@ -164,5 +289,7 @@ def chain(schedule, kind, timesteps):
     return levels[:-1], levels[1:]
 
 
-def _unknown(kind):
-    return ValueError(f'kind is {kind!r}, but must be one of {", ".join(KINDS)}')
+def _kind(kind: str) -> Kind:
+    if kind not in KINDS:
+        raise ValueError(f'kind is {kind!r}, but must be one of {", ".join(KINDS)}')
+    return KINDS[kind]

@@ -1,69 +1,133 @@
-"""The sampler: one loop over (t, s) pairs around one kernel, from DDPM (η = 1) to DDIM (η = 0)."""
+"""The sampler: one loop over pairs (t, s) of noise levels, around one rule that carries x_t to x_s."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
 
 from diffusion import gaussian
+from diffusion.gaussian import Clip, Images, Net, Prediction, Variance
+from diffusion.schedule import Schedule
+
+Batch = Float[Array, 'N *shape']
+State = Any  # a pytree of arrays that a rule carries from step to step
+
+
+class Rule(NamedTuple):
+    """What carries x_t to x_s, as a pair of pure functions.
+
+    `init` maps x_T to the first state, a pytree of arrays. `step` maps
+
+        (state, x_t, t, s, std, *, schedule, predict, noise, eta) -> (state, x_s)
+
+    Attributes:
+        init: x_T (N, ...) -> state.
+        step: one step from x_t (N, ...) at level t to x_s at level s < t, both levels scalars. `std` is None, or the
+            standard deviation of the noise if `sample` was asked for another variance than 'small'.
+            `predict(x_t, t)` returns the Prediction of the network and may be called more than once. `noise(level)`
+            returns standard normal noise (N, ...), the same at every call with the same level. `eta` is a Python float.
+    """
+
+    init: Callable[[Batch], State]
+    step: Callable[..., tuple[State, Batch]]
+
+
+def _kernel(state, x_t, t, s, std, *, schedule, predict, noise, eta):
+    """x_s = mean + σ·z, mean and σ of `gaussian.posterior`; draws no noise if η = 0 and σ is the kernel's own."""
+    x_s, kernel_std = gaussian.posterior(schedule, predict(x_t, t), s, t, eta=eta)
+    if eta > 0 or std is not None:
+        x_s += (kernel_std if std is None else std) * noise(s)
+    return state, x_s
+
+
+RULES = {'kernel': Rule(init=lambda x_T: (), step=_kernel)}
 
 
 def sample(
-    keys, schedule, net, *, shape, timesteps, kind, eta, variance='small', clip=True, last_noise=False, x_T=None
-):
-    """Draw images: x_T ~ N(0, I), then x_s = mean + std·z for each pair (t, s) of `timesteps`.
+    keys: Key[Array, 'N'],
+    schedule: Schedule,
+    net: Net,
+    *,
+    shape: tuple[int, ...],
+    timesteps: Int[ArrayLike, 'num_steps+1'] | Int[ArrayLike, 'num_steps 2'],
+    kind: str,
+    eta: float,
+    variance: Variance = 'small',
+    clip: Clip = True,
+    x_T: Images | None = None,
+    rule: str = 'kernel',
+    last_noise: bool = False,
+) -> Batch:
+    """Draw images: x_T ~ N(0, I), then x_s from x_t for each pair (t, s) of `timesteps`.
 
-    mean and std are `gaussian.posterior` of what the network predicts; `variance`, 'small' | 'large' |
-    array (num_steps,), may replace std² (`gaussian.own_variance`).
+        x_s = √ᾱ_s·x̂_0 + √(1−ᾱ_s−σ²)·ε̂ + σ·z,   z ~ N(0, I)                  rule 'kernel', DDIM Eq. 12
 
-    No noise is added at s = 0, whatever the variance, but with `last_noise`. With η = 0 and 'small' the program
-    draws no noise but x_T. Image i depends on keys[i] alone: level s draws from fold_in(keys[i], s).
+    η = 1 with all levels is DDPM's Algorithm 2; η = 0 is DDIM. No noise is added at s = 0. Image i depends on keys[i]
+    alone: the noise of level s is drawn from fold_in(keys[i], s). With η = 0 and variance 'small' the compiled program
+    draws no noise but x_T.
 
-    keys: (N,) typed PRNG keys; net: (x_t (N, *shape), t (N,)) → (N, *shape), its output of `kind`;
-    shape: of one image; timesteps: (num_steps+1,) levels, decreasing to 0 (`schedule.timesteps`), or
-    (num_steps, 2) pairs (t, s) that need not meet, as other codebases have them (`compat.resolve`);
-    eta: Python float in [0, 1]; clip: x̂_0 to [−1, 1] at each step, as `gaussian.predict` does;
-    x_T: (N, *shape), drawn if None.
-    Returns x_0 (N, *shape) float32.
-    Raises ValueError for keys that are not typed or not (N,), for levels that do not decrease to 0 or leave the
-    schedule, for pairs without s < t, for another variance, for 'large' with eta = 0 (DDIM adds no noise), for
-    another shape of x_T, and for kind 'eps' from a level where ᾱ is 0.
+    Args:
+        keys: (N,) typed PRNG keys, one for each image.
+        schedule: the noise schedule.
+        net: the network, (x_t (N, ...), t (N,)) -> (N, ...).
+        shape: the shape of one image.
+        timesteps: (num_steps+1,) noise levels that decrease to 0, see `schedule.timesteps`; or (num_steps, 2) pairs
+            (t, s), where a pair need not start where the one before ended, see `compat.resolve`.
+        kind: what the network outputs, a key of `gaussian.KINDS`.
+        eta: η, a Python float in [0, 1].
+        variance: 'small', 'large' or an array (num_steps,) that replaces σ², see `gaussian.own_variance`.
+        clip: whether and how x̂_0 is clipped to [−1, 1] at each step, see `gaussian.predict`.
+        x_T: (N, *shape), where the chain starts; drawn if None.
+        rule: what carries x_t to x_s, a key of `RULES`.
+        last_noise: whether a variance other than 'small' also adds noise at s = 0.
+
+    Returns:
+        (N, *shape) float32, the images x_0.
+
+    Raises:
+        ValueError: the keys are not typed or not (N,); the levels do not decrease to 0 or are outside [0, T]; a pair is
+            not s < t; the variance, the rule or the kind is unknown; the variance is 'large' with `eta` = 0; x_T has
+            another shape; or the kind is 'eps' and the first level has ᾱ = 0.
     """
+    if rule not in RULES:
+        raise ValueError(f'rule is {rule!r}, but must be one of {", ".join(RULES)}')
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
         raise ValueError(
-            f'keys are {keys.dtype} of the shape {keys.shape}, but one typed key an image is needed, (N,): '
-            'jax.random.split(jax.random.key(seed), N)'
+            f'keys are {keys.dtype} of the shape {keys.shape}, but must be typed and of the shape (N,), one typed key '
+            'an image: jax.random.split(jax.random.key(seed), N)'
         )
     t, s = _pairs(schedule, kind, np.asarray(timesteps))
-    own_std = gaussian.own_variance(schedule, variance, s, t, eta=eta)
-    if own_std is not None:
-        own_std = jnp.where((s > 0) | last_noise, jnp.sqrt(own_std), 0)
-    stochastic = eta > 0 or own_std is not None
+    variances = gaussian.own_variance(schedule, variance, s, t, eta=eta)
+    std = None if variances is None else jnp.where((s > 0) | last_noise, jnp.sqrt(variances), 0)
 
-    def noise(level):
+    def noise(level: Int[Array, '']) -> Batch:
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), shape))(keys)
 
-    def step(x_t, pair):
-        t, s, own_std = pair
+    def predict(x_t: Batch, t: Int[Array, '']) -> Prediction:
         output = net(x_t, jnp.full(keys.shape, t)).astype(jnp.float32)
-        prediction = gaussian.predict(schedule, kind, output, x_t, t, clip=clip)
-        x_s, std = gaussian.posterior(schedule, prediction, s, t, eta=eta)
-        if stochastic:
-            x_s += (std if own_std is None else own_std) * noise(s)
-        return x_s, None
+        return gaussian.predict(schedule, kind, output, x_t, t, clip=clip)
+
+    def step(carry, pair):
+        return RULES[rule].step(*carry, *pair, schedule=schedule, predict=predict, noise=noise, eta=eta), None
 
     if x_T is None:
         x_T = noise(t[0])
     if jnp.shape(x_T) != (*keys.shape, *shape):
         raise ValueError(f'x_T has the shape {jnp.shape(x_T)}, but the keys and shape ask for {(*keys.shape, *shape)}')
-    x0, _ = jax.lax.scan(step, jnp.asarray(x_T, jnp.float32), (t, s, own_std))
+    x_T = jnp.asarray(x_T, jnp.float32)
+    (_, x0), _ = jax.lax.scan(step, (RULES[rule].init(x_T), x_T), (t, s, std))
     return x0
 
 
-def _pairs(schedule, kind, timesteps):
-    """The pairs as arrays (t, s), from the levels of a chain or from pairs that need not meet."""
+def _pairs(schedule: Schedule, kind: str, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return t and s, each (num_steps,), from the levels of a chain or from pairs (t, s)."""
     if timesteps.ndim != 2:
         return gaussian.chain(schedule, kind, timesteps)
     if timesteps.shape[1] != 2 or not len(timesteps) or np.any(timesteps[:, 1] >= timesteps[:, 0]):
-        raise ValueError(f'pairs (t, s) have s < t, and there is at least one; not {timesteps.tolist()}')
-    gaussian.require_signal(schedule, kind, timesteps)  # which also refuses levels that the schedule does not have
+        raise ValueError(f'pairs (t, s) must have s < t, and there must be at least one, not {timesteps.tolist()}')
+    gaussian.require_signal(schedule, kind, timesteps)  # and no level is outside [0, T]
     return timesteps[:, 0], timesteps[:, 1]

@@ -1,45 +1,53 @@
-"""The noise schedule: ᾱ_t for t = 0 … T, and the levels that a chain visits.
+"""The noise schedule: ᾱ_t for t = 0 … T, and the noise levels that a chain visits.
 
-Level 0 is clean data (ᾱ_0 = 1), level T is (almost) pure noise. There is no level −1.
+Level 0 is clean data (ᾱ_0 = 1); level T is (almost) pure noise. There is no level −1.
 
-    x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε,      ᾱ_t = ∏_{i≤t} (1−β_i)          DDPM Eq. 4
+    x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε,      ᾱ_t = ∏_{i≤t} (1−β_i)          DDPM Eq. 4
 """
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Real
+
+Levels = Real[ArrayLike, '*batch']  # noise levels, integer or real, 0 ≤ t ≤ T
+Values = Float[Array, '*batch']  # one value for each level
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The table of log ᾱ_t, from which everything else is derived.
+    """A variance-preserving noise schedule, stored as a table of log ᾱ_t.
 
-    Every method takes noise levels `t`, 0 ≤ t ≤ T, as an integer or real array of any shape and
-    returns float32 of that shape. Between levels log ᾱ is linear: a variance-preserving SDE whose β is
-    piecewise constant. A level outside [0, T] is a ValueError, or NaN where `t` is traced by JAX
-    (it is never clamped to the nearest one).
+    Between two levels log ᾱ is linear, so the schedule is also an SDE whose β is piecewise constant.
 
-    log_alpha_bar: (T+1,) float32; entry 0 is 0; the last one is −inf where β_T = 1.
+    Every method accepts integer or real levels t of any shape, 0 ≤ t ≤ T, and returns float32 of the same shape.
+    A level outside [0, T] raises ValueError; if `t` is traced by JAX, the result is NaN. Levels are never clamped.
+
+    Attributes:
+        log_alpha_bar: (T+1,) float32; the first entry is 0; the last one is −inf if β_T = 1.
     """
 
-    log_alpha_bar: jax.Array
+    log_alpha_bar: Float[Array, 'T+1']
 
     @property
     def T(self) -> int:
-        """The number of noise levels, level 0 (clean data) not counted."""
+        """The number of noise levels, not counting level 0 (clean data)."""
         return self.log_alpha_bar.shape[0] - 1
 
-    def log_alpha_bar_at(self, t):
-        """log ᾱ_t; linear between two levels."""
+    def log_alpha_bar_at(self, t: Levels) -> Values:
+        """log ᾱ_t, linear between two levels."""
         if not isinstance(t, jax.core.Tracer):
             t = np.asarray(t)
             if not np.all((t >= 0) & (t <= self.T)):
                 raise ValueError(f'noise levels lie in [0, {self.T}], but t goes from {t.min()} to {t.max()}')
         t = jnp.asarray(t)
-        if jnp.issubdtype(t, jnp.integer):
+        if jnp.issubdtype(t.dtype, jnp.integer):
             return self._gather(t)
         below = jnp.floor(t)
         fraction = t - below
@@ -48,40 +56,46 @@ class Schedule:
         # Without the `where`, 0 · (−inf) would be NaN at level T of a schedule that ends at ᾱ = 0.
         return jnp.where(fraction == 0, lower, (1 - fraction) * lower + fraction * upper)
 
-    def _gather(self, index):
+    def _gather(self, index: Int[Array, '*batch']) -> Values:
         return self.log_alpha_bar.at[index].get(mode='fill', fill_value=jnp.nan, wrap_negative_indices=False)
 
-    def alpha_bar(self, t):
-        """ᾱ_t."""
+    def alpha_bar(self, t: Levels) -> Values:
+        """ᾱ_t, in [0, 1]."""
         return jnp.exp(self.log_alpha_bar_at(t))
 
-    def signal(self, t):
-        """√ᾱ_t, what multiplies x_0 in x_t."""
+    def signal(self, t: Levels) -> Values:
+        """√ᾱ_t, the coefficient of x_0 in x_t."""
         return jnp.exp(0.5 * self.log_alpha_bar_at(t))
 
-    def noise(self, t):
-        """√(1−ᾱ_t), what multiplies ε in x_t."""
+    def noise(self, t: Levels) -> Values:
+        """√(1−ᾱ_t), the coefficient of ε in x_t."""
         return jnp.sqrt(-jnp.expm1(self.log_alpha_bar_at(t)))
 
-    def snr(self, t):
-        """SNR(t) = ᾱ_t / (1−ᾱ_t); +inf at level 0."""
+    def snr(self, t: Levels) -> Values:
+        """SNR(t) = ᾱ_t/(1−ᾱ_t); +inf at level 0."""
         return jnp.exp(self.log_snr(t))
 
-    def log_snr(self, t):
-        """log ᾱ_t − log(1−ᾱ_t); +inf at level 0, −inf where ᾱ_t = 0."""
+    def log_snr(self, t: Levels) -> Values:
+        """log SNR(t) = log ᾱ_t − log(1−ᾱ_t); +inf at level 0, −inf where ᾱ_t = 0."""
         log_alpha_bar = self.log_alpha_bar_at(t)
         return log_alpha_bar - jnp.log(-jnp.expm1(log_alpha_bar))
 
-    def beta(self, s, t):
-        """1 − ᾱ_t/ᾱ_s, the variance of q(x_t | x_s), for any s < t; β_t itself for s = t−1."""
+    def beta(self, s: Levels, t: Levels) -> Values:
+        """1 − ᾱ_t/ᾱ_s, the variance of q(x_t | x_s) for any s < t; this is β_t if s = t−1."""
         return -jnp.expm1(self.log_alpha_bar_at(t) - self.log_alpha_bar_at(s))
 
 
-def from_betas(betas) -> Schedule:
-    """The schedule with ᾱ_t = ∏_{i≤t} (1−β_i), computed in float64 and rounded once.
+def from_betas(betas: Float[np.ndarray, 'T'] | Sequence[float]) -> Schedule:
+    """Build the schedule with ᾱ_t = ∏_{i≤t} (1−β_i), computed in float64 and rounded to float32 once.
 
-    betas: (T,), β_1 … β_T, each in (0, 1); β_T alone may be 1 (then ᾱ_T = 0).
-    Raises ValueError for anything else.
+    Args:
+        betas: (T,), β_1 … β_T, each in (0, 1). Only β_T may be 1; then ᾱ_T = 0.
+
+    Returns:
+        The schedule of T levels.
+
+    Raises:
+        ValueError: `betas` has another shape or a value outside this range.
     """
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size == 0:
@@ -91,56 +105,98 @@ def from_betas(betas) -> Schedule:
     if not allowed.all():
         t = int(np.argmin(allowed)) + 1
         raise ValueError(f'β_{t} is {betas[t - 1]}, not in (0, 1); only the last β may be 1')
-    with np.errstate(divide='ignore'):  # log(1−β_T) = −inf is meant where β_T = 1
+    with np.errstate(divide='ignore'):  # log(1−β_T) = −inf is correct for β_T = 1
         log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-betas))])
     return Schedule(jnp.asarray(log_alpha_bar, jnp.float32))
 
 
-# The five schedules of the DDIM paper's code take the same three arguments, so that one config serves all.
-
-
 def linear(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """β_t from beta_start to beta_end in equal steps (DDPM §4), for t = 1 … T; ValueError as in `from_betas`."""
+    """β_t rises from beta_start to beta_end in equal steps (DDPM §4).
+
+    Args:
+        T: the number of noise levels, at least 1.
+        beta_start: β_1, in (0, 1).
+        beta_end: β_T, in (0, 1].
+
+    Raises:
+        ValueError: a β_t is outside (0, 1), see `from_betas`.
+    """
     return from_betas(np.linspace(beta_start, beta_end, T))
 
 
 def quadratic(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """√β_t from √beta_start to √beta_end in equal steps ('quad' in the DDIM code); ValueError as in `from_betas`."""
+    """√β_t rises from √beta_start to √beta_end in equal steps ('quad' in the DDIM code).
+
+    Args:
+        T: the number of noise levels, at least 1.
+        beta_start: β_1, in (0, 1).
+        beta_end: β_T, in (0, 1].
+
+    Raises:
+        ValueError: a β_t is outside (0, 1), see `from_betas`.
+    """
     return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2)
 
 
-def constant(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """β_t = beta_end ('const' in the DDIM code); beta_start plays no part. ValueError as in `from_betas`."""
+def constant(T: int, beta_end: float = 0.02) -> Schedule:
+    """β_t = beta_end for every t ('const' in the DDIM code).
+
+    Args:
+        T: the number of noise levels, at least 1.
+        beta_end: β_1 = … = β_T, in (0, 1).
+
+    Raises:
+        ValueError: a β_t is outside (0, 1), see `from_betas`.
+    """
     return from_betas(np.full(T, beta_end))
 
 
-def jsd(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """β_t = 1/(T−t+1), so that ᾱ_t = 1 − t/T (Sohl-Dickstein et al. 2015); the two β play no part.
+def jsd(T: int) -> Schedule:
+    """β_t = 1/(T−t+1), so that ᾱ_t = 1 − t/T (Sohl-Dickstein et al. 2015, arXiv:1503.03585).
 
-    It ends at ᾱ_T = 0: there x_T holds nothing of x_0, and a network must predict x_0 or v, not ε. Raises ValueError
-    for T < 1.
+    The chain ends at ᾱ_T = 0. There x_T contains nothing of x_0, so a network must predict x_0 or v, not ε.
+
+    Args:
+        T: the number of noise levels, at least 1.
+
+    Raises:
+        ValueError: T is less than 1.
     """
-    return from_betas(1 / np.arange(T, 0, -1, np.float64))
+    return from_betas(1 / np.arange(T, 0, -1))
 
 
 def sigmoid(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """β_t = beta_start + (beta_end − beta_start)·σ(u), u from −6 to 6 in equal steps (DDIM code).
+    """β_t = beta_start + (beta_end − beta_start)/(1 + e^{−u}), u from −6 to 6 in equal steps (DDIM code).
 
-    Raises ValueError as `from_betas`.
+    Args:
+        T: the number of noise levels, at least 1.
+        beta_start: the limit of β for u → −∞, in (0, 1).
+        beta_end: the limit of β for u → ∞, in (0, 1).
+
+    Raises:
+        ValueError: a β_t is outside (0, 1), see `from_betas`.
     """
     return from_betas(beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, T))))
 
 
 def cosine(T: int, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
-    """ᾱ_t = f(t)/f(0), f(t) = cos²(π/2 · (t/T + offset)/(1 + offset)), each β_t at most max_beta.
+    """ᾱ_t = f(t)/f(0) with f(t) = cos²(π/2·(t/T + offset)/(1 + offset)), but β_t ≤ max_beta.
 
-    Improved DDPM (arXiv:2102.09672) Eq. 17. Raises ValueError as `from_betas`.
+    Improved DDPM (arXiv:2102.09672) Eq. 17.
+
+    Args:
+        T: the number of noise levels, at least 1.
+        offset: the paper's s, at least 0; it keeps β_1 from being too small.
+        max_beta: the upper bound of β_t, in (0, 1).
+
+    Raises:
+        ValueError: a β_t is outside (0, 1), see `from_betas`.
     """
     f = np.cos(np.pi / 2 * (np.arange(T + 1) / T + offset) / (1 + offset)) ** 2
     return from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
     'linear': linear,
     'quadratic': quadratic,
     'constant': constant,
@@ -150,47 +206,66 @@ SCHEDULES = {
 }
 
 
-def _trailing(T, num_steps):
+# A spacing maps (T, num_steps) to the levels above 0 that a chain visits, the noisiest first.
+# diffusers and the DDIM code count levels from 0, this project counts from 1: hence `1 +`.
+
+
+def _trailing(T: int, num_steps: int) -> np.ndarray:
     return np.round(np.arange(T, 0, -T / num_steps)[:num_steps])
 
 
-def _leading(T, num_steps):
+def _leading(T: int, num_steps: int) -> np.ndarray:
     return 1 + (T // num_steps) * np.arange(num_steps)[::-1]
 
 
-def _linspace(T, num_steps):
+def _linspace(T: int, num_steps: int) -> np.ndarray:
     return 1 + np.round(np.linspace(0, T - 1, num_steps))[::-1]
 
 
-def _uniform(T, num_steps):
+def _uniform(T: int, num_steps: int) -> np.ndarray:
     return 1 + np.arange(0, T, T // num_steps)[::-1]
 
 
-def _quad(T, num_steps):
+def _quad(T: int, num_steps: int) -> np.ndarray:
     return 1 + np.floor(np.linspace(0, np.sqrt(0.8 * T), num_steps) ** 2)[::-1]
 
 
-SPACINGS = {'trailing': _trailing, 'leading': _leading, 'linspace': _linspace, 'uniform': _uniform, 'quad': _quad}
+SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
+    'trailing': _trailing,
+    'leading': _leading,
+    'linspace': _linspace,
+    'uniform': _uniform,
+    'quad': _quad,
+}
 
 
-def timesteps(T: int, num_steps: int, spacing: str = 'trailing', *, exact: bool = True) -> np.ndarray:
-    """The noise levels that a chain of `num_steps` steps visits, first > … > last = 0.
+def timesteps(
+    T: int, num_steps: int, spacing: str = 'trailing', *, exact: bool = True
+) -> Int[np.ndarray, 'num_steps+1']:
+    """Choose the noise levels that a chain of `num_steps` steps visits, first > … > last = 0.
 
-    The chain's steps are the pairs (t, s) = (levels[i], levels[i+1]); with num_steps = T all spacings
-    but 'quad' are T, T−1, …, 0. For S = num_steps the levels above 0 are
+    The steps of the chain are the pairs (t, s) = (levels[i], levels[i+1]). With S = num_steps:
 
-        spacing      first level        lowest level   of
-        'trailing'   T                  round(T/S)     diffusers: round(T − i·T/S)
-        'linspace'   T                  1              diffusers: 1 … T in S even steps, rounded
-        'leading'    1 + (S−1)·⌊T/S⌋    1              diffusers: 1 + i·⌊T/S⌋
-        'uniform'    1 + (S−1)·⌊T/S⌋    1              DDIM code: 1 + every ⌊T/S⌋-th of 0 … T−1
-        'quad'       1 + ⌊0.8·T⌋        1              DDIM code: 1 + ⌊u²⌋, u from 0 to √(0.8·T) in S even steps
+        spacing      first level        last level above 0   all levels above 0
+        'trailing'   T                  round(T/S)           diffusers: round(T − i·T/S)
+        'linspace'   T                  1                    diffusers: from 1 to T in S equal steps, rounded
+        'leading'    1 + (S−1)·⌊T/S⌋    1                    diffusers: 1 + i·⌊T/S⌋
+        'uniform'    1 + (S−1)·⌊T/S⌋    1                    DDIM code: 1 + every ⌊T/S⌋-th of 0 … T−1
+        'quad'       1 + ⌊0.8·T⌋        1                    DDIM code: 1 + ⌊u²⌋, u from 0 to √(0.8·T) in S equal steps
 
-    diffusers and the DDIM code count levels from 0 where this project counts from 1.
+    Args:
+        T: the number of noise levels of the schedule.
+        num_steps: the number of steps, from 1 to T.
+        spacing: a key of `SPACINGS`.
+        exact: if False, accept the number of distinct levels that the spacing gives, even if it is not `num_steps`.
 
-    Returns (num_steps+1,) int64; without `exact`, the different levels of whatever number of steps comes out.
-    Raises ValueError where the spacing does not give exactly `num_steps` different steps (the DDIM
-    code then silently runs another number) and `exact` is asked, or would start at level 1.
+    Returns:
+        (num_steps+1,) int64, strictly decreasing, the last one 0.
+
+    Raises:
+        ValueError: the spacing is unknown; `num_steps` is out of range; with `exact`, the spacing does not give
+            `num_steps` distinct levels (the DDIM code then silently runs another number of steps); or the chain
+            would start at level 1, which is not noise.
     """
     if spacing not in SPACINGS:
         raise ValueError(f'spacing is {spacing!r}, but must be one of {", ".join(SPACINGS)}')
@@ -199,22 +274,22 @@ def timesteps(T: int, num_steps: int, spacing: str = 'trailing', *, exact: bool 
     levels = _levels(T, num_steps, spacing)
     if not exact:
         levels = np.unique(levels)[::-1]
-    elif len(levels) != num_steps or np.any(np.diff(levels) >= 0):
-        possible = [n for n in range(1, T + 1) if _is_exact(T, n, spacing)]
-        near = sorted(possible, key=lambda n: abs(n - num_steps))[:2]
+    elif not _is_exact(T, num_steps, spacing):
+        by_distance = sorted(range(1, T + 1), key=lambda n: abs(n - num_steps))
+        near = itertools.islice((n for n in by_distance if _is_exact(T, n, spacing)), 2)
         raise ValueError(
-            f'spacing {spacing!r} gives {len(set(levels))} different steps of T={T} where num_steps={num_steps} '
-            f"was asked; it gives exactly {' or '.join(map(str, sorted(near)))}, and 'trailing' gives any number"
+            f'spacing {spacing!r} gives {len(set(levels))} different steps of T={T} for num_steps={num_steps}; '
+            f"it gives exactly {' or '.join(map(str, sorted(near)))}, and 'trailing' gives any number"
         )
     if levels[0] == 1 < T:
         raise ValueError(f"spacing {spacing!r} with one step would start at level 1, not at noise; use 'trailing'")
     return np.append(levels, 0)
 
 
-def _levels(T, num_steps, spacing):
+def _levels(T: int, num_steps: int, spacing: str) -> np.ndarray:
     return SPACINGS[spacing](T, num_steps).astype(np.int64)
 
 
-def _is_exact(T, num_steps, spacing):
+def _is_exact(T: int, num_steps: int, spacing: str) -> bool:
     levels = _levels(T, num_steps, spacing)
-    return len(levels) == num_steps and not np.any(np.diff(levels) >= 0)
+    return len(levels) == num_steps and bool(np.all(np.diff(levels) < 0))

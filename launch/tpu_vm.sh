@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU slice: every worker runs the same command, and JAX finds the others by itself.
+# Train on a Cloud TPU slice: every worker runs the same command, and JAX detects the others.
 #
 #     launch/tpu_vm.sh create | install | start | stop | delete
-#     launch/tpu_vm.sh keep        all of it, and again after each preemption, until the training is complete or `stop`
+#     launch/tpu_vm.sh keep        all of it, and again after each preemption, until the training is complete or stopped
 #
-# Settings are environment variables; the arguments of main.py follow a --:
+# Settings are environment variables; the arguments of main.py follow after --:
 #
 #     NAME=ddpm ZONE=us-central2-b TYPE=v4-32 SHARE=10.0.0.2:/runs launch/tpu_vm.sh keep -- \
 #         --config=configs/lsun_bedroom.py --workdir=/mnt/runs/bedroom --config.model.dtype=bfloat16
 #
-# SHARE is an NFS export (Filestore) that all workers mount as /mnt/runs: the workdir has to lie there.
+# SHARE is an NFS export (Filestore) that all workers mount as /mnt/runs. The workdir must be below it.
 set -euo pipefail
 
 NAME=${NAME:-diffusion}
 ZONE=${ZONE:-us-central2-b}
 TYPE=${TYPE:-v4-32}
-VERSION=${VERSION:-tpu-ubuntu2204-base} # of the machines' software: each kind of TPU has its own
+VERSION=${VERSION:-tpu-ubuntu2204-base} # software of the machines; it depends on the kind of TPU
 SHARE=${SHARE:-}
-SPOT=${SPOT:---spot} # empty: machines that are not taken away, at a higher price
-TRIES=${TRIES:-5}    # failures in a row, other than preemptions, after which `keep` gives up: also hosts that do not meet
+SPOT=${SPOT---spot} # SPOT= (empty) for machines that are not preempted, at a higher price
+TRIES=${TRIES:-5}    # consecutive failures, preemptions not counted, after which `keep` gives up
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 where=(--zone "$ZONE")
@@ -36,7 +36,7 @@ create() {
   tpu create "$NAME" --accelerator-type="$TYPE" --version="$VERSION" $SPOT
 }
 
-# Runs on each worker. What is there stays: a second install only brings the new code.
+# Runs on each worker. A second installation only updates the code.
 install_here() {
   set -e
   local python=python3.11 needed=
@@ -44,7 +44,7 @@ install_here() {
   tar -xzf diffusion.tar.gz -C diffusion
   cd diffusion
   if python3 -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null; then python=python3; fi
-  # Debian and Ubuntu split off what venv needs.
+  # Debian and Ubuntu package what venv needs separately.
   if ! $python -c 'import ensurepip' 2>/dev/null; then needed="$python $python-venv"; fi
   if test -n "$SHARE" && ! command -v mount.nfs >/dev/null; then needed="$needed nfs-common"; fi
   if test -n "$needed"; then
@@ -61,7 +61,7 @@ install_here() {
   fi
 }
 
-# Every step is asked for its success: `keep` calls this as a condition, within which bash forgets `set -e`.
+# Each step is checked explicitly: `keep` calls this function in a condition, where bash ignores `set -e`.
 install() {
   local archive
   archive=$(mktemp --suffix=.tar.gz) || return
@@ -83,8 +83,8 @@ start() {
 }
 
 stop() {
-  # To the Python process alone (^): the first SIGTERM saves and ends with exit status 75, on all workers. `stopped`
-  # tells a `keep` that this was no preemption.
+  # The pattern matches the Python process only (^). SIGTERM to one worker makes all save and exit with status 75.
+  # The file `stopped` tells `keep` that this was not a preemption.
   on 0 "cd diffusion && touch stopped && pkill --signal TERM --full '^[.]venv/bin/python main[.]py' || \
     { rm -f stopped; echo 'nothing is running' >&2; exit 1; }"
 }
@@ -96,25 +96,25 @@ keep() {
       READY) ;;
       NONE) say 'creating' && { create || sleep 60; } && continue ;;
       CREATING | STARTING | RESTARTING | REPAIRING) sleep 30 && continue ;;
-      *) say "it is $(state): deleting it" && { delete || sleep 60; } && continue ;; # preempted
+      *) say "the state is $(state): deleting" && { delete || sleep 60; } && continue ;; # preempted
     esac
     started=$SECONDS
     if ! install; then
-      status='a failed install'
+      status='a failed installation'
     elif start "$@"; then
       say 'complete' && return
     else
       status=$(on 0 'cat diffusion/exit-status' 2>/dev/null || echo gone)
     fi
     case $status in
-      1 | 2) say "the training refuses to run, as said above (exit status $status)" && return "$status" ;;
-      stopped) say 'stopped and saved, as asked: the same command goes on' && return 75 ;;
+      1 | 2) say "the training refused to run, see above (exit status $status)" && return "$status" ;;
+      stopped) say 'stopped and saved: the same command continues' && return 75 ;;
     esac
     failures=$((failures + 1))
-    say "ended with $status while the machines are $(state)"
-    # Machines that were taken away are no failure, nor is what happens once in an hour.
+    say "ended with $status, the state is $(state)"
+    # A preemption does not count as a failure, nor does one failure per hour.
     if [ "$(state)" != READY ] || [ $((SECONDS - started)) -gt 3600 ]; then failures=0; fi
-    if [ "$failures" -ge "$TRIES" ]; then say "$failures failures in a row" && return 1; fi
+    if [ "$failures" -ge "$TRIES" ]; then say "$failures failures in a row: giving up" && return 1; fi
     sleep 30
   done
 }

@@ -1,19 +1,20 @@
-"""Kill a training at random moments, fill its disk, damage its checkpoints; nothing may be lost and nothing silent.
+"""Kill a training run at random moments, fill its disk, damage its checkpoints: it loses nothing, and hides nothing.
 
     python -m tests.chaos [--kills=15] [--corruptions=40] [--seed=0] [--write]
 
 A tiny network learns the digits once without a disturbance. Then the same command is killed at random moments, also
-inside saves, with SIGKILL, SIGTERM and Ctrl-C, and typed again until it is done: the checkpoint and the logged
-numbers have to be those of the undisturbed run, bit by bit. Files of its checkpoints are cut, flipped, deleted and
-exchanged: the run has to go on from an intact one with a warning, or say that there is none, and never to use wrong
-numbers. Its disk is filled (a small tmpfs, where one can be mounted). Prints a table of faults and outcomes; --write
-puts it into docs/reliability.md. Exit status 1 where anything went wrong.
+during saves, by SIGKILL, SIGTERM and Ctrl-C, and repeated until it is done: its checkpoint and the logged numbers must
+be those of the undisturbed run, bit by bit. Files of its checkpoints are truncated, changed, deleted and exchanged: the
+run must resume from an intact checkpoint with a warning, or report that there is none, and never use wrong numbers. Its
+disk is filled (a small tmpfs, if one can be mounted). Prints a table of faults and outcomes; --write puts it into
+docs/reliability.md. The exit status is 1 if anything went wrong.
 """
 
 import argparse
 import collections
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import random
@@ -26,10 +27,12 @@ import time
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from tests.test_train import checkpoint
+from diffusion import build
+from diffusion.runtime.checkpoints import Checkpoints, DamagedError
+from tests.runs import ROOT, checkpoint
 
-ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 400
 SETTINGS = {
     'model.channels': 8,
@@ -45,7 +48,7 @@ MARK = '<!-- the table below is written by python -m tests.chaos --write -->'
 
 
 def command(workdir, **changes):
-    """The command line of the run; the folder of compiled programs is shared, for starts cost most of the time."""
+    """The command line of the run; runs share their compiled programs, because compiling takes most of the time."""
     settings = SETTINGS | {'compile_cache': workdir.parent / 'compiled'} | changes
     flags = [f'--config.{key}={value}' for key, value in settings.items()]
     return [sys.executable, 'main.py', '--config=configs/digits.py', f'--workdir={workdir}', *flags]
@@ -68,7 +71,7 @@ def same(one, other):
 
 
 def logged(workdir):
-    """What metrics.jsonl tells of each step, but for the time it took."""
+    """The lines of metrics.jsonl, but for the time that steps took."""
     lines = (workdir / 'logs' / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if k not in ('images_per_second', 'colour_drift')} for line in lines
@@ -76,7 +79,7 @@ def logged(workdir):
 
 
 class Table:
-    """Counts of faults and outcomes; `bad` of those that must not be."""
+    """Counts of faults and outcomes; `bad` lists outcomes that must not happen."""
 
     def __init__(self):
         self.counts, self.bad = collections.Counter(), []
@@ -92,7 +95,7 @@ class Table:
 
 
 def kills(table, folder, reference, number, rng):
-    """Kill runs until `number` kills are done; compare each run that got to its end."""
+    """Kill runs until `number` kills are done; compare each run that reaches its end."""
     seconds, killed = 5.0, 0
     while killed < number:
         workdir = folder / f'run{killed}'
@@ -111,7 +114,7 @@ def kills(table, folder, reference, number, rng):
             killed += 1
             fault = f'{what.name}, {"inside a save" if inside else "between saves"}'
             if what == signal.SIGKILL or (what, status) == (signal.SIGTERM, -signal.SIGTERM):
-                table.add(fault, 'dead at once', status == -what, output)  # SIGTERM: before the run listens to it
+                table.add(fault, 'ended at once', status == -what, output)  # SIGTERM: before the run listens to it
             elif status == 75:
                 table.add(fault, 'saved, exit status 75', 'Traceback' not in output, output)
             else:  # before it listens, or after it is done
@@ -139,7 +142,7 @@ def unfinished(workdir):
 
 
 def wait_to_kill(process, workdir, seconds, in_save):
-    """Wait so long, or until a checkpoint is being written."""
+    """Wait for some seconds, or until a checkpoint is being written."""
     before, deadline = unfinished(workdir), time.monotonic() + (60 if in_save else seconds)
     while time.monotonic() < deadline and process.poll() is None:
         if in_save and unfinished(workdir) - before:
@@ -148,18 +151,13 @@ def wait_to_kill(process, workdir, seconds, in_save):
 
 
 def corruptions(table, folder, reference, number, rng):
-    """Damage one file of the newest checkpoint, and ask for one step more."""
+    """Damage one file of the newest checkpoint, and restore the newest that is intact."""
     steps = sorted(int(path.name) for path in (reference / 'checkpoints').iterdir())
     originals = {step: checkpoint(reference, step) for step in steps}
     newest = reference / 'checkpoints' / str(steps[-1])
     files = sorted(path.relative_to(reference) for path in newest.rglob('*') if path.is_file())
-    import logging
-
-    from diffusion.runtime.checkpoint import Checkpoints, DamagedError
-
     logging.disable(logging.CRITICAL)
-    sys.unraisablehook = lambda unraisable: None  # of the many reads that end with the first failure
-    describe = None
+    describe = abstract(reference)
     for _ in range(number):
         workdir = folder / 'damaged'
         shutil.copytree(reference, workdir)
@@ -174,8 +172,6 @@ def corruptions(table, folder, reference, number, rng):
             ]
             if all(p.exists() for p in place):
                 damage(rng, fault, *place)
-        if describe is None:
-            describe = abstract(reference)
         warnings = []
         try:
             with Checkpoints(workdir / 'checkpoints') as checkpoints:
@@ -195,7 +191,7 @@ def corruptions(table, folder, reference, number, rng):
             }
             right = sorted(a.tobytes() for a in found.values()) == sorted(a.tobytes() for a in originals[step].values())
             if step == steps[-1]:
-                outcome = 'it holds nothing that is needed: used, the numbers are right'
+                outcome = 'it holds nothing that is needed: the checkpoint is used, the numbers are right'
             else:
                 outcome = 'named in a warning, an older one used, its numbers are right'
                 right = right and str(workdir / 'checkpoints' / str(steps[-1])) in ' '.join(warnings)
@@ -206,14 +202,9 @@ def corruptions(table, folder, reference, number, rng):
 
 
 def abstract(workdir):
-    """Descriptions of the trees of a run, as training asks for them."""
-    from ml_collections import ConfigDict
-
-    from diffusion import experiment
-
+    """Shapes and shardings of the trees of a run, as training restores them."""
     config = ConfigDict(json.loads((workdir / 'config.json').read_text(encoding='utf-8')))
-    state = experiment.build(config).abstract_state()
-    return {'params': state.params, 'ema': state.ema, 'opt_state': state.opt_state}
+    return build.build(config).abstract_state().trees()
 
 
 def damage(rng, fault, path, other):
@@ -235,11 +226,11 @@ def damage(rng, fault, path, other):
 
 
 def full_disk(table, folder, reference):
-    """On a disk that holds two checkpoints and no more: they stay whole, and with room again the run goes on."""
+    """On a disk that has room for two checkpoints: they stay intact, and with more room the run continues."""
     disk = folder / 'disk'
     disk.mkdir()
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'none', disk], capture_output=True).returncode:
-        print('no tmpfs can be mounted here: the full disk is not tried')
+        print('no tmpfs can be mounted here: the full disk is left out')
         return
     fault = 'a full disk'
     try:
@@ -247,7 +238,7 @@ def full_disk(table, folder, reference):
         status, output = finish(start(workdir, compile_cache=folder / 'compiled'))
         kept = sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
         right = status == 1 and 'could not be saved' in output and 'Traceback' not in output and kept
-        table.add(fault, 'told, trained on, ended with an error; earlier checkpoints whole', bool(right), output)
+        table.add(fault, 'warnings, training to the end, an error; earlier checkpoints intact', bool(right), output)
         subprocess.run(['mount', '-o', 'remount,size=100m', disk], check=True)
         status, output = finish(start(workdir, compile_cache=folder / 'compiled'))
         right = (
@@ -255,7 +246,7 @@ def full_disk(table, folder, reference):
             and same(checkpoint(workdir, STEPS), checkpoint(reference, STEPS))
             and logged(workdir) == logged(reference)
         )
-        table.add(fault, 'with room again: bit by bit the unbroken run', right, output)
+        table.add(fault, 'with more room: bit by bit the unbroken run', right, output)
     finally:
         subprocess.run(['umount', disk], check=True)
 
@@ -284,7 +275,7 @@ def main():
         text = page.read_text(encoding='utf-8').partition(MARK)[0]
         page.write_text(f'{text}{MARK}\n\n{table.markdown()}', encoding='utf-8')
     if table.bad:
-        sys.exit('\n\n'.join(['what must not be:', *table.bad]))
+        sys.exit('\n\n'.join(['These must not happen:', *table.bad]))
 
 
 if __name__ == '__main__':

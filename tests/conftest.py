@@ -1,12 +1,30 @@
 """Settings of all tests."""
 
+import os
+import shutil
 import signal
+import tempfile
 
 import hypothesis
 
-# Compilation makes first examples slow; and a suite that judges a commit draws the same examples each time.
+# Compilation makes first examples slow, hence no deadline. A commit is always judged by the same examples.
 hypothesis.settings.register_profile('project', deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile('project')
 
-# What a shell starts in the background may ignore Ctrl-C, and so do the processes that it starts.
+# A shell may start background processes with SIGINT ignored, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    """Keep the caches of a session in a temporary folder, which xdist's workers and subprocesses inherit."""
+    # JAX does not write its cache atomically; what it cannot read because another process writes it, it compiles.
+    config.addinivalue_line('filterwarnings', 'ignore:Error reading persistent compilation cache')
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        return
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    os.environ.setdefault('MPLCONFIGDIR', os.path.join(cache, 'matplotlib'))  # its list of fonts takes seconds to make
+    os.environ['XDG_CACHE_HOME'] = folder = tempfile.mkdtemp(prefix='diffusion-tests-')
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    # Compilation is most of the suite's time: each program is compiled once for all tests, processes included.
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(folder, 'compiled')
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'

@@ -1,4 +1,4 @@
-"""Folders, zip files and TFDS datasets of pictures, made by Pillow, zipfile and array_record alone: no TensorFlow."""
+"""Folders, zip files and TFDS datasets of pictures, made by Pillow, zipfile and array_record, without TensorFlow."""
 
 import io
 import json
@@ -10,16 +10,17 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 
-def encoded(array, kind='png', **how):
-    """The bytes of a picture of an array, or of a Pillow image."""
+def encoded(array, kind='png', **options):
+    """Return the bytes of a picture file of an array or a Pillow image."""
     if not isinstance(array, Image.Image):
         array = Image.fromarray(array[..., 0] if array.shape[-1:] == (1,) and array.ndim == 3 else array)
     buffer = io.BytesIO()
-    array.save(buffer, kind, **how)
+    array.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def noise(count, *shape, seed=0):
+    """Return `count` random uint8 arrays of a shape."""
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
@@ -40,20 +41,30 @@ def zipped(path, files):
     return path
 
 
-def feature(kind, **what):
-    """One entry of features.json."""
+def feature(kind, **fields):
+    """Return one entry of features.json."""
     module = {'Image': 'image_feature', 'ClassLabel': 'class_label_feature', 'Scalar': 'scalar'}[kind]
-    return {'pythonClassName': f'tensorflow_datasets.core.features.{module}.{kind}', **what}
+    return {'pythonClassName': f'tensorflow_datasets.core.features.{module}.{kind}', **fields}
 
 
 def picture_feature(height='-1', width='-1', channels='3'):
+    """Return the entry of an image feature in features.json; −1 stands for any size."""
     return feature('Image', image={'dtype': 'uint8', 'shape': {'dimensions': [height, width, channels]}})
 
 
 def write_tfds(root, name, splits, *, version='1.0.0', image=None, classes=None, extra=None, shards=1, **info):
     """Write {split: [(bytes, label), …]} as tensorflow-datasets prepares it, and return the dataset's folder.
 
-    extra: {name: feature} of integers that each example has beside the picture, all 1.
+    Args:
+        root: the folder of all datasets.
+        name: 'NAME' or 'NAME/CONFIG'.
+        splits: the examples of each split; labels are used only with `classes`.
+        version: of the dataset.
+        image: the image feature's entry in features.json.
+        classes: the names of the labels.
+        extra: {name: feature} of integers that each example contains beside the picture; all are 1.
+        shards: number of array_record files of each split.
+        **info: changes of dataset_info.json.
     """
     folder = root / name / version
     folder.mkdir(parents=True)

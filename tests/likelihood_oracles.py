@@ -1,6 +1,6 @@
-"""Likelihoods that are known in closed form: linear networks, Gaussian chains, float64, the papers' formulas.
+"""Likelihoods in closed form: linear networks and Gaussian chains, by the papers' formulas in float64.
 
-Everything here is per pixel, and pixels are independent: sums over the pixels of a given image x_0.
+Pixels are independent, so that every likelihood is a sum over the pixels of a given image x_0.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def kl_normal(mean_gap2, var1, var2):
 
 @dataclasses.dataclass(frozen=True)
 class LinearNet:
-    """A network that knows every pixel as a line: x̂_0 = x0[0]·x_t + x0[1], ε̂ = eps[0]·x_t + eps[1], by level."""
+    """A network that is linear in every pixel: at each level x̂_0 = x0[0]·x_t + x0[1] and ε̂ = eps[0]·x_t + eps[1]."""
 
     alpha_bar: np.ndarray  # (T+1,)
     x0: np.ndarray  # (2, T+1)
@@ -40,7 +40,7 @@ class LinearNet:
 
     @classmethod
     def of_data(cls, mean, std, alpha_bar):
-        """The best one for data x_0 ~ N(mean, std²): E[x_0|x_t] and E[ε|x_t] by regression on x_t."""
+        """The optimal network for data x_0 ~ N(mean, std²): E[x_0|x_t] and E[ε|x_t] by regression on x_t."""
         var = alpha_bar * std**2 + 1 - alpha_bar  # of x_t
         x0, eps = np.sqrt(alpha_bar) * std**2 / var, np.sqrt(1 - alpha_bar) / var
         center = np.sqrt(alpha_bar) * mean  # of x_t
@@ -48,7 +48,7 @@ class LinearNet:
 
     @classmethod
     def of_reverse_means(cls, slopes, alpha_bar):
-        """The one whose DDPM posterior mean (DDPM Eq. 7) at level t is slopes[t−1]·x_t."""
+        """The network whose DDPM posterior mean (DDPM Eq. 7) at level t is slopes[t−1]·x_t."""
         a, before = alpha_bar[1:], alpha_bar[:-1]
         beta = 1 - a / before
         of_x0 = np.sqrt(before) * beta / (1 - a)
@@ -58,7 +58,7 @@ class LinearNet:
         return cls(alpha_bar, np.array([x0, 0 * x0]), np.array([eps, 0 * eps]))
 
     def output(self, kind):
-        """(2, T+1): slope and offset of what a network of this kind puts out; v = √ᾱ·ε − √(1−ᾱ)·x_0."""
+        """Slope and offset (2, T+1) of the output of a network of this kind; v = √ᾱ·ε − √(1−ᾱ)·x_0."""
         v = np.sqrt(self.alpha_bar) * self.eps - np.sqrt(1 - self.alpha_bar) * self.x0
         return {'eps': self.eps, 'x0': self.x0, 'v': v}[kind]
 
@@ -195,8 +195,15 @@ class GaussianFlow:
 
     def net(self, kind):
         """The network of that score at real levels t (B,)."""
+        return self.net_of(kind, self.log_alpha_bar())
+
+    def log_alpha_bar(self):
+        """log ᾱ_0 … log ᾱ_T (T+1,) float32; −inf where ᾱ is 0."""
         with np.errstate(divide='ignore'):
-            table = jnp.asarray(np.log(self.alpha_bar), jnp.float32)
+            return jnp.asarray(np.log(self.alpha_bar), jnp.float32)
+
+    def net_of(self, kind, table):
+        """The network of that score, with a table of log ᾱ that may be traced by JAX."""
 
         def net(x, t):
             below = jnp.floor(t).astype(jnp.int32)
@@ -225,15 +232,17 @@ class GaussianFlow:
         return log_normal(np.asarray(x0, np.float64), A * mean + b, A**2 * var + V).sum()
 
 
+QUICK = {'xla_backend_optimization_level': 0}  # compiler options for programs that run for less time than they compile
 DESIGN = 32  # images of a batch that `exact_expectations` needs
 
 
 def exact_expectations(monkeypatch):
     """Replace normal draws by ±1 so that a mean over a batch of 32 equal images is an exact expectation.
 
-    Every call of `jax.random.normal` gets another column of a Hadamard matrix, the same for all pixels: the
-    first and second moments over the batch are those of independent N(0, 1). So every function that is
-    quadratic in the draws and a sum over pixels has the right mean, without Monte-Carlo noise.
+    Every call of `jax.random.normal` gets another column of a Hadamard matrix, the same for all pixels: the first and
+    second moments over the batch are those of independent N(0, 1). So every function that is quadratic in the draws and
+    a sum over pixels has the right mean, without Monte-Carlo noise. Integers are not random either: each stratum has
+    a single level, its first.
     """
     columns = iter(scipy.linalg.hadamard(DESIGN).T[1:])
 
@@ -242,6 +251,7 @@ def exact_expectations(monkeypatch):
         return jnp.broadcast_to(jnp.asarray(column, dtype), shape)
 
     monkeypatch.setattr(jax.random, 'normal', normal)
+    monkeypatch.setattr(jax.random, 'randint', lambda key, shape, minval, maxval: jnp.broadcast_to(minval, shape))
 
 
 def assert_mean(values, expected, errors=4.5, atol=1e-5):

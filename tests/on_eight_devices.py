@@ -1,8 +1,9 @@
-"""What tests/test_devices.py asks of eight simulated devices: a program that prints what it measured, as JSON.
+"""What tests/test_devices.py asks of eight simulated devices: a program that prints its measurements as JSON.
 
     python -m tests.on_eight_devices
 
-One process for all of it, as every program that it compiles costs seconds.
+All of it is one process, because starting one and compiling its programs take seconds. The network is the plain one,
+which accelerators use, unless the name of a measurement says otherwise.
 """
 
 import dataclasses
@@ -13,42 +14,51 @@ import sys
 import time
 from unittest import mock
 
-os.environ['XLA_FLAGS'] = (
-    '--xla_force_host_platform_device_count=8 '
-    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'  # compile fast, run slowly
-)
+from tests.xla_flags import FAST_TO_COMPILE
+
+os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {FAST_TO_COMPILE}'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax
 import numpy as np
-import optax
 
-from configs import cifar10
-from diffusion import experiment, generate, train
+from diffusion import build
+from diffusion.configs import cifar10
 from diffusion.likelihood.elbo import elbo
-from diffusion.loss import loss_at
+from diffusion.loss import WEIGHTINGS
+from diffusion.modes import train
+from diffusion.modes.sample import make_sampler
+from diffusion.networks import plain
 from diffusion.runtime import mesh as meshes
 from diffusion.schedule import timesteps
 from tests.hlo import collectives, talks_to_host
-from tests.test_train import tiny
+from tests.runs import tiny
 
-STEPS = 20
-NETWORK = {
+STEPS = 10
+SETTINGS = {
     'train.batch_size': 32,
     'train.num_steps': STEPS,
-    'train.learning_rate': 1e-3,
+    'train.learning_rate': 3e-3,
     'data.flip': True,
+    'model.implementation': 'plain',
+}
+RUNS = {
+    '8×1': (8, 1, {}),
+    '2×4': (2, 4, {}),
+    '1×8': (1, 8, {}),
+    '8×1, 4 parts': (8, 1, {'train.accumulate': 4, 'data.placement': 'host'}),
+    '8×1, for CPUs': (8, 1, {'model.implementation': 'cpu'}),
 }
 
 
-def build(data, fsdp, changes=None):
+def make(data, fsdp, changes=None):
     """(config, Experiment) on a mesh of data × fsdp devices, which may be fewer than there are."""
-    config = tiny(NETWORK | (changes or {}))
+    config = tiny(SETTINGS | (changes or {}))
     devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
     mesh = (
         meshes.make_mesh(fsdp) if devices.size == jax.device_count() else jax.sharding.Mesh(devices, ('data', 'fsdp'))
     )
-    return config, dataclasses.replace(experiment.build(config), mesh=mesh)
+    return config, dataclasses.replace(build.build(config), mesh=mesh)
 
 
 def on_first(tree):
@@ -61,13 +71,25 @@ def whole_bytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def trained(data, fsdp, changes=None):
-    """(what was seen, Experiment, state) of STEPS steps, during which nothing goes to a device unasked."""
-    config, exp = build(data, fsdp, changes)
-    images = experiment.load_images(config)
+def host(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def initial(exp):
+    """The initial state, as training makes it: on the devices that are to hold it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, exp.abstract_state())
-    state = old = jax.jit(exp.init, out_shardings=shardings)(jax.random.key(0))
-    held = on_first(state)
+    return jax.jit(exp.init, out_shardings=shardings)(jax.random.key(0))
+
+
+def put(exp, tree):
+    """A state or a part of it, from the host, on the devices that are to hold it."""
+    return jax.tree.map(meshes.put_whole, tree, meshes.split_state(exp.mesh, tree))
+
+
+def trained(config, exp, state):
+    """(measurements, state) of STEPS steps, during which nothing goes to a device unasked."""
+    images = build.load_images(config)
+    held, old = on_first(state), state
     batches = train.feed(config, exp, images, 0)
     first = next(batches)
     step = train.compile_step(config, exp, state, *first)
@@ -86,11 +108,11 @@ def trained(data, fsdp, changes=None):
         'old_is_gone': all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.ema, old.opt_state))),
         'images_are_split': first[1] is None and first[0].addressable_shards[0].data.shape[0],
     }
-    return seen, exp, state
+    return seen, state
 
 
 def guard_bites():
-    """Whether the guard above would notice an array of the host that is handed to a compiled program."""
+    """Whether the guard above notices an array of the host that is handed to a compiled program."""
     program = jax.jit(lambda x: x + 1).lower(np.zeros(3, np.float32)).compile()
     try:
         with jax.transfer_guard('disallow'):
@@ -107,13 +129,22 @@ def callback_is_seen():
 
 
 def relative(one, other):
+    """‖one − other‖ / ‖other‖, 0 of 0 being 0."""
+    if not np.any(one) and not np.any(other):
+        return 0.0
     return float(np.linalg.norm(np.asarray(one) - other) / np.linalg.norm(other))
+
+
+def relative_leaves(tree, other):
+    """{path of an array: how far it is off}."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(other), strict=True)
+    return {jax.tree_util.keystr(path): relative(leaf, theirs) for (path, leaf), theirs in pairs}
 
 
 def drawn(exp, params):
     """Six images, with the noise of η = 1: a number that the devices cannot share evenly."""
     levels = timesteps(exp.schedule.T, exp.schedule.T)
-    draw = generate.make_sampler(exp, params, (8, 8, 1), batch_size=6, timesteps=levels, kind='eps', eta=1.0)
+    draw = make_sampler(exp, params, (8, 8, 1), batch_size=6, timesteps=levels, kind='eps', eta=1.0)
     return draw(params, 3, 0, 6)
 
 
@@ -131,34 +162,29 @@ def bound(exp, params, images):
 
 
 def agreement():
-    """Losses, parameters, images and bounds on meshes of several shapes, against those on one device."""
-    alone, exp, state = trained(1, 1)
-    params = jax.tree.map(np.asarray, state.params)  # all that draws below starts from the same ones
+    """Losses, parameters, images and bounds on meshes of several shapes, compared with those on one device."""
+    config, exp = make(1, 1)
+    first = host(initial(exp))
+    alone, state = trained(config, exp, put(exp, first))
+    params = host(state.params)  # all that draws below starts from the same ones
     images = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32)
-    here = {'images': drawn(exp, jax.device_put(params, meshes.replicated(exp.mesh)))}
-    here['bound'] = bound(exp, jax.device_put(params, meshes.replicated(exp.mesh)), images)
+    here = {'images': drawn(exp, put(exp, params)), 'bound': bound(exp, put(exp, params), images)}
     found = {'1×1': alone | {'leaves': [leaf.size for leaf in jax.tree.leaves(params)]}}
-    accumulated = {'train.accumulate': 4, 'data.placement': 'host'}
-    for name, shape in {'8×1': (8, 1), '2×4': (2, 4), '1×8': (1, 8), '8×1, 4 parts': (8, 1, accumulated)}.items():
-        seen, exp, state = trained(*shape)
-        seen['params'] = {
-            jax.tree_util.keystr(path): relative(leaf, mine)
-            for (path, leaf), mine in zip(
-                jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(params), strict=True
-            )
-        }
+    for name, (data, fsdp, changes) in RUNS.items():
+        config, exp = make(data, fsdp, changes)
+        state = initial(exp) if name == '2×4' else put(exp, first)
+        begun = relative_leaves(state.params, first.params)
+        seen, state = trained(config, exp, state)
+        seen['initial'] = max(begun.values())
+        seen['params'] = relative_leaves(state.params, params)
         if name in ('8×1', '2×4'):
-            there = jax.device_put(params, meshes.split_state(exp.mesh, params))
+            there = put(exp, params)
             seen['images'] = np.abs(drawn(exp, there) - here['images']).max()
             terms = bound(exp, there, images)
             seen['bound'] = {key: relative(terms[key], value) for key, value in here['bound'].items() if value.size}
-        seen['split_leaves'] = [
-            leaf.size
-            for leaf, sharding in zip(
-                jax.tree.leaves(params), jax.tree.leaves(meshes.split_state(exp.mesh, params)), strict=True
-            )
-            if not sharding.is_fully_replicated
-        ]
+        shardings = meshes.split_state(exp.mesh, params)
+        leaves = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
+        seen['split_leaves'] = [leaf.size for leaf, sharding in leaves if not sharding.is_fully_replicated]
         found[name] = seen
     return found
 
@@ -167,12 +193,11 @@ def sharded_state():
     """Bytes of the CIFAR-10 network's state on a device with fsdp=8, and of what making a state needs."""
     config = cifar10.get_config()
     config.mesh.fsdp = 8
-    exp = experiment.build(config)
-    abstract = exp.abstract_state()
+    abstract = build.build(config).abstract_state()
     per_device = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)
     )
-    _, small = build(1, 8, {'model.channels': 128, 'model.groups': 32})
+    _, small = make(1, 8, {'model.channels': 128, 'model.groups': 32})
     state = small.abstract_state()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     memory = jax.jit(small.init, out_shardings=shardings).lower(jax.random.key(0)).compile().memory_analysis()
@@ -186,46 +211,53 @@ def sharded_state():
 
 
 def economies():
-    """A gradient with remat and bfloat16, after two steps: bytes of memory, and how far it is off."""
-    key = np.random.default_rng(1)
-    coarse = np.tanh(key.normal(size=(16, 4, 4, 3))).repeat(4, axis=1).repeat(4, axis=2).astype(np.float32)
-    t, eps = key.integers(1, 1001, 16), key.normal(size=coarse.shape).astype(np.float32)
+    """A gradient with remat and bfloat16: bytes of memory, and how far it is off.
 
-    def compiled(**changes):
+    XLA:CPU would undo the remat of the plain network, as it merges equal operations. Therefore its memory is that of
+    the values which the backward pass is given; that of the network for CPUs is a compiled program's.
+    """
+    random = np.random.default_rng(1)
+    coarse = np.tanh(random.normal(size=(16, 4, 4, 3))).repeat(4, axis=1).repeat(4, axis=2).astype(np.float32)
+    t, eps = random.integers(1, 1001, 16), random.normal(size=coarse.shape).astype(np.float32)
+
+    def make_loss(**changes):
         model = {'multipliers': (1, 2), 'dropout': 0.5} | changes
         config = tiny({f'model.{key}': value for key, value in model.items()})
         config.data.update(image_size=16, channels=3)
         config.schedule.update(T=1000, beta_start=1e-4, beta_end=0.02)
-        exp = experiment.build(config)
+        exp = build.build(config)
 
         def mean_loss(params, key, eps):
             net = exp.network.net(params, dropout_key=key)
-            return loss_at(exp.schedule, net, coarse, t, eps, kind='eps', weighting='simple').mean()
+            return WEIGHTINGS['simple'].loss(exp.schedule, net, coarse, t, eps, 'eps').mean()
 
-        program = jax.jit(jax.grad(mean_loss)).lower(exp.abstract_state().params, jax.random.key(0), eps).compile()
-        return exp, program
+        return exp, mean_loss
 
-    exp, plain = compiled()
-    optimizer = optax.adam(2e-3)
-    params = jax.jit(exp.network.init)(jax.random.key(0))
-    state = jax.jit(optimizer.init)(params)
+    def bytes_kept(**changes):
+        exp, mean_loss = make_loss(implementation='plain', **changes)
+        backward = jax.eval_shape(
+            lambda params: jax.vjp(lambda params: mean_loss(params, jax.random.key(0), eps), params)[1],
+            exp.abstract_state().params,
+        )
+        return whole_bytes(backward)
 
-    @jax.jit
-    def updated(params, state, gradient):
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state
+    def compiled(**changes):
+        exp, mean_loss = make_loss(implementation='cpu', **changes)
+        gradient = jax.jit(jax.grad(mean_loss))
+        return gradient.lower(exp.abstract_state().params, jax.random.key(0), eps).compile()
 
-    for step in range(2):  # as the last convolutions start at zero, most parameters have no gradient before
-        gradient = plain(params, jax.random.key(step), key.normal(size=eps.shape).astype(np.float32))
-        params, state = updated(params, state, gradient)
-    programs = {'plain': plain, 'remat': compiled(remat=True)[1]}
-    programs['both'] = compiled(remat=True, dtype='bfloat16')[1]
+    variants = {'neither': {}, 'remat': {'remat': True}, 'both': {'remat': True, 'dtype': 'bfloat16'}}
+    programs = {name: compiled(**changes) for name, changes in variants.items()}
+    initial_params = jax.jit(make_loss(implementation='cpu')[0].network.init)(jax.random.key(0))
+    # The last convolutions start at zero, so that most initial parameters have no gradient.
+    params = jax.tree.map(lambda leaf: leaf + random.normal(0, 0.02, leaf.shape).astype(np.float32), initial_params)
     gradients = {name: program(params, jax.random.key(0), eps) for name, program in programs.items()}
-    gradients['other dropout'] = plain(params, jax.random.key(1), eps)
+    gradients['other dropout'] = programs['neither'](params, jax.random.key(1), eps)
     flat = {name: np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for name, g in gradients.items()}
     return {
+        'kept': {name: bytes_kept(**changes) for name, changes in variants.items()},
         'temp': {name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()},
-        'off': {name: relative(gradient, flat['plain']) for name, gradient in flat.items()},
+        'off': {name: relative(gradient, flat['neither']) for name, gradient in flat.items()},
     }
 
 
@@ -237,7 +269,7 @@ def properties():
     def found_in(params, key, part):
         return {'product': params * part.astype(np.float32).mean(0), 'drawn': jax.random.uniform(key, 1000)}
 
-    parts = jax.jit(lambda key, x: meshes.mean_over_parts(mesh, found_in, np.float32(2), key, [x], 4))
+    parts = jax.jit(lambda key, x: meshes.mean_over_parts(mesh, found_in, np.float32(2), key, [x], 4, fold=plain.fold))
     mean, program = parts(jax.random.key(0), meshes.put(x, split)), parts.lower(jax.random.key(0), meshes.put(x, split))
     tree = {'a': np.ones((1024, 3), np.float32), 'b': np.ones(4, np.float32)}
     one_whole = jax.jit(lambda tree: meshes.whole(mesh, tree))(jax.device_put(tree, meshes.split_state(mesh, tree)))
@@ -257,9 +289,9 @@ def properties():
 
 
 if __name__ == '__main__':
-    meshes.FEWEST_TO_SPLIT = 24  # the network is tiny, and so are its arrays
+    meshes.MIN_SIZE_TO_SPLIT = 24  # the network is tiny, and so are its arrays
     asked = sys.argv[1:] or ['agreement', 'sharded_state', 'economies', 'properties', 'guard_bites', 'callback_is_seen']
-    result = {'seconds': {}, 'fewest_to_split': meshes.FEWEST_TO_SPLIT}
+    result = {'seconds': {}, 'smallest_to_split': meshes.MIN_SIZE_TO_SPLIT}
     for name in asked:
         started = time.perf_counter()
         result[name] = globals()[name]()

@@ -1,4 +1,4 @@
-"""What is known in closed form, in float64 and from the papers' formulas, without the code under test."""
+"""Closed forms by the papers' formulas in float64, without the code under test."""
 
 import dataclasses
 import itertools
@@ -46,7 +46,7 @@ def _like(coefficient, x):
 
 @dataclasses.dataclass(frozen=True)
 class PointMass:
-    """Data that is one known image: the best network knows x_0, whatever x_t is."""
+    """Data that is a single known image: the optimal network outputs x_0 for every x_t."""
 
     x0: float
     alpha_bar: np.ndarray  # (T+1,) float64
@@ -64,7 +64,7 @@ class PointMass:
 
 @dataclasses.dataclass(frozen=True)
 class GaussianData:
-    """Data x_0 ~ N(mean, std²): the best predictor is linear, and so is every chain that it drives."""
+    """Data x_0 ~ N(mean, std²): the optimal predictor is linear, and so is every chain that uses it."""
 
     mean: float
     std: float
@@ -100,7 +100,7 @@ class GaussianData:
         return A, b, own if s > 0 else 0.0
 
     def sample_moments(self, levels, eta, variance='small'):
-        """Mean and variance of what a chain from x_T ~ N(0, 1) ends in."""
+        """Mean and variance of x_0 of a chain that starts from x_T ~ N(0, 1)."""
         mean, var = 0.0, 1.0
         for i, (t, s) in enumerate(itertools.pairwise(levels)):
             A, b, V = self.step(t, s, eta, variance if isinstance(variance, str) else variance[i])

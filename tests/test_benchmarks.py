@@ -1,17 +1,19 @@
-"""What the benchmarks say of their figures; a run of one of them is among the slow tests."""
+"""The benchmarks' tables and records; one of the slow tests runs a benchmark."""
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from benchmarks import peers, record, report
-from tests.test_main import ROOT
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_the_page_shows_what_was_measured():
+def test_the_page_shows_the_results():
     page = (ROOT / 'benchmarks' / 'README.md').read_text(encoding='utf-8')
     assert report.BEGIN + report.page(report.load()) + report.END in page
 
@@ -20,7 +22,7 @@ def figures(ours, theirs, megabytes):
     return {'seconds': {'ours': ours, 'eager': theirs}, 'megabytes': megabytes}
 
 
-def test_a_row_tells_the_median_of_the_ratios_and_the_memory():
+def test_a_row_has_the_median_of_the_ratios_and_the_ratio_of_memory():
     task = peers.TASKS['peers'][0]
     measured = {task.name: figures([1.0, 2.0, 9.0], [2.0, 2.0, 3.0], {'ours': 30.0, 'eager': 20.0})}
     (row,) = [line for line in report.table('peers', measured).splitlines() if task.name in line]
@@ -28,12 +30,12 @@ def test_a_row_tells_the_median_of_the_ratios_and_the_memory():
     assert report.table('peers', measured).count(report.MISSING) == 3 * (len(peers.TASKS['peers']) - 1)
 
 
-def test_what_was_not_measured_is_said():
+def test_missing_measurements_are_marked():
     page = report.page({})
     assert page.count(report.MISSING) > 20 and 'png' not in page
 
 
-def test_figures_of_one_benchmark_leave_those_of_others(tmp_path, monkeypatch, capsys):
+def test_a_benchmark_replaces_only_its_own_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(record, 'RESULTS', str(tmp_path))
     record.store('one', {'seconds': 1.0})
     record.store('two', {'seconds': 2.0}, ' --fast', torch='9')
@@ -45,7 +47,7 @@ def test_figures_of_one_benchmark_leave_those_of_others(tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_ours_is_measured_without_the_peers():
+def test_ours_is_measured_if_the_peers_are_not_installed():
     task = next(task for task in peers.TASKS['peers'] if task.config == 'digits' and not task.num_steps)
     command = [sys.executable, '-m', 'benchmarks.peers', '--repetitions=1', f'--task={task.name}']
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, check=True)

@@ -1,6 +1,6 @@
-"""The named modes, against the DDIM authors' procedure written out in float64, and against what each is said to fix.
+"""The named codebases, against the DDIM authors' procedure in float64, and against what each one is said to fix.
 
-diffusers itself is asked in tests/peers.
+The tests in tests/peers compare with diffusers itself.
 """
 
 import functools
@@ -19,18 +19,18 @@ KEYS = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(3)))(jnp.ar
 
 @functools.cache
 def noises():
-    """What the sampler draws at each level, (T+1, N)."""
+    """The noise that the sampler draws at each level, (T+1, N)."""
     draw = jax.vmap(lambda level: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level)))(KEYS))
     return np.array(draw(jnp.arange(T + 1)), np.float64)
 
 
 def toy(xp, x, t):
-    """A noise prediction with which some x̂_0 leave [−1, 1], and others do not."""
+    """A noise prediction for which some x̂_0 are outside [−1, 1] and others are inside."""
     return x * xp.tanh(t / 200) + 0.05 * xp.sin(5 * x + t)
 
 
 def authors(num_steps, skip_type, eta, noisy):
-    """Their loop over their list of t, 0 … T−1, repetitions and all. Returns the images and how many t there were."""
+    """Their loop over their list of t, 0 … T−1, with its repetitions. Returns the images and the length of the list."""
     if skip_type == 'uniform':
         visits = list(range(0, T, T // num_steps))
     else:
@@ -52,7 +52,7 @@ def authors(num_steps, skip_type, eta, noisy):
 
 
 def draw(asked_compat, **asked):
-    """Our images, and what was resolved."""
+    """Our images, and the resolved arguments."""
     how = compat.resolve(asked_compat, T, **ASKED | asked)
     done = {key: how.pop(key) for key in ('num_steps', 'spacing')}
     net = lambda x, t: toy(jnp, x, t[0])  # noqa: E731
@@ -71,7 +71,7 @@ def draw(asked_compat, **asked):
     ],
 )
 def test_the_ddim_code(num_steps, spacing, eta, variance, visited, distinct):
-    """Its list as it is: 50 'quad' steps visit 49 levels, one of them twice, and 300 'uniform' ones are 334."""
+    """Its list is kept: 50 'quad' steps visit 49 levels, one of them twice, and 300 'uniform' steps are 334."""
     theirs, count = authors(num_steps, spacing, eta, noisy=variance == 'large' and eta == 1)
     ours, how = draw('ddim', num_steps=num_steps, spacing=spacing, eta=eta, variance=variance)
     assert (count, how['num_steps'], len(how['timesteps']) - 1) == (visited, distinct, distinct)
@@ -86,7 +86,7 @@ def test_ho_takes_all_levels_with_the_large_variance():
     np.testing.assert_allclose(images, theirs, rtol=0, atol=1e-4)
 
 
-def test_what_is_not_fixed_is_as_asked():
+def test_arguments_that_a_codebase_does_not_fix_are_kept():
     assert compat.resolve('', T, **ASKED) | {'timesteps': 0} == ASKED | {'timesteps': 0, 'last_noise': False}
     np.testing.assert_array_equal(
         compat.resolve('', T, **ASKED)['timesteps'], schedule.timesteps(T, ASKED['num_steps'], 'linspace')
@@ -96,40 +96,42 @@ def test_what_is_not_fixed_is_as_asked():
     assert compat.resolve('diffusers', T, **ASKED | {'spacing': 'quad'})['spacing'] == 'leading'
 
 
-def test_pairs_of_steps_that_are_a_chain_are_that_chain():
+@pytest.mark.parametrize('eta', [0.0, 0.7])
+def test_pairs_that_meet_are_a_chain(eta):
     levels = schedule.timesteps(T, 10)
-    for eta in (0.0, 0.7):
-        images = [
-            sampler.sample(
-                KEYS,
-                schedule.linear(T),
-                lambda x, t: toy(jnp, x, t[0]),
-                shape=(),
-                timesteps=steps,
-                kind='eps',
-                eta=eta,
-            )
+    how = dict(shape=(), kind='eps', eta=eta)
+
+    @jax.jit
+    def program(keys):
+        return [
+            sampler.sample(keys, schedule.linear(T), lambda x, t: toy(jnp, x, t[0]), timesteps=steps, **how)
             for steps in (levels, np.stack([levels[:-1], levels[1:]], axis=1))
         ]
-        np.testing.assert_array_equal(*images)
+
+    np.testing.assert_array_equal(*program(KEYS))
+
+
+def test_a_codebase_added_to_the_table(monkeypatch):
+    monkeypatch.setitem(compat.COMPAT, 'mine', lambda T, **asked: compat.ddim(T, **asked | {'num_steps': 5}))
+    assert compat.resolve('mine', T, **ASKED)['timesteps'].tolist() == [801, 601, 401, 201, 1, 0]
 
 
 @pytest.mark.parametrize(
     ('name', 'asked', 'words'),
     [
-        ('Ho', {}, "'Ho'"),
+        ('Ho', {}, "compat is 'Ho', but must be one of '', 'diffusers', 'diffusers-ddim', 'ddim', 'ho'"),
         ('diffusers', dict(spacing='trailing', num_steps=61), 'timestep −1'),
         ('ddim', dict(num_steps=T + 1), 'num_steps is 1001'),
         ('ddim', dict(num_steps=1), 'level 1'),
     ],
 )
-def test_what_cannot_be_followed_is_refused(name, asked, words):
+def test_arguments_that_a_codebase_cannot_run_are_an_error(name, asked, words):
     with pytest.raises(ValueError, match=words):
         compat.resolve(name, T, **ASKED | asked)
 
 
 @pytest.mark.parametrize('pairs', [[[5, 5]], [[5, 6]], [[T + 1, 4]], [[4, -1]], np.zeros((0, 2), int), [[3, 2, 1]]])
-def test_pairs_that_are_none_are_refused(pairs):
+def test_invalid_pairs_are_an_error(pairs):
     with pytest.raises(ValueError, match=r'pairs|noise levels'):
         sampler.sample(
             KEYS,

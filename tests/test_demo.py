@@ -1,7 +1,6 @@
-"""The demo, as `make demo` runs it, and how good its results are. Minutes long."""
+"""The demo, as `make demo` runs it, and the quality of its results. It takes minutes."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks.digits import quality
+from tests.runs import CONFIG, ROOT
 
 pytestmark = pytest.mark.slow
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')
@@ -22,7 +21,7 @@ def workdir(tmp_path_factory):
 
 
 def run(workdir, *flags):
-    command = [sys.executable, 'main.py', '--config=configs/digits.py', f'--workdir={workdir}', *flags]
+    command = [sys.executable, 'main.py', CONFIG, f'--workdir={workdir}', *flags]
     subprocess.run(command, cwd=ROOT, check=True, timeout=1800)
 
 
@@ -36,7 +35,7 @@ def test_ddim_samples_are_digits_of_every_class(workdir):
     assert distance <= 0.8 and shares.min() >= 0.03
 
 
-def test_the_bounds_stand_in_their_order(workdir):
+def test_the_bounds_are_in_their_order(workdir):
     """ELBO ≤ IW-1 ≤ IW-2 ≤ … ≤ IW-64, on a chain of 50 steps; the transition form and IW-1 agree with the ELBO."""
     flags = {'num_images': 64, 'samples': 64, 'num_steps': 50, 'quantities': "('posterior','transition','importance')"}
     run(workdir, '--mode=likelihood', *(f'--config.likelihood.{key}={value}' for key, value in flags.items()))

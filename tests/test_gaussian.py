@@ -14,6 +14,7 @@ from tests import oracles
 T = 200
 SCHEDULES = {name: make(T) for name, make in schedule.SCHEDULES.items()}
 EXACT = {name: np.array([float(a) for a in oracles.alpha_bars(oracles.betas(name, T))]) for name in SCHEDULES}
+kinds = st.sampled_from(list(gaussian.KINDS))
 names = st.sampled_from(sorted(SCHEDULES))
 pairs = st.integers(1, T).flatmap(lambda t: st.tuples(st.just(t), st.integers(0, t - 1)))
 etas = st.sampled_from([0.0, 0.25, 0.5, 1.0])
@@ -21,7 +22,7 @@ etas = st.sampled_from([0.0, 0.25, 0.5, 1.0])
 
 @given(names, pairs, etas)
 def test_point_mass_is_carried_exactly(name, pair, eta):
-    """Known x_0: the step turns q(x_t|x_0) = N(√ᾱ_t·x_0, 1−ᾱ_t) into q(x_s|x_0), in mean and variance."""
+    """For a known x_0 the step turns q(x_t|x_0) = N(√ᾱ_t·x_0, 1−ᾱ_t) into q(x_s|x_0), in mean and variance."""
     t, s = pair
     a_s = EXACT[name][s]
     x0 = 0.7
@@ -64,13 +65,13 @@ def test_eta_scales_the_std_not_the_variance():
 
 
 @pytest.mark.parametrize('eta', [0.0, 0.3, 1.0])
-def test_at_level_0_it_is_x0_without_masks(eta):
+def test_at_level_0_it_is_exactly_x0(eta):
     mean, std = gaussian.posterior(SCHEDULES['linear'], Prediction(jnp.float32(0.37), jnp.float32(2.0)), 0, 1, eta=eta)
     assert mean == np.float32(0.37) and std == 0
 
 
 @pytest.mark.parametrize('eta', [-0.1, 1.1, float('nan')])
-def test_eta_outside_the_family_is_refused(eta):
+def test_eta_outside_the_family_is_an_error(eta):
     with pytest.raises(ValueError, match='eta'):
         gaussian.posterior(SCHEDULES['linear'], Prediction(0.0, 0.0), 0, 1, eta=eta)
 
@@ -81,14 +82,14 @@ def test_a_step_leads_to_a_lower_level(s, t):
         gaussian.posterior(SCHEDULES['linear'], Prediction(np.zeros(2), np.zeros(2)), s, t, eta=1.0)
 
 
-@given(names, st.integers(1, T - 1), st.sampled_from(gaussian.KINDS), st.integers(0, 2**31))
+@given(names, st.integers(1, T - 1), kinds, st.integers(0, 2**31))
 def test_predict_inverts_target(name, t, kind, seed):
     sch = SCHEDULES[name]
     x0, eps = jax.random.normal(jax.random.key(seed), (2, 5))
     x_t = gaussian.q_sample(sch, x0, t, eps)
     output = gaussian.target(sch, kind, x0, t, eps)
     prediction = gaussian.predict(sch, kind, output, x_t, t)
-    # What is divided by: rounding of x_t and of the output is magnified by it.
+    # Dividing by these magnifies the rounding errors of x_t and of the output.
     signal, noise = float(sch.signal(t)), float(sch.noise(t))
     np.testing.assert_allclose(prediction.x0, x0, atol=2e-6 / signal)
     np.testing.assert_allclose(prediction.eps, eps, atol=4e-6 / noise)
@@ -97,7 +98,7 @@ def test_predict_inverts_target(name, t, kind, seed):
         np.testing.assert_allclose(again, gaussian.target(sch, other, x0, t, eps), atol=4e-6 / (signal * noise))
 
 
-@given(st.integers(1, T), st.sampled_from(gaussian.KINDS))
+@given(st.integers(1, T), kinds)
 def test_clipping_keeps_the_pair_on_x_t(t, kind):
     sch = SCHEDULES['linear']
     x_t = jnp.linspace(-4, 4, 9)
@@ -126,7 +127,7 @@ def test_q_sample_moments_and_batched_levels():
         assert abs(x_t[i].var() / (1 - a) - 1) < 4 * np.sqrt(2 / 10_000)
 
 
-def test_no_x0_from_eps_where_nothing_is_left():
+def test_no_x0_from_eps_without_signal():
     sch = SCHEDULES['jsd']
     with pytest.raises(ValueError, match="'x0' or 'v'"):
         gaussian.predict(sch, 'eps', jnp.zeros(3), jnp.zeros(3), T)
@@ -138,14 +139,31 @@ def test_no_x0_from_eps_where_nothing_is_left():
         np.testing.assert_array_equal(prediction.eps, x_t)
         mean, std = gaussian.posterior(sch, prediction, T - 1, T, eta=1.0)
         a = EXACT['jsd'][T - 1]
-        np.testing.assert_allclose(mean, np.sqrt(a) * x0, rtol=1e-5)  # x_T holds nothing of x_{T−1}
+        np.testing.assert_allclose(mean, np.sqrt(a) * x0, rtol=1e-5)  # x_T contains nothing of x_{T−1}
         np.testing.assert_allclose(std, np.sqrt(1 - a), rtol=1e-5)
 
 
-def test_unknown_kinds_name_the_known():
+def test_an_unknown_kind_is_an_error_that_lists_the_table():
     for call in (
         lambda: gaussian.target(SCHEDULES['linear'], 'noise', 0.0, 1, 0.0),
         lambda: gaussian.predict(SCHEDULES['linear'], 'noise', 0.0, 0.0, 1),
     ):
-        with pytest.raises(ValueError, match='eps, x0, v'):
+        with pytest.raises(ValueError, match="kind is 'noise', but must be one of eps, x0, v"):
             call()
+
+
+def test_a_kind_added_to_the_table(monkeypatch):
+    """The score −ε/√(1−ᾱ_t), which does not determine x_0 where ᾱ is 0 either."""
+
+    def predict(signal, noise, output, x_t):
+        return Prediction((x_t + noise**2 * output) / signal, -noise * output)
+
+    monkeypatch.setitem(gaussian.KINDS, 'score', gaussian.Kind(lambda signal, noise, x0, eps: -eps / noise, predict))
+    x0, eps = jnp.array([0.5, -1.0]), jnp.array([0.3, -2.0])
+    sch = SCHEDULES['jsd']
+    x_t, output = gaussian.q_sample(sch, x0, 90, eps), gaussian.target(sch, 'score', x0, 90, eps)
+    np.testing.assert_allclose(output, -eps / np.sqrt(1 - EXACT['jsd'][90]), rtol=1e-5)
+    found = gaussian.predict(sch, 'score', output, x_t, 90)
+    np.testing.assert_allclose(found, [x0, eps], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"from score .* use kind 'x0' or 'v'"):
+        gaussian.predict(sch, 'score', output, x_t, T)

@@ -1,6 +1,7 @@
-"""The scripts in launch/, as far as they can be checked without a cluster: syntax, structure, and what they decide."""
+"""The scripts in launch/, as far as that needs no cluster: syntax, structure, and what they decide."""
 
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -9,8 +10,8 @@ import pytest
 import yaml
 
 from diffusion.runtime.interrupt import EXIT_STATUS
-from tests.test_main import ROOT
 
+ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = ['tpu_vm.sh', 'slurm.sbatch']
 
 
@@ -28,7 +29,7 @@ def test_shellcheck_finds_nothing(script):
 
 
 def pretend(folder, name, body):
-    """A program on the PATH that does what `body` says, and writes down how it was called."""
+    """Put a program on the PATH that runs `body`, and records how it was called."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> "{folder}/calls"\n{body}\n')
@@ -55,7 +56,7 @@ def run(script, folder, *args, **environment):
     ('status', 'restarts', 'queued'),
     [(0, 0, False), (1, 0, False), (EXIT_STATUS, 0, True), (134, 3, True), (EXIT_STATUS, 100, False)],
 )
-def test_slurm_queues_again_what_can_go_on(tmp_path, status, restarts, queued):
+def test_slurm_requeues_what_can_continue(tmp_path, status, restarts, queued):
     bin_ = tmp_path / 'bin'
     pretend(bin_, 'srun', f'exit {status}')
     pretend(bin_, 'scontrol', '')
@@ -68,9 +69,9 @@ def test_slurm_queues_again_what_can_go_on(tmp_path, status, restarts, queued):
 
 
 def test_slurm_waits_for_the_save_after_a_signal(tmp_path):
-    """A signal that the script gets, too, does not end it before its processes have."""
+    """A signal to the script as well does not end it before its processes."""
     bin_ = tmp_path / 'bin'
-    # $PPID is the script, which is sent SIGTERM while its step goes on to save.
+    # $PPID is the script. It gets SIGTERM while srun continues and saves.
     pretend(bin_, 'srun', f'kill -TERM $PPID; sleep 1; touch "{tmp_path}/saved"; exit {EXIT_STATUS}')
     pretend(bin_, 'scontrol', f'test -e "{tmp_path}/saved" || exit 9')
     done = run('slurm.sbatch', bin_, SLURM_JOB_ID='17', SLURM_SUBMIT_DIR=str(ROOT))
@@ -84,7 +85,7 @@ case $words in
   *describe*) cat "{folder}/state" 2>/dev/null || exit 1 ;;
   *" create "*) echo READY > "{folder}/state" ;;
   *" delete "*) rm "{folder}/state" ;;
-  *exit-status\\;*)                                      # main.py: preempted at first, complete afterwards
+  *exit-status\\;*)                                      # main.py: first preempted, then complete
     if [ ! -e "{folder}/second" ]; then touch "{folder}/second"; echo {status} > "{folder}/status"
       echo {after} > "{folder}/state"; exit 1; fi ;;
   *"cat diffusion/exit-status"*) cat "{folder}/status" ;;
@@ -92,7 +93,7 @@ esac
 """
 
 
-def test_tpus_that_are_taken_away_are_made_again(tmp_path):
+def test_preempted_tpus_are_created_again(tmp_path):
     bin_ = tmp_path / 'bin'
     pretend(bin_, 'gcloud', GCLOUD.format(folder=tmp_path, status=EXIT_STATUS, after='PREEMPTED'))
     pretend(bin_, 'sleep', '')
@@ -106,26 +107,35 @@ def test_tpus_that_are_taken_away_are_made_again(tmp_path):
     assert 'complete' in done.stderr
 
 
-def test_tpus_do_not_repeat_what_is_refused(tmp_path):
+@pytest.mark.parametrize(('spot', 'asked'), [({}, True), ({'SPOT': ''}, False)])
+def test_tpus_that_are_not_preempted_can_be_asked_for(tmp_path, spot, asked):
+    bin_ = tmp_path / 'bin'
+    pretend(bin_, 'gcloud', '')
+    assert run('tpu_vm.sh', bin_, 'create', **spot).returncode == 0
+    (call,) = called(bin_)
+    assert ('--spot' in call) is asked and 'create diffusion' in call
+
+
+def test_tpus_do_not_repeat_a_refused_run(tmp_path):
     bin_ = tmp_path / 'bin'
     pretend(bin_, 'gcloud', GCLOUD.format(folder=tmp_path, status=1, after='READY'))
     pretend(bin_, 'sleep', '')
     done = run('tpu_vm.sh', bin_, 'keep', '--', '--config=configs/digits.py')
-    assert done.returncode == 1 and 'refuses to run' in done.stderr
+    assert done.returncode == 1 and 'refused to run' in done.stderr
 
 
-def test_tpus_that_are_asked_to_stop_are_not_started_again(tmp_path):
+def test_tpus_that_are_stopped_are_not_started_again(tmp_path):
     bin_ = tmp_path / 'bin'
     pretend(bin_, 'gcloud', GCLOUD.format(folder=tmp_path, status='stopped', after='READY'))
     pretend(bin_, 'sleep', '')
     done = run('tpu_vm.sh', bin_, 'keep', '--', '--config=configs/digits.py')
-    assert done.returncode == EXIT_STATUS and 'as asked' in done.stderr
+    assert done.returncode == EXIT_STATUS and 'stopped and saved' in done.stderr
     assert sum('main.py' in call for call in called(bin_)) == 1
 
 
 @pytest.mark.parametrize('status', [EXIT_STATUS, 134])
-def test_tpus_that_never_get_along_are_given_up(tmp_path, status):
-    """As where the hosts do not meet, which ends with 75 as a stop does."""
+def test_tpus_that_always_fail_are_given_up(tmp_path, status):
+    """Hosts that never meet end with 75, as a stop does."""
     bin_ = tmp_path / 'bin'
     pretend(bin_, 'gcloud', f"""case "$*" in
       *describe*) echo READY ;;
@@ -139,8 +149,8 @@ def test_tpus_that_never_get_along_are_given_up(tmp_path, status):
 
 
 @pytest.mark.parametrize('fails', ['git archive', 'gcloud scp', 'gcloud install_here'])
-def test_nothing_starts_on_what_was_not_installed(tmp_path, fails):
-    """Nor is what an earlier training ended with taken for its end."""
+def test_nothing_starts_after_a_failed_installation(tmp_path, fails):
+    """The exit status of an earlier run is not mistaken for its own."""
     bin_ = tmp_path / 'bin'
     program, what = fails.split()
     pretend(bin_, 'git', f'test {program} != git')
@@ -151,12 +161,12 @@ def test_nothing_starts_on_what_was_not_installed(tmp_path, fails):
     esac""")  # fmt: skip
     pretend(bin_, 'sleep', '')
     done = run('tpu_vm.sh', bin_, 'keep', '--', '--config=configs/digits.py', TRIES='2', TMPDIR=str(tmp_path))
-    assert done.returncode == 1 and 'a failed install' in done.stderr
+    assert done.returncode == 1 and 'a failed installation' in done.stderr
     assert not any('main.py' in call for call in called(bin_))
     assert not list(tmp_path.glob('*.tar.gz'))
 
 
-# Does on this machine, in a folder, what is asked of a worker.
+# Runs a worker's commands on this machine, in a folder.
 WORKER = """
 cd "{home}"
 for word; do
@@ -168,7 +178,7 @@ case "$*" in *" scp "*) cp "$5" diffusion.tar.gz ;; esac
 
 @pytest.fixture
 def worker(tmp_path):
-    """(the folder of programs that stand in, the home folder of a worker)."""
+    """(folder of the pretended programs, home folder of a worker)."""
     bin_, home = tmp_path / 'bin', tmp_path / 'home'
     home.mkdir()
     pretend(bin_, 'gcloud', WORKER.format(home=home, bin=bin_))
@@ -189,7 +199,7 @@ VENV = 'mkdir -p .venv/bin && echo exit > .venv/bin/python && chmod +x .venv/bin
         (False, True, '10.0.0.2:/runs', ['python3.11', 'python3.11-venv', 'nfs-common']),
     ],
 )
-def test_workers_are_given_what_they_lack(worker, recent, whole, share, asked):
+def test_workers_get_the_packages_they_lack(worker, recent, whole, share, asked):
     bin_, home = worker
     pretend(bin_, 'python3', f'case "$*" in *version_info*) {str(recent).lower()} ;; '
             f'*ensurepip*) {str(whole).lower()} ;; *) {VENV} ;; esac')  # fmt: skip
@@ -205,7 +215,7 @@ def test_workers_are_given_what_they_lack(worker, recent, whole, share, asked):
     assert mounted == ([f'sudo mount -t nfs {share} /mnt/runs'] if share else [])
 
 
-def test_a_worker_whose_share_cannot_be_mounted_is_not_installed(worker):
+def test_an_installation_fails_if_the_share_cannot_be_mounted(worker):
     bin_, _ = worker
     pretend(bin_, 'python3', f'case "$*" in *-c*) ;; *) {VENV} ;; esac')
     pretend(bin_, 'sudo', 'test "$1" != mount')
@@ -216,8 +226,8 @@ def test_a_worker_whose_share_cannot_be_mounted_is_not_installed(worker):
     ('ends', 'noted'),
     [('exit 75', '75'), ('touch stopped; exit 75', 'stopped'), ('touch stopped; exit 1', '1'), ('exit 0', '0')],
 )
-def test_workers_note_how_it_ended(worker, ends, noted):
-    """`stopped`, which an earlier run has left, counts only where this one was asked to stop."""
+def test_workers_record_how_a_run_ended(worker, ends, noted):
+    """A file `stopped` that an earlier run left does not count."""
     bin_, home = worker
     python = home / 'diffusion' / '.venv' / 'bin' / 'python'
     python.parent.mkdir(parents=True)
@@ -229,7 +239,7 @@ def test_workers_note_how_it_ended(worker, ends, noted):
     assert (home / 'diffusion' / 'exit-status').read_text().strip() == noted
 
 
-def test_stop_asks_the_training_and_not_the_shell_around_it(worker):
+def test_stop_signals_the_training_and_not_its_shell(worker):
     bin_, home = worker
     (home / 'diffusion').mkdir()
     pretend(bin_, 'pkill', '')
@@ -245,7 +255,7 @@ def test_stop_asks_the_training_and_not_the_shell_around_it(worker):
     assert not (home / 'diffusion' / 'stopped').exists()
 
 
-def test_how_to_use_it_is_said(tmp_path):
+def test_usage_is_printed(tmp_path):
     done = run('tpu_vm.sh', tmp_path)
     assert done.returncode == 2 and 'launch/tpu_vm.sh keep' in done.stderr and 'SHARE' in done.stderr
 
@@ -260,7 +270,7 @@ def cluster():
 
 
 def test_pods_can_find_each_other(cluster):
-    """What JAX needs: an indexed Job, a headless Service that is its subdomain, and leave to ask about both."""
+    """JAX needs an indexed Job, a headless Service that is its subdomain, and permission to read both."""
     job, service = cluster['Job'], cluster['Service']
     pod = job['spec']['template']['spec']
     assert job['spec']['completionMode'] == 'Indexed'
@@ -277,10 +287,10 @@ def test_pods_can_find_each_other(cluster):
     assert pod['serviceAccountName'] == cluster['ServiceAccount']['metadata']['name']
 
 
-def test_pods_that_can_go_on_are_started_again(cluster):
+def test_pods_that_can_continue_are_started_again(cluster):
     job = cluster['Job']['spec']
     pod = job['template']['spec']
-    assert pod['restartPolicy'] == 'Never'  # else the API refuses a podFailurePolicy
+    assert pod['restartPolicy'] == 'Never'  # otherwise the API refuses a podFailurePolicy
     (container,) = pod['containers']
     actions = {}
     for rule in job['podFailurePolicy']['rules']:

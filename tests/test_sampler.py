@@ -11,15 +11,32 @@ from diffusion import gaussian, sampler, schedule
 from diffusion.schedule import timesteps
 from tests import oracles
 
-N = 20_000
+N, SHAPE = 6_667, (3,)  # most tests use these shapes, so that JAX compiles each primitive once
 T = 200
 SCH = schedule.linear(T, 5e-4, 0.1)
 ALPHA_BAR = np.array([float(a) for a in oracles.alpha_bars(oracles.betas('linear', T, 5e-4, 0.1))])
 DATA = oracles.GaussianData(mean=0.3, std=0.2, alpha_bar=ALPHA_BAR)
 
 
-def keys(n=N, seed=0):
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(n))
+@functools.cache
+def keys(n=N):
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(n))
+
+
+@functools.cache
+def noise():
+    return jax.random.normal(jax.random.key(1), (N, *SHAPE))
+
+
+def sample(net, levels, kind, eta, sch=SCH, **how):
+    """Draw images of shape `SHAPE`; short chains step by step, which compiles no loop, long ones as one program."""
+    draw = functools.partial(
+        sampler.sample, schedule=sch, net=net, shape=SHAPE, timesteps=levels, kind=kind, eta=eta, **how
+    )
+    if len(levels) > 50:
+        return jax.jit(draw)(keys(), x_T=noise())
+    with jax.disable_jit():
+        return draw(keys())
 
 
 def assert_moments(samples, mean, var):
@@ -36,61 +53,63 @@ def assert_moments(samples, mean, var):
 )
 def test_moments_follow_the_exact_recursion(kind, eta, num_steps, spacing):
     levels = timesteps(T, num_steps, spacing)
-    samples = sampler.sample(keys(), SCH, DATA.net(kind), shape=(), timesteps=levels, kind=kind, eta=eta, clip=False)
-    assert samples.shape == (N,)
+    samples = sample(DATA.net(kind), levels, kind, eta, clip=False)
+    assert samples.shape == (N, *SHAPE)
     assert_moments(samples, *DATA.sample_moments(levels, eta))
 
 
+def test_compiled_and_stepwise_samples_agree():
+    levels = timesteps(T, 10)
+    compiled = jax.jit(
+        lambda keys: sampler.sample(
+            keys, SCH, DATA.net('v'), shape=SHAPE, timesteps=levels, kind='v', eta=0.5, clip=False
+        )
+    )(keys())
+    np.testing.assert_allclose(compiled, sample(DATA.net('v'), levels, 'v', 0.5, clip=False), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize('num_steps', [10, T])
-def test_large_variance_and_its_missing_noise_at_the_end(num_steps):
+def test_large_variance_adds_no_noise_at_the_end(num_steps):
     levels = timesteps(T, num_steps)
-    samples = sampler.sample(
-        keys(), SCH, DATA.net('eps'), shape=(), timesteps=levels, kind='eps', eta=1.0, variance='large', clip=False
-    )
+    samples = sample(DATA.net('eps'), levels, 'eps', 1.0, variance='large', clip=False)
     mean, var = DATA.sample_moments(levels, 1.0, 'large')
     assert_moments(samples, mean, var)
     small = DATA.sample_moments(levels, 1.0)[1]
     noisy_end = var + 1 - ALPHA_BAR[levels[-2]]
-    assert (abs(var / small - 1) > 0.01 and abs(noisy_end / var - 1) > 10 * np.sqrt(2 / N)) or num_steps == T
+    assert (abs(var / small - 1) > 0.01 and abs(noisy_end / var - 1) > 10 * np.sqrt(2 / samples.size)) or num_steps == T
 
 
 @pytest.mark.parametrize('eta', [0.0, 0.5])
-def test_variances_of_ones_own(eta):
+def test_variances_given_as_an_array(eta):
     levels = timesteps(T, 6)
     variance = np.array([0.3, 0.05, 0.2, 0.01, 0.1, 0.4])
-    samples = sampler.sample(
-        keys(), SCH, DATA.net('v'), shape=(), timesteps=levels, kind='v', eta=eta, variance=variance, clip=False
-    )
+    samples = sample(DATA.net('v'), levels, 'v', eta, variance=variance, clip=False)
     assert_moments(samples, *DATA.sample_moments(levels, eta, variance))
 
 
 @pytest.mark.parametrize('name', sorted(schedule.SCHEDULES))
 @pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
-def test_point_mass_comes_out_exactly(name, eta):
-    """Whatever happens on the way, the last step returns the x_0 that the network knows."""
+def test_a_point_mass_is_sampled_exactly(name, eta):
+    """Whatever the chain does, its last step returns the x_0 that the network knows."""
     alpha_bar = np.array([float(a) for a in oracles.alpha_bars(oracles.betas(name, 50))])
     net = oracles.PointMass(0.7, alpha_bar).net('x0')
-    samples = sampler.sample(
-        keys(64), schedule.SCHEDULES[name](50), net, shape=(2,), timesteps=timesteps(50, 7), kind='x0', eta=eta
-    )
+    samples = sample(net, timesteps(50, 7), 'x0', eta, schedule.SCHEDULES[name](50))
     np.testing.assert_array_equal(samples, np.float32(0.7))
 
 
-def test_point_mass_is_on_the_right_level_all_along():
-    """Stopped anywhere, x_s is distributed as q(x_s | x_0): the coefficients are those of the next level."""
-    for eta in (0.0, 0.5, 1.0):
-        x = jax.random.normal(jax.random.key(1), (N,))  # q(x_T|x_0) of jsd: ᾱ_T = 0 exactly
-        sch, seen = schedule.jsd(20), []
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+def test_a_point_mass_is_at_the_right_level_after_every_step(eta):
+    """After every step x_s is distributed as q(x_s | x_0): the coefficients are those of the next level."""
+    seen = []
 
-        def net(x_t, t, seen=seen):
-            seen.append((int(t[0]), np.asarray(x_t, np.float64)))
-            return jnp.full_like(x_t, 0.7)
+    def net(x_t, t):
+        seen.append((int(t[0]), np.asarray(x_t, np.float64)))
+        return jnp.full_like(x_t, 0.7)
 
-        with jax.disable_jit():
-            sampler.sample(keys(), sch, net, shape=(), timesteps=timesteps(20, 5), kind='x0', eta=eta, x_T=x)
-        assert [t for t, _ in seen] == [20, 16, 12, 8, 4]
-        for t, x_t in seen:
-            assert_moments(x_t, np.sqrt(1 - t / 20) * 0.7, t / 20)
+    sample(net, timesteps(20, 5), 'x0', eta, schedule.jsd(20), x_T=noise())  # q(x_T|x_0): ᾱ_T = 0 exactly
+    assert [t for t, _ in seen] == [20, 16, 12, 8, 4]
+    for t, x_t in seen:
+        assert_moments(x_t, np.sqrt(1 - t / 20) * 0.7, t / 20)
 
 
 def test_every_level_is_visited_once_with_its_own_index():
@@ -101,9 +120,8 @@ def test_every_level_is_visited_once_with_its_own_index():
         seen.append(np.asarray(t))
         return jnp.zeros_like(x_t)
 
-    with jax.disable_jit():
-        sampler.sample(keys(3), schedule.linear(1000), net, shape=(2, 2, 1), timesteps=levels, kind='v', eta=0.0)
-    np.testing.assert_array_equal(seen, np.repeat(levels[:-1, None], 3, axis=1))
+    sample(net, levels, 'v', 0.0, schedule.linear(1000))
+    np.testing.assert_array_equal(seen, np.repeat(levels[:-1, None], N, axis=1))
 
 
 def bits_drawn(eta, x_T=None, **how):
@@ -152,13 +170,14 @@ def test_the_program_does_not_grow_with_the_number_of_steps():
 
 
 def test_an_image_depends_on_its_key_alone():
+    @jax.jit
     def draw(keys):
         net = DATA.net('eps')
         return sampler.sample(keys, SCH, net, shape=(3, 3, 1), timesteps=timesteps(T, 10), kind='eps', eta=1.0)
 
-    many = draw(keys(1000))
-    np.testing.assert_array_equal(many[:7], draw(keys(7)))
-    np.testing.assert_array_equal(many[::-1], draw(keys(1000)[::-1]))
+    many = draw(keys()[:1000])
+    np.testing.assert_array_equal(many[:7], draw(keys()[:7]))
+    np.testing.assert_array_equal(many[::-1], draw(keys()[:1000][::-1]))
     assert len(np.unique(np.asarray(many)[:, 0, 0, 0])) == 1000
 
 
@@ -171,36 +190,89 @@ def test_no_noise_is_used_twice():
         return jnp.zeros_like(x_t)
 
     levels = timesteps(T, 4)
-    with jax.disable_jit():
-        sampler.sample(keys(5000), SCH, net, shape=(3,), timesteps=levels, kind='x0', eta=1.0)
+    sample(net, levels, 'x0', 1.0)
     noises = [xs[0]]
     for before, after, t, s in zip(xs[:-1], xs[1:], levels[:-2], levels[1:-1], strict=True):
         a_t, a_s = ALPHA_BAR[[t, s]]
         sigma = np.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
         noises.append((after - np.sqrt(1 - a_s - sigma**2) * before / np.sqrt(1 - a_t)) / sigma)
     correlation = np.corrcoef(np.concatenate(noises, axis=1), rowvar=False)
-    assert np.abs(correlation - np.eye(12)).max() < 5 / np.sqrt(5000)
+    assert np.abs(correlation - np.eye(12)).max() < 5 / np.sqrt(N)
 
 
 def test_clipping_is_on_and_can_be_turned_off():
-    def draw(clip):
-        return sampler.sample(
-            keys(50),
-            SCH,
-            lambda x_t, t: jnp.full_like(x_t, 3.0),
-            shape=(),
-            timesteps=timesteps(T, 10),
-            kind='x0',
-            eta=0.0,
-            clip=clip,
-        )
+    def draw(**clip):
+        return sample(lambda x_t, t: jnp.full_like(x_t, 3.0), timesteps(T, 10), 'x0', 0.0, **clip)
 
-    np.testing.assert_array_equal(draw(True), 1)
-    np.testing.assert_array_equal(draw(False), 3)
+    np.testing.assert_array_equal(draw(), 1)
+    np.testing.assert_array_equal(draw(clip=True), 1)
+    np.testing.assert_array_equal(draw(clip=False), 3)
+
+
+# Rules.
+
+
+def test_a_rule_carries_its_state(monkeypatch):
+    """A rule that remembers x_T and the levels it came through returns them at the end."""
+
+    def step(state, x_t, t, s, std, *, schedule, predict, noise, eta):
+        x_T, path = state
+        path = 1000 * path + t
+        return (x_T, path), jnp.where(s == 0, x_T + path, jnp.nan)
+
+    monkeypatch.setitem(sampler.RULES, 'memory', sampler.Rule(lambda x_T: (x_T, 0), step))
+    x_T = jnp.arange(2.0)
+    how = dict(shape=(), timesteps=[7, 3, 0], kind='eps', eta=1.0, x_T=x_T, rule='memory')
+    np.testing.assert_array_equal(sampler.sample(keys(2), SCH, None, **how), x_T + 7003)
+
+
+def test_a_rule_may_ask_the_network_twice(monkeypatch):
+    """A rule that takes every step in two halves draws the images of the chain with twice as many steps."""
+
+    def step(state, x_t, t, s, std, *, schedule, predict, noise, eta):
+        for start, end in ((t, (s + t) // 2), ((s + t) // 2, s)):
+            mean, kernel_std = gaussian.posterior(schedule, predict(x_t, start), end, start, eta=eta)
+            x_t = mean + kernel_std * noise(end)
+        return state, x_t
+
+    monkeypatch.setitem(sampler.RULES, 'halves', sampler.Rule(lambda x_T: None, step))
+    halves = sample(DATA.net('v'), timesteps(T, 5), 'v', 0.5, rule='halves')
+    np.testing.assert_allclose(halves, sample(DATA.net('v'), timesteps(T, 10), 'v', 0.5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(('variance', 'expected'), [('small', [None, None]), (np.array([4.0, 9.0]), [2.0, 0.0])])
+def test_a_rule_is_given_the_standard_deviations_asked_for(monkeypatch, variance, expected):
+    """One for each pair, none with the variance of the rule itself, and 0 at the end."""
+    seen = []
+
+    def step(state, x_t, t, s, std, **_):
+        seen.append(std)
+        return state, x_t
+
+    monkeypatch.setitem(sampler.RULES, 'listener', sampler.Rule(lambda x_T: (), step))
+    sample(None, [7, 3, 0], 'v', 0.5, variance=variance, rule='listener')
+    assert seen == expected
+
+
+def test_a_kind_added_to_the_table_is_sampled(monkeypatch):
+    """The score −ε/√(1−ᾱ_t): a chain of a network that outputs it has the moments of any other kind."""
+    score = gaussian.Kind(
+        target=lambda signal, noise, x0, eps: -eps / noise,
+        predict=lambda signal, noise, output, x_t: gaussian.Prediction(
+            (x_t + noise**2 * output) / signal, -noise * output
+        ),
+    )
+    monkeypatch.setitem(gaussian.KINDS, 'score', score)
+    levels = timesteps(T, 10)
+
+    def net(x_t, t):
+        return -DATA.net('eps')(x_t, t) / jnp.sqrt(1 - jnp.asarray(ALPHA_BAR, jnp.float32))[t][:, None]
+
+    assert_moments(sample(net, levels, 'score', 0.5, clip=False), *DATA.sample_moments(levels, 0.5))
 
 
 @pytest.mark.parametrize('wrong', [jax.random.key(0), jax.random.PRNGKey(0)], ids=['one alone', 'not typed'])
-def test_keys_are_typed_and_one_an_image(wrong):
+def test_keys_are_typed_and_there_is_one_for_each_image(wrong):
     how = dict(shape=(), timesteps=timesteps(T, 5), kind='eps', eta=1.0)
     with pytest.raises(ValueError, match='one typed key an image'):
         sampler.sample(wrong, SCH, DATA.net('eps'), **how)
@@ -219,13 +291,14 @@ def test_keys_are_typed_and_one_an_image(wrong):
         ({'variance': np.array([1, 1, np.nan, 1, 1])}, 'finite'),
         ({'variance': 'large', 'eta': 0.0}, 'eta=0'),
         ({'eta': 1.5}, 'eta'),
+        ({'rule': 'heun'}, "rule is 'heun', but must be one of kernel"),
         ({'schedule': schedule.jsd(T), 'timesteps': timesteps(T, 5)}, "'x0' or 'v'"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(change, message):
+def test_invalid_arguments_are_an_error(change, message):
     how = dict(schedule=SCH, net=DATA.net('eps'), shape=(), timesteps=timesteps(T, 5), kind='eps', eta=1.0)
     with pytest.raises(ValueError, match=message):
         sampler.sample(keys(2), **(how | change))
-    if 'schedule' in change:  # the check holds inside a jitted program as well
+    if 'schedule' in change:  # inside a jitted program as well
         with pytest.raises(ValueError, match=message):
             jax.jit(lambda k: sampler.sample(k, **(how | change)))(keys(2))

@@ -46,7 +46,14 @@ def test_derived_quantities(name):
     np.testing.assert_allclose(sch.beta(np.zeros_like(t), t), 1 - a, rtol=1e-6)
 
 
-def test_jsd_ends_at_nothing_exactly():
+def test_ten_thousand_levels_keep_their_variances():
+    """β_t, a difference of two float32 sums, against the β_t that went into the schedule."""
+    t = np.arange(1, 10_001)
+    beta = schedule.linear(10_000, 1e-5, 2e-3).beta(t - 1, t)
+    np.testing.assert_allclose(beta, np.linspace(1e-5, 2e-3, 10_000), rtol=1e-3)
+
+
+def test_jsd_ends_at_exactly_no_signal():
     sch = schedule.jsd(1000)
     assert sch.alpha_bar(1000) == 0 and sch.signal(1000) == 0 and sch.noise(1000) == 1 and sch.snr(1000) == 0
     assert sch.beta(999, 1000) == 1
@@ -83,16 +90,16 @@ def test_any_shape_of_t_and_pytree():
 
 
 @pytest.mark.parametrize('bad', [[], [[0.1]], [0.1, 0.0], [0.1, -0.1], [1.0, 0.1], [0.1, np.nan], [0.1, 1.1]])
-def test_bad_betas_are_refused(bad):
+def test_invalid_betas_are_an_error(bad):
     with pytest.raises(ValueError):
         schedule.from_betas(bad)
 
 
-# ---- timesteps -------------------------------------------------------------------------------------
+# The levels of a chain.
 
 
 def ddim_code(T, S, spacing):
-    """The sequence of the DDIM code's runners/diffusion.py, whatever its length; levels there start at 0."""
+    """The sequence of the DDIM code's runners/diffusion.py, of whatever length; levels there start at 0."""
     if spacing == 'uniform':
         return list(range(0, T, T // S))
     return [int(s) for s in list(np.linspace(0, np.sqrt(T * 0.8), S) ** 2)]
@@ -108,7 +115,7 @@ def diffusers_code(T, S, spacing):
 
 
 @pytest.mark.parametrize('spacing', ['uniform', 'quad'])
-def test_as_the_ddim_code_wherever_it_gives_the_number_asked_for(spacing):
+def test_equal_to_the_ddim_code_wherever_it_gives_the_requested_number(spacing):
     refused = 0
     for S in [*range(2, 130), *range(130, 1001, 29), 300, 600, 1000]:
         theirs = ddim_code(1000, S, spacing)
@@ -123,7 +130,7 @@ def test_as_the_ddim_code_wherever_it_gives_the_number_asked_for(spacing):
 
 @pytest.mark.parametrize('spacing', ['leading', 'trailing', 'linspace'])
 @pytest.mark.parametrize('T', [1000, 50, 4000])
-def test_as_diffusers(spacing, T):
+def test_equal_to_diffusers(spacing, T):
     for S in {2, 3, 7, 10, 20, 25, 33, 50, 100, 150, 250, 300, 600, 999, 1000, T} & set(range(T + 1)):
         theirs = diffusers_code(T, S, spacing)
         assert len(theirs) == S
@@ -131,7 +138,7 @@ def test_as_diffusers(spacing, T):
 
 
 @given(st.integers(1, 300), st.data(), st.sampled_from(sorted(schedule.SPACINGS)))
-def test_exactly_the_steps_asked_for_or_an_error(T, data, spacing):
+def test_exactly_the_requested_number_of_steps_or_an_error(T, data, spacing):
     S = data.draw(st.integers(1, T))
     try:
         levels = schedule.timesteps(T, S, spacing)
@@ -159,6 +166,11 @@ def test_impossible_numbers_of_steps(steps):
         schedule.timesteps(10, steps)
 
 
-def test_unknown_spacing_names_the_known():
-    with pytest.raises(ValueError, match='trailing'):
+def test_an_unknown_spacing_is_an_error_that_lists_the_table():
+    with pytest.raises(ValueError, match="spacing is 'trialing', but must be one of trailing, leading, linspace"):
         schedule.timesteps(10, 5, 'trialing')
+
+
+def test_a_spacing_added_to_the_table(monkeypatch):
+    monkeypatch.setitem(schedule.SPACINGS, 'squares', lambda T, S: T - np.arange(S) ** 2)
+    np.testing.assert_array_equal(schedule.timesteps(100, 4, 'squares'), [100, 99, 96, 91, 0])

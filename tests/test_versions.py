@@ -1,4 +1,4 @@
-"""A run that is begun under one version of Python and JAX, and goes on under another: OTHER_PYTHON names the other."""
+"""A run that starts under one version of Python and JAX and resumes under another, that of OTHER_PYTHON."""
 
 import os
 import subprocess
@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.test_main import ROOT
-from tests.test_train import flags, metrics
+from tests.runs import ROOT, flags, metrics
 
 OTHER = os.environ.get('OTHER_PYTHON')
 pytestmark = pytest.mark.skipif(not OTHER, reason='OTHER_PYTHON is not set')
@@ -27,7 +26,7 @@ def jax_version(python):
 
 
 @pytest.mark.parametrize('first_is_other', [False, True])
-def test_a_run_goes_on_under_another_version(tmp_path, first_is_other):
+def test_a_run_resumes_under_another_version(tmp_path, first_is_other):
     first, second = (OTHER, sys.executable) if first_is_other else (sys.executable, OTHER)
     assert jax_version(first).split('.')[:2] != jax_version(second).split('.')[:2]
     train(first, tmp_path / 'alone', 8)

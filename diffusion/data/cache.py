@@ -1,166 +1,207 @@
-"""Decoded pictures: once, in parallel, into one file on disk, from which training reads them ever after."""
+"""The cache of decoded images: every picture is decoded once, in parallel, into one file that training reads."""
 
 import collections
-import contextlib
-import dataclasses
-import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Float64, Int32, UInt8
 from tqdm import tqdm
 
-from diffusion.data.sources import digest_of
+from diffusion.data.images import Images, Undecoded
+from diffusion.data.pictures import Preprocessing
+from diffusion.data.sources import Source
+from diffusion.util import exclusive, say, write_json
 
-CHUNK = 64  # pictures a task
+CHUNK = 64  # pictures in one task of the thread pool
 
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """The images of one split, after preprocessing."""
-
-    images: np.ndarray  # (N, H, W, C) uint8, or anything that is indexed by an array of numbers like it
-    labels: np.ndarray | None  # (N,) int32
-    record: dict  # what they are and where from: count, preprocessing, fingerprint, …
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, indices):
-        return self.images[indices]
+Item = TypeVar('Item')
+Result = TypeVar('Result')
 
 
-class Undecoded:
-    """Images that are decoded whenever they are asked for: for what is too large for the disk.
+def decoded(
+    source: Source, preprocess: Preprocessing, *, directory: str, max_bad_fraction: float, keep: bool = True
+) -> Images:
+    """Return the images of a source from its entry in the cache; if there is none, decode the pictures and add it.
 
-    All could be decoded once. One that cannot be any more is replaced by the next that can, with a warning: a
-    picture that was moved does not end a run. Raises ValueError where RETRIES pictures in a row are gone.
+    Pictures that cannot be used are left out, listed in the entry's bad.txt with the reasons, and counted in one
+    warning. The entry is named after everything that determines its content. It appears complete or not at all. One
+    process builds it while others wait.
+
+    Args:
+        source: the pictures.
+        preprocess: applied to each picture.
+        directory: the folder of the cache.
+        max_bad_fraction: more unusable pictures than this fraction are an error.
+        keep: keep the images. If False, the entry records only which pictures can be used, and the images are
+            decoded whenever they are needed.
+
+    Returns:
+        The images, uint8, with their labels.
+
+    Raises:
+        ValueError: too many pictures are unusable, the disk is full, or the entry cannot be written or read.
     """
-
-    RETRIES = 20
-
-    def __init__(self, source, preprocess, good):
-        self._source, self._preprocess, self._good, self._gone = source, preprocess, good, set()
-        self.shape = (len(good), preprocess.image_size, preprocess.image_size, preprocess.channels)
-        self.dtype = np.dtype(np.uint8)
-        self.nbytes = int(np.prod(self.shape))
-
-    def __len__(self):
-        return len(self._good)
-
-    def __getitem__(self, indices):
-        rows = np.arange(len(self))[indices]
-        images = [self._decode(row) for row in np.ravel(rows)]
-        return np.asarray(images, np.uint8).reshape(*np.shape(rows), *self.shape[1:])
-
-    def _decode(self, row):
-        for other in range(row, row + self.RETRIES):
-            i = int(self._good[other % len(self)])
-            try:
-                return self._preprocess(self._source.read(i)[0])
-            except ValueError as error:
-                complaint = f'{self._source.names[i]!r}, which could be decoded before, {error}'
-                if i not in self._gone:
-                    self._gone.add(i)
-                    print(f'warning: {complaint}; the next picture takes its place', flush=True)
-        raise ValueError(f'{complaint}; nor can the {self.RETRIES - 1} before it: is the disk still there?')
-
-
-def decoded(source, preprocess, *, directory, max_bad_fraction, keep=True):
-    """The Images of `source`: read from `directory`, where they are put first if they are not there yet.
-
-    Every picture is decoded once. Those that cannot be are left out, listed in bad.txt with the reason, and
-    counted in one warning; more than max_bad_fraction of them is an error. The entry is named after all that
-    its content depends on, appears whole or not at all, and is built by one process while others wait. With
-    keep=False the images themselves are not kept, but only which of them are good.
-
-    Raises ValueError where too many pictures are bad, and where there is no room.
-    """
-    key = hashlib.sha256(digest_of([source.identity, source.classes, preprocess.record(), keep])).hexdigest()[:16]
-    entry = os.path.join(directory, key)
+    described = json.dumps([source.identity, source.classes, preprocess.record(), keep], sort_keys=True)
+    entry = os.path.join(directory, hashlib.sha256(described.encode()).hexdigest()[:16])
     try:
         if not os.path.exists(entry):
             os.makedirs(directory, exist_ok=True)
-            with _alone(entry):
+            with exclusive(entry + '.lock', 'another process is decoding the same images; waiting for it …'):
                 if not os.path.exists(entry):
-                    try:
-                        _build(entry, source, preprocess, max_bad_fraction, keep)
-                    except BaseException:
-                        shutil.rmtree(entry + '.new', ignore_errors=True)
-                        raise
-        try:
-            return _open(entry, source, preprocess, max_bad_fraction, keep)
-        except TooManyBadError:
-            raise
-        except (FileNotFoundError, ValueError, KeyError, EOFError) as error:
-            raise ValueError(f'the decoded images in {entry} are damaged ({error}): remove that folder') from error
+                    _build(entry, source, preprocess, max_bad_fraction, keep)
+        return _open(entry, source, preprocess, max_bad_fraction, keep)
     except OSError as error:
         raise ValueError(
             f'the cache of decoded images in {directory} cannot be used: {error.strerror or error}; '
-            'choose another place by --config.data.cache_dir=…'
+            'choose another folder by --config.data.cache_dir=…'
         ) from error
 
 
-class TooManyBadError(ValueError):
-    """More pictures cannot be used than data.max_bad_fraction allows."""
-
-
-@contextlib.contextmanager
-def _alone(entry):
-    with open(entry + '.lock', 'w', encoding='utf-8') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print('another process decodes the same images; waiting for it …', flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _open(entry, source, preprocess, max_bad_fraction, keep):
-    with open(os.path.join(entry, 'index.json'), encoding='utf-8') as file:
-        record = json.load(file)
+def _open(entry: str, source: Source, preprocess: Preprocessing, max_bad_fraction: float, keep: bool) -> Images:
+    """Return the images of a complete entry."""
+    listed = os.path.join(entry, 'bad.txt')
+    try:
+        with open(os.path.join(entry, 'index.json'), encoding='utf-8') as file:
+            record = json.load(file)
+        good = np.load(os.path.join(entry, 'good.npy'), allow_pickle=False)
+        labels = np.load(os.path.join(entry, 'labels.npy'), allow_pickle=False)
+        shape = (record['count'], *preprocess.shape)
+        images: Any = Undecoded(source, preprocess, good)
+        if keep and len(good):
+            images = np.memmap(os.path.join(entry, 'images.bin'), np.uint8, 'r', shape=shape)
+        os.stat(listed)
+    except (FileNotFoundError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f'the decoded images in {entry} are damaged ({error}): remove that folder') from error
     bad = len(source) - record['count']
+    _check_bad(bad, source, listed, max_bad_fraction)
     if bad:
-        listed = os.path.join(entry, 'bad.txt')
-        _accept(bad, source, listed, max_bad_fraction)
-        print(
-            f'warning: {_complaint(bad, source, listed)}; remove that folder to have them looked at again', flush=True
-        )
-    good = np.load(os.path.join(entry, 'good.npy'), allow_pickle=False)
-    labels = np.load(os.path.join(entry, 'labels.npy'), allow_pickle=False)
-    shape = (record['count'], preprocess.image_size, preprocess.image_size, preprocess.channels)
-    if keep and len(good):
-        images = np.memmap(os.path.join(entry, 'images.bin'), np.uint8, 'r', shape=shape)
-    else:
-        images = Undecoded(source, preprocess, good)
+        say(f'warning: {_summary(bad, source, listed)}; remove that folder to check them again')
     return Images(images, labels if source.classes else None, record)
 
 
-def _complaint(bad, source, listed):
-    return f'{bad} of {len(source)} pictures cannot be used; they are listed with the reasons in {listed}'
+def _build(entry: str, source: Source, preprocess: Preprocessing, max_bad_fraction: float, keep: bool) -> None:
+    """Decode everything into a folder beside `entry`; rename the folder when it is complete."""
+    new = entry + '.new'
+    shutil.rmtree(new, ignore_errors=True)  # left by a process that was killed
+    os.makedirs(new)
+    try:
+        path = os.path.join(new, 'images.bin')
+        images = _allocate(path, len(source), preprocess.shape) if keep and len(source) else None
+        outcome = _decode(source, preprocess, images)
+
+        listed = entry + '.bad.txt'  # outside the folder, so that it outlives an error
+        with open(listed, 'w', encoding='utf-8', errors='backslashreplace') as file:
+            for i, reason in sorted(outcome.reasons.items()):
+                file.write(f'{source.names[i]} {reason}'.replace('\n', ' ') + '\n')
+        _check_bad(len(outcome.reasons), source, listed, max_bad_fraction)
+
+        good = np.array([i for i in range(len(source)) if i not in outcome.reasons], np.int64)
+        if images is not None:
+            _compact(path, images, good)
+        np.save(os.path.join(new, 'good.npy'), good)
+        np.save(os.path.join(new, 'labels.npy'), outcome.labels[good])
+        os.replace(listed, os.path.join(new, 'bad.txt'))
+        record = {
+            'count': len(good),
+            'classes': source.classes,
+            'preprocessing': preprocess.record(),
+            'fingerprint': preprocess.fingerprint(),
+            'channel_means': (outcome.sums / max(1, len(good) * preprocess.image_size**2)).tolist(),  # in 0 … 255
+            'sha256': outcome.sha256,  # of the pixels of all images
+        }
+        write_json(os.path.join(new, 'index.json'), record)
+        os.replace(new, entry)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
-def _accept(bad, source, listed, max_bad_fraction):
-    """Raise ValueError where too many pictures are bad."""
-    if bad > max_bad_fraction * len(source):
-        with open(listed, encoding='utf-8') as file:
-            first = ''.join(f'\n    {line.rstrip()}' for line, _ in zip(file, range(5), strict=False))
-        enough = math.ceil(1000 * bad / len(source)) / 1000
-        raise TooManyBadError(
-            f'{_complaint(bad, source, listed)}; more than data.max_bad_fraction={max_bad_fraction:g}: '
-            f'remove or mend them, or allow so many by --config.data.max_bad_fraction={enough}. '
-            f'The first:{first}'
+def _allocate(path: str, count: int, shape: tuple[int, int, int]) -> UInt8[np.memmap, 'N H W C']:
+    """Create a file for `count` images and map it into memory."""
+    need, free = count * math.prod(shape), shutil.disk_usage(os.path.dirname(path)).free
+    if need > free:
+        raise ValueError(
+            f'decoded, the {count} images take {_size(need)}, but {os.path.dirname(os.path.dirname(path))} has only '
+            f'{_size(free)} left; choose another folder by --config.data.cache_dir=…, or decode the pictures whenever '
+            'they are needed by --config.data.cache=False'
         )
+    with open(path, 'wb') as file:
+        os.posix_fallocate(file.fileno(), 0, need)  # writing to a mapped file on a full disk kills the process
+    return np.memmap(path, np.uint8, 'r+', shape=(count, *shape))
 
 
-def _in_order(pool, function, items, ahead):
-    """As pool.map, but with at most `ahead` results that nobody has taken yet: they would fill the memory."""
-    pending = collections.deque()
+def _compact(path: str, images: UInt8[np.memmap, 'N H W C'], good: np.ndarray) -> None:
+    """Move the good images to the start of the file, and cut off the rest."""
+    if len(good) < len(images):
+        for row, i in enumerate(good):
+            images[row] = images[i]
+    images.flush()
+    os.truncate(path, len(good) * math.prod(images.shape[1:]))
+
+
+class _Outcome(NamedTuple):
+    labels: Int32[np.ndarray, 'N']  # −1 where there is none
+    reasons: dict[int, str]  # why a picture cannot be used, by its index
+    sums: Float64[np.ndarray, 'C']  # of each channel, over all images
+    sha256: str  # of the pixels of all images
+
+
+def _decode(source: Source, preprocess: Preprocessing, images: UInt8[np.memmap, 'N H W C'] | None) -> _Outcome:
+    """Decode every picture in a thread pool, and store the images in `images`, if given."""
+    labels = np.full(len(source), -1, np.int32)
+    reasons: dict[int, str] = {}
+    sums, digest, stop = np.zeros(preprocess.channels), hashlib.sha256(), threading.Event()
+
+    def decode_chunk(start: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the good images of one chunk, and the sum of each channel over them."""
+        found: list[np.ndarray] = []
+        for i in range(start, min(start + CHUNK, len(source))):
+            if stop.is_set():
+                break
+            try:
+                image, label = preprocess(source.read(i)), source.label(i)
+            except ValueError as error:
+                reasons[i] = str(error)
+                continue
+            found.append(image)
+            if label is not None:
+                labels[i] = label
+            if images is not None:
+                images[i] = image
+        return found, sum((image.sum(axis=(0, 1), dtype=np.float64) for image in found), np.zeros_like(sums))
+
+    workers = 2 * (os.cpu_count() or 1)
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(source), desc='decode', unit='image', dynamic_ncols=True) as bar,
+    ):
+        try:
+            for found, chunk_sums in _map_ahead(pool, decode_chunk, range(0, len(source), CHUNK), 2 * workers):
+                sums += chunk_sums
+                for image in found:
+                    digest.update(image.data)
+                bar.update(min(CHUNK, len(source) - bar.n))
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return _Outcome(labels, reasons, sums, digest.hexdigest())
+
+
+def _map_ahead(
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Like `pool.map`, but with at most `ahead` results in memory."""
+    pending: collections.deque[Future[Result]] = collections.deque()
     for item in items:
         pending.append(pool.submit(function, item))
         if len(pending) == ahead:
@@ -169,89 +210,21 @@ def _in_order(pool, function, items, ahead):
         yield pending.popleft().result()
 
 
-def _size(nbytes):
-    return f'{nbytes / 1e9:.1f} GB' if nbytes >= 1e9 else f'{nbytes / 1e6:.1f} MB'
+def _summary(bad: int, source: Source, listed: str) -> str:
+    return f'{bad} of {len(source)} pictures cannot be used; {listed} lists them with the reasons'
 
 
-def _build(entry, source, preprocess, max_bad_fraction, keep):
-    """Decode everything into a folder beside `entry`, and give it that name at the end."""
-    new = entry + '.new'
-    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
-    os.makedirs(new)
-    size = preprocess.image_size**2 * preprocess.channels
-    need, free = len(source) * size * keep, shutil.disk_usage(new).free
-    if need > free:
+def _check_bad(bad: int, source: Source, listed: str, max_bad_fraction: float) -> None:
+    """Raise ValueError if too many pictures cannot be used."""
+    if bad > max_bad_fraction * len(source):
+        with open(listed, encoding='utf-8') as file:
+            first = ''.join(f'\n    {line.rstrip()}' for line in itertools.islice(file, 5))
+        enough = math.ceil(1000 * bad / len(source)) / 1000
         raise ValueError(
-            f'decoded, the {len(source)} images take {_size(need)}, but {os.path.dirname(entry)} has '
-            f'{_size(free)} left; choose another place by --config.data.cache_dir=…, or decode them anew '
-            'whenever they are needed by --config.data.cache=False'
+            f'{_summary(bad, source, listed)}. This is more than data.max_bad_fraction={max_bad_fraction:g}: '
+            f'remove or repair them, or allow as many by --config.data.max_bad_fraction={enough}. The first:{first}'
         )
-    path = os.path.join(new, 'images.bin')
-    with open(path, 'wb') as file:
-        if need:
-            os.posix_fallocate(file.fileno(), 0, need)  # a disk that fills up would else kill the process later
-    images = np.memmap(path, np.uint8, 'r+', shape=(len(source), size)) if need else None
-    labels = np.full(len(source), -1, np.int32)
-    reasons, total, digest, stop = {}, np.zeros(preprocess.channels), hashlib.sha256(), threading.Event()
 
-    def decode(start):
-        """The good pictures of one chunk, and the sum of each channel."""
-        found, sums = [], np.zeros(preprocess.channels)
-        for i in range(start, min(start + CHUNK, len(source))):
-            if stop.is_set():
-                break
-            try:
-                content, label = source.read(i)
-                image = preprocess(content)
-            except ValueError as error:
-                reasons[i] = str(error)
-                continue
-            labels[i] = -1 if label is None else label
-            found.append(image)
-            sums += image.sum(axis=(0, 1), dtype=np.float64)
-            if keep:
-                images[i] = image.reshape(-1)
-        return found, sums
 
-    workers = 2 * (os.cpu_count() or 1)
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(source), desc='decode', unit='image', dynamic_ncols=True) as bar,
-    ):
-        try:
-            for found, sums in _in_order(pool, decode, range(0, len(source), CHUNK), 2 * workers):
-                total += sums
-                for image in found:
-                    digest.update(image)
-                bar.update(min(CHUNK, len(source) - bar.n))
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-    listed = entry + '.bad.txt'
-    with open(listed, 'w', encoding='utf-8', errors='backslashreplace') as file:
-        file.writelines(f'{source.names[i]} {reasons[i]}'.replace('\n', ' ') + '\n' for i in sorted(reasons))
-    _accept(len(reasons), source, listed, max_bad_fraction)
-
-    good = np.array([i for i in range(len(source)) if i not in reasons], np.int64)
-    if keep and reasons:  # move the good ones together
-        for row, i in enumerate(good):
-            images[row] = images[i]
-    if keep:
-        images.flush()
-        os.truncate(path, len(good) * size)
-    record = {
-        'count': len(good),
-        'classes': source.classes,
-        'preprocessing': preprocess.record(),
-        'fingerprint': preprocess.fingerprint(),
-        'channel_means': (total / max(1, len(good) * preprocess.image_size**2)).tolist(),  # of 0 … 255
-        'sha256': digest.hexdigest(),  # of the pixels, whether they are kept or not
-    }
-    np.save(os.path.join(new, 'good.npy'), good)
-    np.save(os.path.join(new, 'labels.npy'), labels[good])
-    os.replace(listed, os.path.join(new, 'bad.txt'))
-    with open(os.path.join(new, 'index.json'), 'w', encoding='utf-8') as file:
-        json.dump(record, file, indent=2)
-    os.replace(new, entry)
+def _size(nbytes: int) -> str:
+    return f'{nbytes / 1e9:.1f} GB' if nbytes >= 1e9 else f'{nbytes / 1e6:.1f} MB'

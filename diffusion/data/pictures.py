@@ -1,142 +1,200 @@
-"""From the bytes of a picture to the uint8 array that a network sees."""
+"""Decode and preprocess pictures: from the bytes of a file to the uint8 image that a network is trained on."""
 
 import dataclasses
 import hashlib
 import io
 import json
-import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
-warnings.simplefilter('error', Image.DecompressionBombWarning)  # a few bytes that would fill the memory
+MAX_PIXELS = 89_478_485  # the number from which Pillow warns of decompression bombs
 
 
 class Region(NamedTuple):
-    """A square of an image, in pixels."""
+    """A square of a picture, in pixels."""
 
     top: int
     left: int
     size: int
 
 
-def whole(height, width):
-    """All of it; it has to be square."""
+def whole(height: int, width: int) -> Region:
+    """Return the whole picture.
+
+    Raises:
+        ValueError: the picture is not square.
+    """
     if height != width:
-        raise ValueError(f'is {width}×{height}, which is no square: data.crop=center would cut it')
+        raise ValueError(f'is {width}×{height}, which is not square; data.crop=center would crop it')
     return Region(0, 0, height)
 
 
-def center(height, width):
-    """The largest square in the middle: the same as to resize the shorter side, and to crop then."""
+def center(height: int, width: int) -> Region:
+    """Return the largest square in the center: equivalent to resizing the shorter side before cropping."""
     size = min(height, width)
     return Region((height - size) // 2, (width - size) // 2, size)
 
 
-def center_140(height, width):
-    """The 140×140 pixels in the middle, which score_sde takes of CelebA."""
+def center_140(height: int, width: int) -> Region:
+    """Return the central 140×140 pixels, as score_sde crops CelebA."""
     return Region((height - 140) // 2, (width - 140) // 2, 140)
 
 
-def ddim(height, width):
-    """The 128×128 pixels around row 121, column 89, which the DDIM authors take of aligned CelebA (178×218)."""
+def ddim(height: int, width: int) -> Region:
+    """Return the 128×128 pixels around row 121, column 89, as the DDIM authors crop aligned CelebA (178×218)."""
     return Region(121 - 64, 89 - 64, 128)
 
 
-# Each with the filter by which its authors resize; all of Pillow's are antialiased.
+class Crop(NamedTuple):
+    """A crop and the filter with which its authors resize; all of Pillow's filters are antialiased."""
+
+    region: Callable[[int, int], Region]  # of (height, width)
+    resampling: Resampling
+
+
 CROPS = {
-    '': (whole, Resampling.LANCZOS),
-    'center': (center, Resampling.LANCZOS),
-    'center_140': (center_140, Resampling.BILINEAR),
-    'ddim': (ddim, Resampling.BILINEAR),
+    '': Crop(whole, Resampling.LANCZOS),
+    'center': Crop(center, Resampling.LANCZOS),
+    'center_140': Crop(center_140, Resampling.BILINEAR),
+    'ddim': Crop(ddim, Resampling.BILINEAR),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What is done to every picture: cut by CROPS[crop], resized to image_size, grey (1) or colour (3 channels)."""
+    """Crop every picture by CROPS[crop], convert it to grey or colour, and resize it to image_size × image_size.
+
+    Args:
+        crop: a key of CROPS.
+        image_size: height and width of the images, in pixels.
+        channels: 1 (grey) or 3 (colour).
+
+    Raises:
+        ValueError: one of them is invalid.
+    """
 
     crop: str
     image_size: int
     channels: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.crop not in CROPS:
             raise ValueError(f'crop is {self.crop!r}, but must be one of {", ".join(map(repr, CROPS))}')
         if self.image_size < 1:
             raise ValueError(f'image_size is {self.image_size}, but must be at least 1')
         if self.channels not in (1, 3):
-            raise ValueError(f'channels is {self.channels}, but pictures have 1 (grey) or 3 (colour)')
+            raise ValueError(f'channels is {self.channels}, but must be 1 (grey) or 3 (colour)')
 
-    def record(self):
-        """All that the pixels depend on."""
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of an image: (image_size, image_size, channels)."""
+        return self.image_size, self.image_size, self.channels
+
+    def record(self) -> dict[str, Any]:
+        """Return everything that determines the pixels, as JSON."""
         return {
             'crop': self.crop,
-            'filter': CROPS[self.crop][1].name.lower(),
+            'filter': CROPS[self.crop].resampling.name.lower(),
             'image_size': self.image_size,
             'channels': self.channels,
             'pillow': PIL.__version__,
         }
 
-    def fingerprint(self):
-        """A short digest of `record`."""
+    def fingerprint(self) -> str:
+        """Return a short digest of `record`."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:12]
 
-    def __call__(self, content):
-        """The array, uint8 (image_size, image_size, channels), of a picture's bytes. Raises ValueError as `decode`."""
-        return self.apply(decode(content))
+    def __call__(self, picture: UInt8[np.ndarray, 'H W C']) -> UInt8[np.ndarray, 'size size channels']:
+        """Preprocess one picture.
 
-    def apply(self, image):
-        """The same of a picture that `decode` returned. Raises ValueError where it is too small, or no square."""
-        cut, resampling = CROPS[self.crop]
-        top, left, size = cut(image.height, image.width)
-        if top < 0 or left < 0 or top + size > image.height or left + size > image.width:
-            raise ValueError(f'is {image.width}×{image.height}, too small for data.crop={self.crop}')
+        Args:
+            picture: (H, W, 1 or 3), values in 0 … 255.
+
+        Returns:
+            The image, (image_size, image_size, channels), values in 0 … 255.
+
+        Raises:
+            ValueError: the picture is not such an array, is too small, or is not square where it must be.
+        """
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3):
+            raise ValueError(f'is an array of {picture.dtype} {picture.shape}, but must be of uint8 (H, W, 1 or 3)')
+        crop, (height, width, _) = CROPS[self.crop], picture.shape
+        top, left, size = crop.region(height, width)
+        if top < 0 or left < 0 or top + size > height or left + size > width:
+            raise ValueError(f'is {width}×{height}, too small for data.crop={self.crop}')
         if size < self.image_size:
             raise ValueError(
-                f'is {image.width}×{image.height}, smaller than data.image_size={self.image_size}, and is not enlarged'
+                f'is {width}×{height}, smaller than data.image_size={self.image_size}; pictures are not enlarged'
             )
+        image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
         image = image.convert('L' if self.channels == 1 else 'RGB')
-        if size != self.image_size or (size, size) != image.size:
-            target = (self.image_size, self.image_size)
-            image = image.crop((left, top, left + size, top + size)).resize(target, resampling)
-        return np.asarray(image).reshape(self.image_size, self.image_size, self.channels)
+        if (size, size) != image.size:
+            image = image.crop((left, top, left + size, top + size))
+        if size != self.image_size:
+            image = image.resize((self.image_size, self.image_size), crop.resampling)
+        return np.asarray(image).reshape(self.shape)
 
 
-def _upright(image):
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF: what the camera noted is lost, but the pixels are there
-        return image.copy()
+def decode(content: bytes) -> UInt8[np.ndarray, 'H W C']:
+    """Decode the bytes of a picture file.
 
+    The EXIF orientation is applied. Of an animation, the first frame is taken. 16-bit values are rounded to 8 bits,
+    transparent pixels are blended with white, palettes and CMYK are converted to RGB.
 
-def decode(content):
-    """A picture's bytes as a Pillow image in grey ('L') or colour ('RGB').
+    Args:
+        content: the whole file, in any format that Pillow reads.
 
-    Turned upright by its EXIF orientation; of an animation the first frame; 16 bits rounded to 8; what is
-    transparent over white; CMYK and palettes to RGB. Raises ValueError, which says why, where it is no
-    picture, damaged, or of floats.
+    Returns:
+        The picture, (H, W, 1) in grey or (H, W, 3) in RGB, values in 0 … 255.
+
+    Raises:
+        ValueError: the content is not a picture, is damaged, has too many pixels or floating-point values. The
+            message is a predicate, such as 'is empty'; the caller puts the picture's name before it.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            image = _upright(image)
-    except PIL.UnidentifiedImageError as error:
-        raise ValueError('is no picture of a known format' if content else 'is empty') from error
-    except Exception as error:  # Pillow's decoders raise whatever they like: a damaged file must not end a run
-        raise ValueError(f'cannot be decoded ({type(error).__name__}: {str(error)[:200]})') from error
+    image = _load(content)
     if image.mode.startswith('I'):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError('has values beyond 16 bits')
-        return Image.fromarray(np.round(values / 257).astype(np.uint8))
+            raise ValueError('has values of more than 16 bits')
+        return np.round(values / 257).astype(np.uint8)[..., None]
     if image.mode == 'F':
-        raise ValueError('holds floating-point numbers, whose range is not known')
+        raise ValueError('has floating-point values, whose range is unknown')
     if image.has_transparency_data:
         image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        return image.convert('RGB')
-    return image if image.mode in ('L', 'RGB') else image.convert('L' if image.mode == '1' else 'RGB')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    elif image.mode not in ('L', 'RGB'):
+        image = image.convert('L' if image.mode == '1' else 'RGB')
+    pixels = np.asarray(image)
+    return pixels if image.mode == 'RGB' else pixels[..., None]
+
+
+def _load(content: bytes) -> Image.Image:
+    """Decode with Pillow, upright."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:  # reads the header
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            return _upright(image)
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError('is not a picture in a known format' if content else 'is empty') from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f'has more than {MAX_PIXELS:,} pixels: its header is damaged, or it is a decompression bomb'
+        ) from error
+    except Exception as error:  # Pillow's decoders raise exceptions of many types for damaged files
+        raise ValueError(f'cannot be decoded ({type(error).__name__}: {str(error)[:200]})') from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data; the pixels are still valid
+        return image.copy()

@@ -1,13 +1,19 @@
-"""Checkpoints of the DDIM authors' code, and of the DDPMs that were converted for it: PyTorch state dicts.
+"""Checkpoints of the DDIM authors' code, and the DDPMs that were converted for it: PyTorch state dicts.
 
-A run of theirs saves the list [network, optimizer, epoch, step, EMA], the converted DDPMs a network alone.
-The file has no config: image size and dropout are not in it, the noise is that of all their configs.
+Their training saves the list [network, optimizer, epoch, step, EMA]; a converted DDPM is a network alone. The files
+hold no config: image size and dropout are not in them, and the noise schedule is the one of all their configs.
 """
 
 import operator
+from collections.abc import Mapping
+from typing import Any
 
-from diffusion.interop.tensors import Found, from_torch, load_torch
+import numpy as np
 
+from diffusion.interop.tensors import Found, Path
+from diffusion.interop.weights import load_torch, state_dict
+
+# Parts of our parameters' paths → parts of their names.
 NAMES = {
     'time1': 'temb.dense.0',
     'time2': 'temb.dense.1',
@@ -25,40 +31,52 @@ NAMES = {
     'kernel': 'weight',
     'scale': 'weight',
 }
+GROUPS = 32  # of their group norms
+SCHEDULE = {'name': 'linear', 'T': 1000, 'beta_start': 1e-4, 'beta_end': 0.02}
 
 
-def read(path, *, image_size):
-    """A checkpoint as Found; `image_size`, in pixels, says at which resolutions its attentions are.
+def read(place: str, *, image_size: int) -> Found:
+    """Read a checkpoint.
 
-    Raises ValueError where the file cannot be read, or holds nothing of the kind.
+    Args:
+        place: the file.
+        image_size: in pixels; it tells the resolutions of the attentions, which the file does not.
+
+    Returns:
+        What the file holds; 'ema' is among the weights if it is in the file.
+
+    Raises:
+        ValueError: the file cannot be read, or holds another kind of network.
     """
-    saved = load_torch(path)
+    saved = load_torch(place)
     facts = {}
     states = [saved]
     if isinstance(saved, (list, tuple)):
         if len(saved) not in (4, 5):
-            raise ValueError(f'{path} holds a list of {len(saved)}, not [network, optimizer, epoch, step, EMA]')
-        facts = {'epoch': whole_number(saved[2]), 'step': whole_number(saved[3])}
+            raise ValueError(
+                f'{place} holds a list of {len(saved)}, but [network, optimizer, epoch, step, EMA] was expected'
+            )
+        facts = {'epoch': _integer(saved[2]), 'step': _integer(saved[3])}
         states = [saved[0], *saved[4:]]
     weights = {}
     for which, state in zip(('params', 'ema'), states, strict=False):
-        where = f'{path}, where its {which} should be,'
-        weights[which] = without_module(from_torch(state, where), where)
-    settings = network_settings(weights['params'], path, image_size)
+        where = f'{place} ({which})'
+        weights[which] = _without_module(state_dict(state, where), where)
+    settings = network_settings(weights['params'], place, image_size)
     levels = len(settings['model']['multipliers'])
     return Found(settings, weights, lambda path: names(path, levels), facts)
 
 
-def whole_number(value):
-    """An int, or a tensor of one, as int; None for anything else."""
+def _integer(value: Any) -> int | None:
+    """An int, or a tensor that holds one, as int; None for anything else."""
     try:
         return operator.index(value)
-    except (TypeError, RuntimeError):  # RuntimeError: of a tensor without values
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
         return None
 
 
-def without_module(tensors, where):
-    """{name: tensor} without the 'module.' that a parallel network has before each name."""
+def _without_module(tensors: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """Drop the 'module.' with which torch.nn.DataParallel prefixes each name."""
     plain = {name.removeprefix('module.'): tensor for name, tensor in tensors.items()}
     twice = [name for name in plain if name in tensors and f'module.{name}' in tensors]
     if twice:
@@ -66,26 +84,35 @@ def without_module(tensors, where):
     return plain
 
 
-def names(path, levels):
-    """The one name of a parameter of ours there, where the way up counts its levels from the finest."""
+def names(path: Path, levels: int) -> tuple[str, ...]:
+    """Return the only name of a parameter in their files, where 'up' counts its levels from the finest."""
     if path[0] == 'up':
         path = ('up', levels - 1 - path[1], *path[2:])
     resample = {'resample': f'{path[0]}sample.conv'}
     return ('.'.join((NAMES | resample).get(part, str(part)) for part in path),)
 
 
-def network_settings(tensors, path, image_size):
-    """The parts 'data', 'model' and 'schedule' of our config, from the shapes of their tensors."""
-    channels, image_channels = convolution('conv_in.weight', tensors, path)
-    widths = [convolution('down.0.block.0.conv1.weight', tensors, path)[0]]
+def network_settings(tensors: Mapping[str, np.ndarray], path: str, image_size: int) -> dict[str, dict[str, Any]]:
+    """Return the parts 'data', 'model' and 'schedule' of our config, from the shapes of their tensors.
+
+    Args:
+        tensors: {name: tensor}.
+        path: the file, for errors.
+        image_size: in pixels.
+
+    Raises:
+        ValueError: the tensors are not those of their network, or the image size is missing.
+    """
+    channels, image_channels = _channels('conv_in.weight', tensors, path)
+    widths = [_channels('down.0.block.0.conv1.weight', tensors, path)[0]]
     while (name := f'down.{len(widths)}.block.0.conv1.weight') in tensors:
-        widths.append(convolution(name, tensors, path)[0])
+        widths.append(_channels(name, tensors, path)[0])
     if any(width % channels for width in widths):
-        raise ValueError(f'{path}: the widths {widths} are not multiples of the {channels} of conv_in.weight')
+        raise ValueError(f'{path}: the widths {widths} are not multiples of the {channels} channels of conv_in.weight')
     if image_size < 1:
-        raise ValueError(f'{path} does not say for images of which size it is: give config.data.image_size')
-    levels = range(len(widths))
+        raise ValueError(f'{path} does not say how large its images are: set config.data.image_size')
     num_blocks = sum(f'down.0.block.{i}.conv1.weight' in tensors for i in range(len(tensors)))
+    attends = [f'down.{level}.attn.0.q.weight' in tensors for level in range(len(widths))]
     return {
         'data': {'image_size': image_size, 'channels': image_channels},
         'model': {
@@ -93,20 +120,18 @@ def network_settings(tensors, path, image_size):
             'channels': channels,
             'multipliers': tuple(width // channels for width in widths),
             'num_blocks': num_blocks,
-            'attention_resolutions': tuple(
-                image_size >> level for level in levels if f'down.{level}.attn.0.q.weight' in tensors
-            ),
-            'groups': 32,
+            'attention_resolutions': tuple(image_size >> level for level, a in enumerate(attends) if a),
+            'groups': GROUPS,
             'first_level': 0,
         },
-        'schedule': {'name': 'linear', 'T': 1000, 'beta_start': 1e-4, 'beta_end': 0.02},
+        'schedule': dict(SCHEDULE),
     }
 
 
-def convolution(name, tensors, path):
-    """(channels out, channels in) of the convolution of that name. Raises ValueError where there is none."""
+def _channels(name: str, tensors: Mapping[str, np.ndarray], path: str) -> tuple[int, int]:
+    """Return the output and input channels of a convolution. Raises ValueError if it is not one."""
     shape = tensors[name].shape if name in tensors else None
     if shape is None or len(shape) != 4 or 0 in shape:
-        found = 'is missing' if shape is None else f'has the shape {shape}'
-        raise ValueError(f'{path} is no network of the DDIM code: {name} {found}, but a convolution was expected')
-    return shape[:2]
+        found = 'is missing' if shape is None else f'has shape {shape}'
+        raise ValueError(f'{path} is not a network of the DDIM code: {name} {found}, but a convolution was expected')
+    return shape[0], shape[1]

@@ -1,22 +1,25 @@
-"""Folders of diffusers: a pipeline of UNet2DModel and DDPMScheduler or DDIMScheduler, or a UNet2DModel alone.
+"""Reads folders of diffusers: a pipeline of UNet2DModel and DDPMScheduler or DDIMScheduler, or a UNet2DModel alone.
 
     model_index.json
     unet/config.json       unet/diffusion_pytorch_model.safetensors (or in parts, with an index; or a .bin)
     scheduler/scheduler_config.json
 
-The older pipelines have the same files without the two folders. Neither diffusers nor PyTorch is needed.
+Older pipelines have the same files without the two subfolders. Neither diffusers nor PyTorch is needed.
 """
 
 import json
 import os
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import numpy as np
 
-from diffusion.interop.tensors import FLOATING, Found, from_torch, in_a_line, load_torch, put
+from diffusion.interop.tensors import Found, Path
+from diffusion.interop.weights import load_torch, one_line, read_safetensors, state_dict
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
+# Parts of our parameters' paths → parts of their names.
 NAMES = {
     'time1': 'time_embedding.linear_1',
     'time2': 'time_embedding.linear_2',
@@ -39,8 +42,8 @@ NAMES = {
 }
 OLD_NAMES = NAMES | {'query': 'query', 'key': 'key', 'value': 'value', 'out': 'proj_attn'}
 
-# What UNet2DModel can do and our network cannot: {key: (its default there, what is accepted)}.
-NETWORK = {
+# Keys for which our network has one choice: {key: (diffusers' default, accepted values)}.
+NETWORK_KEYS: dict[str, tuple[Any, tuple]] = {
     'center_input_sample': (False, (False,)),
     'time_embedding_type': ('positional', ('positional',)),
     'freq_shift': (0, (1,)),
@@ -57,6 +60,14 @@ NETWORK = {
     'class_embed_type': (None, (None,)),
     'num_class_embeds': (None, (None,)),
 }
+SCHEDULER_KEYS: dict[str, tuple[Any, tuple]] = {
+    'rescale_betas_zero_snr': (False, (False,)),
+    'thresholding': (False, (False,)),
+    'clip_sample_range': (1.0, (1.0,)),
+    'set_alpha_to_one': (True, (True,)),
+    'steps_offset': (0, (0,)),
+}
+# Their word → ours.
 SCHEDULES = {
     'linear': 'linear',
     'scaled_linear': 'quadratic',
@@ -65,355 +76,290 @@ SCHEDULES = {
 }
 KINDS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
 VARIANCES = {'fixed_small': 'small', 'fixed_small_log': 'small', 'fixed_large': 'large'}
-SPACINGS = ('leading', 'trailing', 'linspace')
-SCHEDULER = {
-    'rescale_betas_zero_snr': (False, (False,)),
-    'thresholding': (False, (False,)),
-    'clip_sample_range': (1.0, (1.0,)),
-    'set_alpha_to_one': (True, (True,)),
-    'steps_offset': (0, (0,)),
-}
+SPACINGS = {'leading': 'leading', 'trailing': 'trailing', 'linspace': 'linspace'}
 
 
-def names(path):
-    """The names that a parameter of ours may have there, today's first."""
+def names(path: Path) -> tuple[str, ...]:
+    """Return the names that a parameter may have in their files, the current one first."""
     resample = {'resample': f'{path[0]}samplers.0.conv'}
     return tuple('.'.join((table | resample).get(part, str(part)) for part in path) for table in (NAMES, OLD_NAMES))
 
 
-def read(place):
-    """A folder, or a hub id as 'google/ddpm-cifar10-32', as Found.
+def read(place: str, *, image_size: int = 0) -> Found:
+    """Read a folder, or a repository of the Hugging Face hub.
 
-    Where there is no scheduler's file, the settings have no 'schedule' and no 'sample'. Raises ValueError, which
-    names the file and the key or tensor, for what our network and schedules do not express.
+    Args:
+        place: the folder, or a hub id such as 'google/ddpm-cifar10-32'.
+        image_size: ignored, because the files say it.
+
+    Returns:
+        What the files hold. Without a scheduler's file, the settings have no 'schedule' and no 'sample'.
+
+    Raises:
+        ValueError: a file cannot be read, or says what our network and schedules cannot express; the message names
+            the file and the key or tensor.
     """
     folder = place if os.path.isdir(place) else download(place)
-    parts = {}
-    for part, file in (('unet', 'config.json'), ('scheduler', 'scheduler_config.json')):
-        inside = os.path.join(folder, part)
-        parts[part] = os.path.join(inside if os.path.exists(os.path.join(inside, file)) else folder, file)
-    settings, betas = network_settings(read_json(parts['unet']), parts['unet']), None
-    if os.path.exists(parts['scheduler']):
-        scheduler = read_json(parts['scheduler'])
-        for part, values in scheduler_settings(scheduler, parts['scheduler']).items():
-            settings[part] = settings.get(part, {}) | values
-        betas = scheduler.get('trained_betas')
-    return Found(settings, {'params': read_tensors(os.path.dirname(parts['unet']))}, names, {}, betas)
+    unet = _find(folder, 'unet', 'config.json')
+    scheduler = _find(folder, 'scheduler', 'scheduler_config.json')
+    settings, betas = network_settings(_read_json(unet), unet), None
+    if os.path.exists(scheduler):
+        values = _read_json(scheduler)
+        for part, keys in scheduler_settings(values, scheduler).items():
+            settings[part] = settings.get(part, {}) | keys
+        betas = values.get('trained_betas')
+    return Found(settings, {'params': read_tensors(os.path.dirname(unet))}, names, {}, betas)
 
 
-def read_json(path):
-    """A file that holds one JSON object."""
+def _find(folder: str, part: str, file: str) -> str:
+    """Return the path of a file in its subfolder, or in the folder itself."""
+    inside = os.path.join(folder, part, file)
+    return inside if os.path.exists(inside) else os.path.join(folder, file)
+
+
+def _read_json(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding='utf-8') as file:
             value = json.load(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read ({error}); a folder of diffusers has it') from error
+        raise ValueError(f'{path} cannot be read ({error}); every folder of diffusers has it') from error
     if not isinstance(value, dict):
-        raise ValueError(f'{path} holds no JSON object')
+        raise ValueError(f'{path} does not hold a JSON object')
     return value
 
 
-class Config:
-    """The keys of a JSON file, each read once; `done` refuses the rest."""
+class _Keys:
+    """The keys of a JSON file. Each is read once, and `refuse_others` refuses the rest."""
 
-    def __init__(self, values, path):
+    def __init__(self, values: Mapping[str, Any], path: str):
         self._values = {key: value for key, value in values.items() if not key.startswith('_')}
         self._path = path
 
-    def get(self, key, default):
-        """The value of a key, or its default there."""
+    def get(self, key: str, default: Any) -> Any:
         return self._values.pop(key, default)
 
-    def choose(self, key, default, choices):
-        """choices[value], or an error that names the key and the value."""
+    def choose(self, key: str, default: str, table: Mapping[str, str]) -> str:
+        """Return the table's entry for a key's value."""
         value = self.get(key, default)
-        if not isinstance(value, str) or value not in choices:
-            raise self.refuse(key, value, f'one of {", ".join(map(repr, choices))} is needed')
-        return choices[value]
+        if not isinstance(value, str) or value not in table:
+            raise self.error(key, value, f'must be one of {", ".join(map(repr, table))}')
+        return table[value]
 
-    def number(self, key, default):
-        """A positive integer."""
+    def positive_integer(self, key: str, default: int) -> int:
         value = self.get(key, default)
         if type(value) is not int or value < 1:
-            raise self.refuse(key, value, 'a positive integer is needed')
+            raise self.error(key, value, 'must be a positive integer')
         return value
 
-    def refuse(self, key, value, why):
-        shown = repr(value) if len(repr(value)) <= 200 else f'{repr(value)[:200]} …'
-        return ValueError(f'{self._path}: {key} is {shown}, which this project does not have; {why}')
-
-    def require(self, table):
-        """Raise ValueError where a key is not one of what is accepted."""
+    def require(self, table: Mapping[str, tuple[Any, tuple]]) -> None:
+        """Raise ValueError if the value of a key is not among those that the table accepts."""
         for key, (default, accepted) in table.items():
             value = self.get(key, default)
             if value not in accepted:
-                raise self.refuse(key, value, f'{" or ".join(map(repr, accepted))} is needed')
+                raise self.error(key, value, f'only {" or ".join(map(repr, accepted))} is supported')
 
-    def done(self, unimportant=()):
-        """Raise ValueError for a key that is set and was not read."""
+    def refuse_others(self, ignored: Iterable[str]) -> None:
+        """Raise ValueError for a key that has a value and was not read."""
         for key, value in self._values.items():
-            if key not in unimportant and value is not None:
-                raise self.refuse(key, value, 'the key is not known: delete it if diffusers does not look at it')
+            if key not in ignored and value is not None:
+                raise self.error(key, value, 'the key is unknown: delete it if diffusers ignores it')
+
+    def error(self, key: str, value: Any, problem: str) -> ValueError:
+        shown = repr(value) if len(repr(value)) <= 200 else f'{repr(value)[:200]} …'
+        return ValueError(f'{self._path}: {key} is {shown}, but {problem}')
 
 
-def network_settings(values, path):
-    """The parts 'data' and 'model' of our config for a UNet2DModel's config.json."""
+def network_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[str, Any]]:
+    """Return the parts 'data' and 'model' of our config for a UNet2DModel's config.json.
+
+    Args:
+        values: the content of the file.
+        path: the file, for errors.
+
+    Raises:
+        ValueError: our network cannot express it.
+    """
     name = values.get('_class_name')
     if name != 'UNet2DModel':
-        raise ValueError(f"{path}: _class_name is {name!r}, but only a 'UNet2DModel' can be imported")
-    config = Config(values, path)
-    config.require(NETWORK)
-    size, channels = config.get('sample_size', None), config.number('in_channels', 3)
+        raise ValueError(f"{path}: _class_name is {name!r}, but only 'UNet2DModel' is supported")
+    keys = _Keys(values, path)
+    keys.require(NETWORK_KEYS)
+    size, channels = keys.get('sample_size', None), keys.positive_integer('in_channels', 3)
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if not isinstance(size, int):
-        raise config.refuse('sample_size', size, 'a square, as 32 or [32, 32], is needed')
-    if (out := config.get('out_channels', 3)) != channels:
-        raise config.refuse('out_channels', out, f'as many as in_channels, {channels}, are needed: no learned variance')
-    widths = config.get('block_out_channels', [224, 448, 672, 896])
+        raise keys.error('sample_size', size, 'must be square, such as 32 or [32, 32]')
+    if (out := keys.get('out_channels', 3)) != channels:
+        raise keys.error('out_channels', out, f'must be in_channels, {channels}: learned variances are not supported')
+    widths = keys.get('block_out_channels', [224, 448, 672, 896])
     if not isinstance(widths, list) or not widths or not all(type(width) is int and width > 0 for width in widths):
-        raise config.refuse('block_out_channels', widths, 'a list of positive integers is needed')
+        raise keys.error('block_out_channels', widths, 'must be a list of positive integers')
     if any(width % widths[0] for width in widths):
-        raise config.refuse('block_out_channels', widths, f'multiples of the first, {widths[0]}, are needed')
-    if (dim := config.get('time_embedding_dim', None)) not in (None, 4 * widths[0]):
-        raise config.refuse('time_embedding_dim', dim, f'{4 * widths[0]}, four times the first width, is needed')
-
-    attends = {}
-    for way, attention, plain in (('down', 'AttnDownBlock2D', 'DownBlock2D'), ('up', 'AttnUpBlock2D', 'UpBlock2D')):
-        default = [attention] * 3 + [plain] if way == 'up' else [plain] + [attention] * 3
-        types = config.get(f'{way}_block_types', default)
-        if not isinstance(types, list) or len(types) != len(widths) or any(t not in (attention, plain) for t in types):
-            raise config.refuse(
-                f'{way}_block_types',
-                types,
-                f'{len(widths)} of {plain!r} and {attention!r} are needed, as many as block_out_channels',
-            )
-        attends[way] = [block == attention for block in types]
-    if attends['up'] != attends['down'][::-1]:
-        raise ValueError(f'{path}: down_block_types and up_block_types differ in where there is attention')
-    groups = config.number('norm_num_groups', 32)
-    if (own := config.get('attn_norm_num_groups', None)) not in (None, groups):
-        raise config.refuse('attn_norm_num_groups', own, f'norm_num_groups, {groups}, is needed')
-    heads = config.get('attention_head_dim', 8)
+        raise keys.error('block_out_channels', widths, f'all must be multiples of the first, {widths[0]}')
+    if (dim := keys.get('time_embedding_dim', None)) not in (None, 4 * widths[0]):
+        raise keys.error('time_embedding_dim', dim, f'must be {4 * widths[0]}, four times the first width')
+    attends = _attends(keys, len(widths), path)
+    groups = keys.positive_integer('norm_num_groups', 32)
+    if (own := keys.get('attn_norm_num_groups', None)) not in (None, groups):
+        raise keys.error('attn_norm_num_groups', own, f'must be norm_num_groups, {groups}')
+    heads = keys.get('attention_head_dim', 8)
     if heads is not None:
-        attended = {width for width, a in zip(widths, attends['down'], strict=True) if a} | {widths[-1]}
+        attended = {width for width, a in zip(widths, attends, strict=True) if a} | {widths[-1]}
         if type(heads) is not int or attended != {heads}:
-            raise config.refuse('attention_head_dim', heads, f'one head is needed: null, for widths {sorted(attended)}')
-
+            raise keys.error(
+                'attention_head_dim', heads, f'only one head is supported: null, for widths {sorted(attended)}'
+            )
     settings = {
         'data': {'image_size': size, 'channels': channels},
         'model': {
             'channels': widths[0],
             'multipliers': tuple(width // widths[0] for width in widths),
-            'num_blocks': config.number('layers_per_block', 2),
-            'attention_resolutions': tuple(size >> level for level, a in enumerate(attends['down']) if a),
+            'num_blocks': keys.positive_integer('layers_per_block', 2),
+            'attention_resolutions': tuple(size >> level for level, a in enumerate(attends) if a),
             'groups': groups,
-            'dropout': config.get('dropout', 0.0),
+            'dropout': keys.get('dropout', 0.0),
             'first_level': 0,
         },
     }
-    config.done(unimportant=('num_train_timesteps',))
+    keys.refuse_others(ignored=('num_train_timesteps',))
     return settings
 
 
-def scheduler_settings(values, path):
-    """The parts 'model' (its kind), 'schedule' and 'sample' of our config for a scheduler_config.json.
+def _attends(keys: _Keys, levels: int, path: str) -> list[bool]:
+    """Return whether each level, the finest first, has attention, which must be the same on the way down and up."""
+    attends = {}
+    for direction, attention, plain in (
+        ('down', 'AttnDownBlock2D', 'DownBlock2D'),
+        ('up', 'AttnUpBlock2D', 'UpBlock2D'),
+    ):
+        default = [attention] * 3 + [plain] if direction == 'up' else [plain] + [attention] * 3
+        types = keys.get(f'{direction}_block_types', default)
+        if not isinstance(types, list) or len(types) != levels or any(t not in (attention, plain) for t in types):
+            raise keys.error(
+                f'{direction}_block_types',
+                types,
+                f'must list {levels} of {plain!r} and {attention!r}, as many as block_out_channels',
+            )
+        attends[direction] = [block == attention for block in types]
+    if attends['up'] != attends['down'][::-1]:
+        raise ValueError(f'{path}: down_block_types and up_block_types must have attention at the same resolutions')
+    return attends['down']
 
-    Where it has trained_betas, which then are its schedule, there is no name among the settings.
+
+def scheduler_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[str, Any]]:
+    """Return the parts 'model' (its kind), 'schedule' and 'sample' of our config for a scheduler_config.json.
+
+    If it lists trained_betas, these define the schedule, and the settings do not name one.
+
+    Args:
+        values: the content of the file.
+        path: the file, for errors.
+
+    Raises:
+        ValueError: our schedules and samplers cannot express it.
     """
     name = values.get('_class_name')
     if name not in ('DDPMScheduler', 'DDIMScheduler'):
         raise ValueError(f"{path}: _class_name is {name!r}, but must be 'DDPMScheduler' or 'DDIMScheduler'")
-    config = Config(values, path)
-    T = config.number('num_train_timesteps', 1000)
+    keys = _Keys(values, path)
+    T = keys.positive_integer('num_train_timesteps', 1000)
     stochastic = name == 'DDPMScheduler'
-    kind = 'epsilon' if config.get('predict_epsilon', True) else 'sample'  # as older files say it
-    clip = config.get('clip_sample', True)
+    kind = 'epsilon' if keys.get('predict_epsilon', True) else 'sample'  # the key of older files
+    clip = keys.get('clip_sample', True)
     if not isinstance(clip, bool):
-        raise config.refuse('clip_sample', clip, 'true or false is needed')
-    spacing = config.choose('timestep_spacing', 'leading', dict(zip(SPACINGS, SPACINGS, strict=True)))
-    # What this scheduler does not look at: a scheduler made of another one's config keeps the other's keys.
-    inert = ['set_alpha_to_one'] if stochastic else ['variance_type']
-    inert += ['clip_sample_range'] * (not clip) + ['steps_offset'] * (spacing != 'leading')
-    config.require({key: what for key, what in SCHEDULER.items() if key not in inert})
-    schedule = {'T': T, 'beta_start': config.get('beta_start', 1e-4), 'beta_end': config.get('beta_end', 0.02)}
-    betas = config.get('trained_betas', None)
+        raise keys.error('clip_sample', clip, 'must be true or false')
+    spacing = keys.choose('timestep_spacing', 'leading', SPACINGS)
+    # A scheduler that is made from another one's config keeps keys that it does not use.
+    unused = ['set_alpha_to_one'] if stochastic else ['variance_type']
+    unused += ['clip_sample_range'] * (not clip) + ['steps_offset'] * (spacing != 'leading')
+    keys.require({key: value for key, value in SCHEDULER_KEYS.items() if key not in unused})
+    schedule = {'T': T, 'beta_start': keys.get('beta_start', 1e-4), 'beta_end': keys.get('beta_end', 0.02)}
+    betas = keys.get('trained_betas', None)
     if betas is None:
-        schedule['name'] = config.choose('beta_schedule', 'linear', SCHEDULES)
+        schedule['name'] = keys.choose('beta_schedule', 'linear', SCHEDULES)
         schedule |= {'offset': 0.008, 'max_beta': 0.999}
     else:
-        check_betas(betas, T, path)
-        inert.append('beta_schedule')
+        _check_betas(betas, T, path)
+        unused.append('beta_schedule')
     settings = {
-        'model': {'kind': config.choose('prediction_type', kind, KINDS)},
+        'model': {'kind': keys.choose('prediction_type', kind, KINDS)},
         'schedule': schedule,
         'sample': {
-            'num_steps': min(T, 1000 if stochastic else 50),  # as their pipelines have it
+            'num_steps': min(T, 1000 if stochastic else 50),  # the defaults of their pipelines
             'eta': 1.0 if stochastic else 0.0,
-            'variance': config.choose('variance_type', 'fixed_small', VARIANCES) if stochastic else 'small',
+            'variance': keys.choose('variance_type', 'fixed_small', VARIANCES) if stochastic else 'small',
             'clip': clip,
             'spacing': spacing,
         },
     }
-    config.done(('tensor_format', 'timestep_values', 'dynamic_thresholding_ratio', 'sample_max_value', *inert))
+    keys.refuse_others(
+        ignored=('tensor_format', 'timestep_values', 'dynamic_thresholding_ratio', 'sample_max_value', *unused)
+    )
     return settings
 
 
-def check_betas(betas, T, path):
-    """Raise ValueError where trained_betas is no list of T numbers in (0, 1]."""
+def _check_betas(betas: Any, T: int, path: str) -> None:
     if not isinstance(betas, list) or not all(type(beta) in (int, float) and 0 < beta <= 1 for beta in betas):
-        raise ValueError(f'{path}: trained_betas is something else than the list of numbers in (0, 1] that is needed')
+        raise ValueError(f'{path}: trained_betas must be a list of numbers in (0, 1]')
     if len(betas) != T:
         raise ValueError(f'{path}: trained_betas has {len(betas)} numbers, but num_train_timesteps is {T}')
 
 
-def read_tensors(folder):
-    """{name: tensor} of the network's weights, from one file or from parts. Raises ValueError."""
+def read_tensors(folder: str) -> dict[str, np.ndarray]:
+    """Return {name: tensor} of the network's weights, from one file or from several.
+
+    Raises:
+        ValueError: there are none, or a file cannot be read.
+    """
     path = os.path.join(folder, WEIGHTS)
     index = path + '.index.json'
     if os.path.exists(path):
         return read_safetensors(path)
     if os.path.exists(index):
-        return read_parts(index)
+        return _read_parts(index)
     old = os.path.join(folder, 'diffusion_pytorch_model.bin')
     if os.path.exists(old):
-        return from_torch(load_torch(old), old)
+        return state_dict(load_torch(old), old)
     found = sorted(name for name in os.listdir(folder) if name.endswith(('.safetensors', '.bin', '.index.json')))
     raise ValueError(
         f'{folder} has no {WEIGHTS}, but {", ".join(found[:4]) or "no weights"}{", …" if found[4:] else ""}: '
-        'save the network there with save_pretrained, which writes it unless it is told otherwise'
+        'save the network there with save_pretrained and its default options'
     )
 
 
-def read_parts(index):
-    """{name: tensor} of weights in several files, of which `index` says what each holds."""
-    places = read_json(index).get('weight_map')
+def _read_parts(index: str) -> dict[str, np.ndarray]:
+    """Read weights from several files; `index` says which file holds which tensor."""
+    places = _read_json(index).get('weight_map')
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f'{index} has no weight_map from tensors to files')
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for file in sorted(set(places.values())):
         if file != os.path.basename(file) or file in ('', '..'):
             raise ValueError(f'{index} points outside its folder, to {file!r}')
         part = read_safetensors(os.path.join(os.path.dirname(index), file))
-        said = {name for name, place in places.items() if place == file}
-        if said != set(part):
-            raise ValueError(f'{index} and {file} differ in where these tensors are: {sorted(said ^ set(part))[:8]}')
+        listed = {name for name, place in places.items() if place == file}
+        if listed != set(part):
+            raise ValueError(f'{index} and {file} differ in which tensors it holds: {sorted(listed ^ set(part))[:8]}')
         tensors |= part
     return tensors
 
 
-def read_safetensors(path):
-    """{name: tensor} of one file."""
-    if not os.path.exists(path):
-        raise ValueError(f'{path} is missing')
-    try:
-        with safe_open(path, framework='np') as file:
-            return {name: _read_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f'{path} cannot be read{_cut_off(path)} ({error}): fetch it again') from error
+def download(repo: str) -> str:
+    """Download a repository of the Hugging Face hub, and return its folder.
 
-
-def _read_tensor(file, name, path):
-    try:
-        return file.get_tensor(name)
-    except (AttributeError, TypeError) as error:  # for what NumPy does not have
-        raise ValueError(f'{path} holds {name} as {file.get_slice(name).get_dtype()}, but {FLOATING}') from error
-
-
-def _cut_off(path):
-    """Which tensor is the first that a truncated file does not hold whole; '' if that cannot be told."""
-    try:
-        with open(path, 'rb') as file:
-            length = int.from_bytes(file.read(8), 'little')
-            header = json.loads(file.read(min(length, os.path.getsize(path))))
-        ends = {entry['data_offsets'][1]: name for name, entry in header.items() if name != '__metadata__'}
-        end = min(end for end in ends if 8 + length + end > os.path.getsize(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return ''
-    return f': it ends within {ends[end]}'
-
-
-def download(repo):
-    """The folder of a hub id. Raises ValueError where it cannot be had."""
-    looked = f'{repo} is no folder here'
+    Raises:
+        ValueError: huggingface_hub is not installed, or the download fails.
+    """
+    missing = f'there is no folder {repo}'
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ValueError(f'{looked}; for an id of the Hugging Face hub: pip install huggingface_hub') from error
+        raise ValueError(f'{missing}; to use an id of the Hugging Face hub: pip install huggingface_hub') from error
     patterns = ['*.json', '*diffusion_pytorch_model.safetensors', '*diffusion_pytorch_model-*.safetensors']
     try:
         folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns)
         if not any(name.endswith('.safetensors') for _, _, files in os.walk(folder) for name in files):
             folder = huggingface_hub.snapshot_download(repo, allow_patterns=['*.json', '*diffusion_pytorch_model.bin'])
-    except Exception as error:  # of the network, the hub, the id's form
-        raise ValueError(f'{looked}, nor could it be had from the hub ({in_a_line(error)})') from error
+    except Exception as error:  # of the network, of the hub, or because the id is malformed
+        raise ValueError(f'{missing}, and it cannot be downloaded from the hub ({one_line(error)})') from error
     return folder
-
-
-def write(folder, params, *, network, scheduler):
-    """Write a pipeline that diffusers' DDPMPipeline and DDIMPipeline load as it is.
-
-    params: of a network that hears timesteps 0 … T−1; network, scheduler: as `network_config` and
-    `scheduler_config` give them.
-    """
-    unet = os.path.join(folder, 'unet')
-    os.makedirs(unet, exist_ok=True)
-    save_file(put(params, names), os.path.join(unet, WEIGHTS), metadata={'format': 'pt'})
-    write_json(os.path.join(unet, 'config.json'), network)
-    write_json(os.path.join(folder, 'scheduler', 'scheduler_config.json'), scheduler)
-    index = {'unet': ['diffusers', 'UNet2DModel'], 'scheduler': ['diffusers', 'DDPMScheduler']}
-    write_json(os.path.join(folder, 'model_index.json'), {'_class_name': 'DDPMPipeline'} | index)
-
-
-def write_json(path, value):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, 'w', encoding='utf-8') as file:
-        json.dump(value, file, indent=2)
-        file.write('\n')
-
-
-def network_config(
-    *, image_size, image_channels, channels, multipliers, num_blocks, attention_resolutions, groups, dropout
-):
-    """The config.json of a UNet2DModel that is our network. Raises ValueError where there is none."""
-    if multipliers[0] != 1:
-        raise ValueError(
-            f'multipliers is {tuple(multipliers)}, but a UNet2DModel of diffusers begins at the width of its first '
-            'resolution: only networks whose first multiplier is 1 can be exported'
-        )
-    attends = [image_size >> level in attention_resolutions for level in range(len(multipliers))]
-    return {
-        '_class_name': 'UNet2DModel',
-        'sample_size': image_size,
-        'in_channels': image_channels,
-        'out_channels': image_channels,
-        'block_out_channels': [channels * m for m in multipliers],
-        'layers_per_block': num_blocks,
-        'down_block_types': ['AttnDownBlock2D' if a else 'DownBlock2D' for a in attends],
-        'up_block_types': ['AttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attends)],
-        'norm_num_groups': groups,
-        'attention_head_dim': None,
-        'dropout': dropout,
-        **{key: accepted[0] for key, (_, accepted) in NETWORK.items()},
-    }
-
-
-def scheduler_config(*, name, T, beta_start, beta_end, betas, kind, variance, clip, spacing):
-    """The config of a DDPMScheduler, which a DDIMPipeline makes a DDIMScheduler of.
-
-    betas: (T,), for schedules that both schedulers do not have by name; name: ours, or None for those;
-    spacing: 'leading' is written for one that diffusers does not have.
-    """
-    theirs = {ours: theirs for theirs, ours in SCHEDULES.items() if theirs != 'sigmoid'}  # of DDPMScheduler alone
-    return {
-        '_class_name': 'DDPMScheduler',
-        'num_train_timesteps': T,
-        'beta_schedule': theirs.get(name, 'linear'),
-        'beta_start': beta_start,
-        'beta_end': beta_end,
-        'trained_betas': None if name in theirs else [float(beta) for beta in betas],
-        'prediction_type': {ours: theirs for theirs, ours in KINDS.items()}[kind],
-        'variance_type': f'fixed_{variance}',
-        'clip_sample': clip,
-        'timestep_spacing': spacing if spacing in SPACINGS else 'leading',
-    }

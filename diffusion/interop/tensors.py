@@ -1,27 +1,41 @@
 """A tree of our parameters, and the same as PyTorch's flat dict of named tensors."""
 
 import math
-import pickle
-import re
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+Path = tuple[Any, ...]  # of a parameter in our tree, such as ('down', 0, 'blocks', 1, 'conv1', 'kernel')
+Names = Callable[[Path], tuple[str, ...]]  # the names that a parameter may have in the files, the current one first
+
 
 class Found(NamedTuple):
-    """What the files of another project hold."""
+    """What the files of another project hold.
 
-    settings: dict[str, dict[str, Any]]  # {part of the config: {key: value}}, named as in configs/default.py
-    weights: dict[str, dict[str, np.ndarray]]  # {'params' and perhaps 'ema': {their name: tensor}}
-    names: Callable[[tuple], tuple[str, ...]]  # path of a parameter of ours → the names it may have there
-    facts: dict[str, Any]  # what else the files say, for the record; as JSON has it
-    betas: list[float] | None = None  # β_1 … β_T, where the files list them instead of naming a schedule
+    Attributes:
+        settings: {part of the config: {key: value}}, named as in configs/default.py.
+        weights: {'params' and perhaps 'ema': {name in the files: tensor}}.
+        names: the names that a parameter of ours may have in the files.
+        facts: what else the files say, for the record; values that JSON can hold.
+        betas: β_1 … β_T, if the files list them instead of naming a schedule.
+    """
+
+    settings: dict[str, dict[str, Any]]
+    weights: dict[str, dict[str, np.ndarray]]
+    names: Names
+    facts: dict[str, Any]
+    betas: list[float] | None = None
 
 
-def leaves(tree, path=()):
-    """(path, leaf) of each leaf of nested dicts."""
+# Kernels: convolutions (height, width, in, out) → (out, in, height, width), linear layers (in, out) → (out, in).
+TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
+FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+MOST_ERRORS = 8  # that one message lists
+
+
+def leaves(tree: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield the path and the value of each leaf of nested dicts."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, (*path, key))
@@ -29,116 +43,56 @@ def leaves(tree, path=()):
             yield (*path, key), value
 
 
-# Kernels: convolutions (height, width, in, out) → (out, in, height, width), linear layers (in, out) → (out, in).
-TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
-FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
-
-
-def put(params, names):
-    """{name: tensor} of our parameters, each under its first name, in PyTorch's layout."""
+def to_tensors(params: Mapping[Any, Any], names: Names) -> dict[str, np.ndarray]:
+    """Return our parameters as {name: float32 tensor} in PyTorch's layout, each under its first name."""
     return {
         names(path)[0]: np.ascontiguousarray(np.asarray(leaf, np.float32).transpose(TO_TORCH[leaf.ndim]))
         for path, leaf in leaves(params)
     }
 
 
-def take(tensors, expected, names, where):
-    """Our parameters, float32, from tensors of any floating type.
+def to_params(tensors: Mapping[str, np.ndarray], expected: Mapping[Any, Any], names: Names, where: str) -> dict:
+    """Return our parameters, float32, made from tensors of any floating-point type.
 
-    tensors: {name: tensor}, all of which must be used; expected: our tree, of anything with a shape;
-    where: the file, for errors. Raises ValueError, which names the tensors, where one is missing, unknown,
-    of another shape, of no floating type, or not finite.
+    Args:
+        tensors: {name: tensor} in PyTorch's layout; all of them must be used.
+        expected: a tree of our parameters, whose leaves need only a shape.
+        names: the names that a parameter may have among the tensors.
+        where: the file, for errors.
+
+    Returns:
+        A tree of NumPy arrays with the structure of `expected`.
+
+    Raises:
+        ValueError: tensors are missing or unknown, or have another shape, another type, or values that are not finite;
+            the message names them.
     """
-    params, unknown, wrong = {}, set(tensors), []
+    params: dict = {}
+    unused, wrong = set(tensors), []
     for path, leaf in leaves(expected):
         shape = tuple(leaf.shape[axis] for axis in TO_TORCH[len(leaf.shape)])
-        name = next((name for name in names(path) if name in unknown), None)
+        name = next((name for name in names(path) if name in unused), None)
         if name is None:
             wrong.append(f'{names(path)[0]} {shape} is missing')
             continue
-        unknown.remove(name)
+        unused.remove(name)
         tensor = tensors[name]
         if tensor.ndim == len(shape) + 2 and tensor.shape[2:] == (1, 1):  # a 1×1 convolution is a linear layer
             tensor = tensor[:, :, 0, 0]
         if tensor.shape != shape:
-            wrong.append(f'{name} has the shape {tensor.shape}, but {shape} was expected')
+            wrong.append(f'{name} has shape {tensor.shape}, but {shape} was expected')
         elif not (np.issubdtype(tensor.dtype, np.floating) or tensor.dtype.name == 'bfloat16'):
-            wrong.append(f'{name} holds {tensor.dtype}, but floating-point numbers were expected')
+            wrong.append(f'{name} has type {tensor.dtype}, but floating point was expected')
         elif not np.isfinite(array := np.asarray(tensor, np.float32)).all():
-            wrong.append(f'{name} holds {math.nan} or {math.inf}')
+            wrong.append(f'{name} contains {math.nan} or {math.inf}')
         else:
             *parents, last = path
             node = params
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[last] = np.ascontiguousarray(array.transpose(FROM_TORCH[len(shape)]))
-    wrong += [f'{name} {tensors[name].shape} is not known' for name in sorted(unknown)]
+    wrong += [f'{name} {tensors[name].shape} is unknown' for name in sorted(unused)]
     if wrong:
-        more = f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''
-        raise ValueError(f'{where} does not hold this network: {"; ".join(wrong[:8])}{more}')
+        more = f'; and {len(wrong) - MOST_ERRORS} more' if len(wrong) > MOST_ERRORS else ''
+        raise ValueError(f'{where} does not hold this network: {"; ".join(wrong[:MOST_ERRORS])}{more}')
     return params
-
-
-def load_torch(path):
-    """What PyTorch saved, tensors as they are; no code in the file is run. Raises ValueError where it cannot be."""
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(f'{path} is a file of PyTorch, which is not installed: pip install torch') from error
-    try:
-        damaged = damaged_member(path)
-        saved = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:  # whose message advises to run what the file holds
-        name = re.search(r'GLOBAL (\S+)', str(error))
-        what = f'it holds {name[1]}, which is none' if name else 'it is damaged, or of another kind'
-        raise ValueError(
-            f'{path} cannot be read as tensors alone: {what}; nothing in it was run. Save its state dict alone'
-        ) from error
-    except Exception as error:  # of zipfile, torch and the operating system
-        raise ValueError(f'{path} cannot be read as tensors alone ({in_a_line(error)})') from error
-    if damaged:
-        raise ValueError(
-            f'{path} is damaged: the checksum of {damaged} in it is not that written beside it. Fetch it again'
-        )
-    return saved
-
-
-def damaged_member(path):
-    """The first file in a zip whose bytes have another checksum than is written beside it, or None.
-
-    PyTorch does not look at them. Without its compute_crc32 it writes zeros, which say nothing.
-    """
-    if not zipfile.is_zipfile(path):  # as PyTorch saved before its version 1.6
-        return None
-    with zipfile.ZipFile(path) as archive:
-        name = archive.testzip()
-        return name if name and archive.getinfo(name).CRC else None
-
-
-def in_a_line(error, most=300):
-    """The type and the message of an exception of others, cut to so many characters."""
-    return f'{type(error).__name__}: {" ".join(str(error).split())}'[:most]
-
-
-FLOATING = 'floating-point numbers of at least 16 bits were expected'
-
-
-def from_torch(state, where):
-    """{name: numpy array, float32} of a PyTorch state dict.
-
-    Raises ValueError, with `where`, for anything else, and names the tensor that is not floating or has no values.
-    """
-    if not isinstance(state, dict) or not all(hasattr(tensor, 'detach') for tensor in state.values()):
-        raise ValueError(f'{where} holds no state dict, by name a tensor, but {type(state).__name__}')
-    arrays = {}
-    for name, tensor in state.items():
-        if not isinstance(name, str):
-            raise ValueError(f'{where} holds no state dict: a tensor is called {name!r}, but names were expected')
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ValueError(f'{where} holds {name} as {tensor.dtype}, but {FLOATING}')
-        try:
-            arrays[name] = tensor.detach().float().numpy()
-        except (RuntimeError, TypeError) as error:
-            found = f'{tensor.layout} on the device {tensor.device}'
-            raise ValueError(f'{where} holds {name} as {found}, but a dense tensor with values was expected') from error
-    return arrays

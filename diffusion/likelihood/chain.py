@@ -2,41 +2,85 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
 
 from diffusion import gaussian
-from diffusion.likelihood.decoder import log_likelihood, per_image
+from diffusion.gaussian import Clip, Images, Net, Variance
+from diffusion.likelihood.decoder import Width, log_likelihood, per_image
 from diffusion.schedule import Schedule
 from diffusion.schedule import timesteps as all_timesteps
+
+Normal = tuple[Images, Width]  # mean and standard deviation
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """The pairs (t, s) of a chain, the noisiest first, the decoder's (s = 0) last; and what p says of them."""
+    """The pairs (t, s) of a chain, and what p needs to go from x_t to x_s; made by `make_chain`.
+
+    Attributes:
+        schedule: the noise schedule.
+        net: the network, (x_t (B, ...), t (B,)) -> (B, ...).
+        kind: what the network outputs, a key of `gaussian.KINDS`.
+        eta: η of q_σ, in (0, 1].
+        clip: whether and how x̂_0 is clipped, see `gaussian.predict`.
+        decoder: (x0, mean, std) -> log p(x_0 | x_1) (B,) nats, see `decoder.log_likelihood`.
+        t: (num_steps,), the noisiest first.
+        s: (num_steps,), the last one 0: the pair of the decoder.
+        std: (num_steps,), of p(x_s | x_t).
+    """
 
     schedule: Schedule
-    net: Any
+    net: Net
     kind: str
     eta: float
-    clip: bool
-    t: np.ndarray  # (num_steps,)
-    s: np.ndarray  # (num_steps,)
-    std: jax.Array  # (num_steps,), of p(x_s | x_t)
+    clip: Clip
+    decoder: Callable[[Images, Images, Width], Float[Array, 'B']]
+    t: Int[np.ndarray, 'num_steps']
+    s: Int[np.ndarray, 'num_steps']
+    std: Float[Array, 'num_steps']
 
 
-def make_chain(schedule, net, *, kind, variance, eta, timesteps=None, clip=False):
-    """The Chain through the levels `timesteps` (all, if None).
+def make_chain(
+    schedule: Schedule,
+    net: Net,
+    *,
+    kind: str,
+    variance: Variance = 'small',
+    eta: float = 1.0,
+    timesteps: Int[ArrayLike, 'num_steps+1'] | None = None,
+    clip: Clip = False,
+    decoder: str = 'discretized',
+    bins: int = 256,
+) -> Chain:
+    """Build the chain that all likelihoods of a model start from.
 
-    The std of p(x_s | x_t) is √ of `gaussian.own_variance`, or the kernel's σ for 'small'. At s = 0, where σ
-    is 0 and a decoder needs a width, both 'small' and 'large' have the σ of the pair before (for all T levels
-    √β̃_2, as Ho's and OpenAI's code), or √(1−ᾱ_t) if there is no pair before.
+    The decoder needs a width at s = 0, where σ of the kernel is 0. There 'small' and 'large' both take σ of the pair
+    before (with all T levels √β̃_2, as Ho's and OpenAI's code), or √(1−ᾱ_t) if there is only one pair.
 
-    Raises ValueError for η outside (0, 1], for a variance of 0, and whatever `gaussian.chain` and `own_variance`
-    refuse.
+    Args:
+        schedule: the noise schedule.
+        net: the network, (x_t (B, ...), t (B,)) -> (B, ...).
+        kind: what the network outputs, a key of `gaussian.KINDS`.
+        variance: of p(x_s | x_t): 'small' (σ² of the kernel), 'large' or an array (num_steps,), see
+            `gaussian.own_variance`.
+        eta: η of q_σ, in (0, 1].
+        timesteps: the noise levels of the chain, which decrease to 0; all T if None.
+        clip: whether and how x̂_0 is clipped to [−1, 1], see `gaussian.predict`.
+        decoder: p(x_0 | x_1), a key of `decoder.DECODERS`.
+        bins: the number of values of a pixel.
+
+    Returns:
+        The chain.
+
+    Raises:
+        ValueError: `eta` is outside (0, 1]; a variance is 0; or `gaussian.chain` or `gaussian.own_variance` refuse
+            their arguments.
     """
     if not 0 < eta <= 1:
         raise ValueError(
@@ -44,21 +88,29 @@ def make_chain(schedule, net, *, kind, variance, eta, timesteps=None, clip=False
             'model is infinite, and there is no bound'
         )
     t, s = gaussian.chain(schedule, kind, all_timesteps(schedule.T, schedule.T) if timesteps is None else timesteps)
-    own = gaussian.own_variance(schedule, variance, s, t, eta=eta)
+    variances = gaussian.own_variance(schedule, variance, s, t, eta=eta)
     if not isinstance(variance, (str, jax.core.Tracer)) and not np.all(np.asarray(variance) > 0):
-        raise ValueError(f'variance is {variance}, but where it is 0 the model has no density, and there is no bound')
+        raise ValueError(f'variance is {variance}, but must be positive: with 0 the model has no density, and no bound')
     nothing = gaussian.Prediction(jnp.zeros(len(t)), jnp.zeros(len(t)))
     _, kernel_std = gaussian.posterior(schedule, nothing, s, t, eta=eta)
-    std = kernel_std if own is None else jnp.sqrt(own)
+    std = kernel_std if variances is None else jnp.sqrt(variances)
     if isinstance(variance, str):
         std = std.at[-1].set(kernel_std[-2] if len(t) > 1 else schedule.noise(t[0]))
-    return Chain(schedule, net, kind, eta, clip, t, s, std)
+    of_pixels = functools.partial(log_likelihood, decoder=decoder, bins=bins)
+    return Chain(schedule, net, kind, eta, clip, of_pixels, t, s, std)
 
 
-def compare(chain, x0, eps, i):
-    """q_σ(x_s | x_t, x_0) and p(x_s | x_t) for pair i at x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε: one kernel, called twice.
+def compare(chain: Chain, x0: Images, eps: Images, i: Int[Array, 'B']) -> tuple[Normal, Normal]:
+    """Evaluate q_σ(x_s | x_t, x_0) and p(x_s | x_t) at x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε: one kernel, called twice.
 
-    x0, eps: (B, ...); i: (B,) int. Returns (mean, std) of q and (mean, std) of p; means (B, ...).
+    Args:
+        chain: the chain.
+        x0: (B, ...), clean images.
+        eps: (B, ...), the noise in x_t.
+        i: (B,) int, the index of the pair (t, s) of each image.
+
+    Returns:
+        (mean, std) of q, and (mean, std) of p; the means are (B, ...).
     """
     t, s = jnp.asarray(chain.t)[i], jnp.asarray(chain.s)[i]
     x_t = gaussian.q_sample(chain.schedule, x0, t, eps)
@@ -69,20 +121,35 @@ def compare(chain, x0, eps, i):
     return kernel(gaussian.Prediction(x0, eps)), (p_mean, gaussian.like(chain.std[i], x0))
 
 
-def reconstruction(key, chain, x0, *, decoder, bins):
-    """One draw of log p(x_0 | x_1), x_1 ~ q(x_1|x_0): (B,) nats."""
+def reconstruction(key: Key[Array, ''], chain: Chain, x0: Images) -> Float[Array, 'B']:
+    """One draw of log p(x_0 | x_1), x_1 ~ q(x_1 | x_0).
+
+    Args:
+        key: typed PRNG key.
+        chain: the chain.
+        x0: (B, ...), clean images.
+
+    Returns:
+        (B,) nats.
+    """
     last = jnp.full(x0.shape[:1], len(chain.t) - 1)
-    _, (mean, std) = compare(chain, x0, jax.random.normal(key, x0.shape), last)
-    return log_likelihood(x0, mean, std, decoder=decoder, bins=bins)
+    _, p = compare(chain, x0, jax.random.normal(key, x0.shape), last)
+    return chain.decoder(x0, *p)
 
 
-def forward(chain, s, t):
-    """q_σ(x_t | x_s, x_0) for s < t: x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε_t with ε_t = ρ·ε_s + √(1−ρ²)·z.
+def forward(chain: Chain, s: Int[Array, '*B'], t: Int[Array, '*B']) -> tuple[Float[Array, '*B'], Float[Array, '*B']]:
+    """q_σ(x_t | x_s, x_0) for s < t, as x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε_t with ε_t = ρ·ε_s + √(1−ρ²)·z.
 
-    It follows from the kernel by Bayes: ρ² = 1 − (σ/√(1−ᾱ_s))². For η = 1 it is DDPM's
-    q(x_t|x_s) = N(√(ᾱ_t/ᾱ_s)·x_s, 1 − ᾱ_t/ᾱ_s), which needs no x_0. From s = 0, ρ = 0.
+    By Bayes' rule from the kernel, ρ² = 1 − (σ/√(1−ᾱ_s))². For η = 1 this is DDPM's
+    q(x_t | x_s) = N(√(ᾱ_t/ᾱ_s)·x_s, 1 − ᾱ_t/ᾱ_s), which does not need x_0. From s = 0, ρ = 0.
 
-    Returns (ρ, √(1−ρ²)), of the shape of s and t.
+    Args:
+        chain: the chain.
+        s: (B,) or scalar, the noise levels before.
+        t: (B,) or scalar, the noise levels after.
+
+    Returns:
+        ρ and √(1−ρ²), of the shape of `s` and `t`.
     """
     eta = jnp.where(s > 0, chain.eta, 1.0)
     beta = chain.schedule.beta(s, t)
@@ -91,10 +158,20 @@ def forward(chain, s, t):
     return rho, eta * jnp.sqrt(beta) / noise_t
 
 
-def log_ratio(z, mean1, std1, mean2, std2):
-    """log N(x; mean2, std2²)/N(x; mean1, std1²) at x = mean1 + std1·z, summed over pixels: (B,) nats.
+def log_ratio(z: Images, mean1: Images, std1: Width, mean2: Images | float, std2: Width | float) -> Float[Array, 'B']:
+    """log N(x; mean2, std2²)/N(x; mean1, std1²) at x = mean1 + std1·z, summed over pixels.
 
-    Written so that two Gaussians that are nearly the same lose no digits.
+    Computed so that two nearly equal Gaussians lose no digits.
+
+    Args:
+        z: (B, ...), standard normal.
+        mean1: (B, ...), of the denominator, from which x is drawn.
+        std1: broadcasts against `mean1`.
+        mean2: (B, ...), of the numerator.
+        std2: broadcasts against `mean2`.
+
+    Returns:
+        (B,) nats.
     """
     log_width = jnp.log(std1 / std2)
     shift = (mean1 - mean2) / std2

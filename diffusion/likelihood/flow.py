@@ -1,118 +1,176 @@
-"""The flow bound: the exact density of x_1 under the probability-flow ODE, made a bound on images.
+"""The flow bound: the exact density of x_1 under the probability-flow ODE, made a bound on log p(x_0).
 
-The schedule is a variance-preserving SDE with piecewise-constant β, whose marginals are also those of an
-ODE (score-based SDEs, arXiv:2011.13456 Eq. 13). With λ = log √((1−ᾱ)/ᾱ) for time it reads
+The schedule is a variance-preserving SDE with piecewise-constant β. An ODE has the same marginals (score-based SDEs,
+arXiv:2011.13456 Eq. 13). With λ = log √((1−ᾱ)/ᾱ) as its time it reads
 
     dx/dλ = √(1−ᾱ)·( ε̂(x, t) − √(1−ᾱ)·x )
 
-and has no jumps where β has them.
+and is smooth where β jumps.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from diffusion import gaussian
+from diffusion.gaussian import Clip, Images, Net, Variance
 from diffusion.likelihood.chain import compare, make_chain
-from diffusion.likelihood.decoder import LOG_SQRT_2PI, log_likelihood, per_image
+from diffusion.likelihood.decoder import LOG_SQRT_2PI, per_image
+from diffusion.schedule import Schedule
 
-EXACT_UP_TO = 16  # dimensions; beyond, two probes: one would not say how far off it is
+Nats = Float[Array, 'B']
+
+EXACT_UP_TO = 16  # dimensions; beyond, two probes, since a single one has no standard error
 
 
 class Density(NamedTuple):
-    """log p_ode, and what it cost."""
+    """log p_ode, and what it cost.
 
-    nats: jax.Array  # (B,)
-    probe_error: jax.Array  # (B,), standard error from the probes' spread; 0 if exact, NaN for one probe
-    num_steps: jax.Array  # (), of the solver
+    Attributes:
+        nats: (B,).
+        probe_error: (B,) nats, standard error from the spread of the probes; 0 if exact, NaN for a single probe.
+        num_steps: scalar, the number of steps of the solver.
+    """
+
+    nats: Nats
+    probe_error: Nats
+    num_steps: Int[Array, '']
 
 
 class Flow(NamedTuple):
-    """The terms of the flow bound in nats, and what they cost."""
+    """The terms of the flow bound in nats, and what they cost.
 
-    reconstruction: jax.Array  # (B,), log p_θ(x_0|x_1)
-    entropy: jax.Array  # (B,), −log q(x_1|x_0)
-    density: jax.Array  # (B,), log p_ode(x_1)
-    probe_error: jax.Array  # (B,), standard error of density, as in Density
-    num_steps: jax.Array  # (), of the solver
+    Attributes:
+        reconstruction: (B,), log p_θ(x_0|x_1).
+        entropy: (B,), −log q(x_1|x_0).
+        density: (B,), log p_ode(x_1).
+        probe_error: (B,), standard error of `density`, see `Density`.
+        num_steps: scalar, the number of steps of the solver.
+    """
 
-    def total(self):
+    reconstruction: Nats
+    entropy: Nats
+    density: Nats
+    probe_error: Nats
+    num_steps: Int[Array, '']
+
+    def total(self) -> Nats:
         """The bound of each image: (B,) nats."""
         return self.reconstruction + self.entropy + self.density
 
 
-def flow_bound(
-    key,
-    schedule,
-    net,
-    x0,
-    *,
-    kind,
-    decoder='discretized',
-    variance='small',
-    probes=None,
-    rtol=1e-5,
-    atol=1e-5,
-    clip=False,
-    bins=256,
-):
-    """E_{q(x_1|x_0)}[ log p_ode(x_1) − log q(x_1|x_0) + log p_θ(x_0|x_1) ] ≤ log p(x_0), at one draw: (B,) nats.
+def flow_bound(key: Key[Array, ''], schedule: Schedule, net: Net, x0: Images, *, kind: str, **how: Any) -> Nats:
+    """E_{q(x_1|x_0)}[ log p_ode(x_1) − log q(x_1|x_0) + log p_θ(x_0|x_1) ] ≤ log p(x_0), at one draw.
 
-    p is here another model than the chain's: x_1 from the ODE, then x_0 from the chain's last step.
-    Arguments as in `flow`.
+    This p is another model than the chain: x_1 comes from the ODE, then x_0 from the last step of the chain.
+
+    Args:
+        key: typed PRNG key.
+        schedule: the noise schedule.
+        net: the network, (x_t (B, ...), t (B,) real) -> (B, ...).
+        x0: (B, ...), images in [−1, 1].
+        kind: what the network outputs, a key of `gaussian.KINDS`.
+        **how: the other arguments of `flow`.
+
+    Returns:
+        (B,) nats.
+
+    Raises:
+        ValueError: `flow` refuses the arguments.
     """
-    how = dict(decoder=decoder, variance=variance, probes=probes, rtol=rtol, atol=atol, clip=clip, bins=bins)
     return flow(key, schedule, net, x0, kind=kind, **how).total()
 
 
 def flow(
-    key,
-    schedule,
-    net,
-    x0,
+    key: Key[Array, ''],
+    schedule: Schedule,
+    net: Net,
+    x0: Images,
     *,
-    kind,
-    decoder='discretized',
-    variance='small',
-    probes=None,
-    rtol=1e-5,
-    atol=1e-5,
-    clip=False,
-    bins=256,
-):
-    """The terms of `flow_bound`.
+    kind: str,
+    decoder: str = 'discretized',
+    variance: Variance = 'small',
+    probes: int | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    clip: Clip = False,
+    bins: int = 256,
+) -> Flow:
+    """One draw of the terms of `flow_bound`.
 
-    key, schedule, net, x0, kind, decoder, variance, clip, bins: as in `elbo.elbo` (clip is for the last
-    step; the ODE takes x̂_0 as it comes); probes, rtol, atol: as in `log_density`. Returns Flow.
+    Args:
+        key: typed PRNG key.
+        schedule: the noise schedule.
+        net: the network, (x_t (B, ...), t (B,) real) -> (B, ...).
+        x0: (B, ...), images in [−1, 1].
+        kind: what the network outputs, a key of `gaussian.KINDS`.
+        decoder: p(x_0 | x_1), a key of `decoder.DECODERS`.
+        variance: of the chain whose last step is p(x_0 | x_1), see `chain.make_chain`.
+        probes: how the divergence is estimated, see `log_density`.
+        rtol: relative tolerance of the solver.
+        atol: absolute tolerance of the solver.
+        clip: whether and how x̂_0 of the last step is clipped; the ODE does not clip.
+        bins: the number of values of a pixel.
+
+    Returns:
+        The terms.
+
+    Raises:
+        ValueError: `probes` is negative, or `chain.make_chain` refuses the other arguments.
     """
-    chain = make_chain(schedule, net, kind=kind, variance=variance, eta=1.0, clip=clip)
+    chain = make_chain(schedule, net, kind=kind, variance=variance, clip=clip, decoder=decoder, bins=bins)
     noise_key, probe_key = jax.random.split(key)
     eps = jax.random.normal(noise_key, x0.shape)
     _, p = compare(chain, x0, eps, jnp.full(x0.shape[:1], len(chain.t) - 1))
     entropy = per_image(0.5 * eps**2 + LOG_SQRT_2PI + jnp.log(schedule.noise(1)))
     x_1 = gaussian.q_sample(schedule, x0, 1, eps)
     density = log_density(probe_key, schedule, net, x_1, kind=kind, probes=probes, rtol=rtol, atol=atol)
-    return Flow(log_likelihood(x0, *p, decoder=decoder, bins=bins), entropy, *density)
+    return Flow(chain.decoder(x0, *p), entropy, *density)
 
 
-def log_density(key, schedule, net, x, *, kind, level=1, probes=None, rtol=1e-5, atol=1e-5):
-    """log p_ode of x at a noise level: log N(x_T; 0, I) + ∫ div(dx/dλ) dλ.         arXiv:2011.13456 Eq. 39
+def log_density(
+    key: Key[Array, ''],
+    schedule: Schedule,
+    net: Net,
+    x: Images,
+    *,
+    kind: str,
+    level: int = 1,
+    probes: int | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> Density:
+    """log p_ode(x) at a noise level: log N(x_T; 0, I) + ∫ div(dx/dλ) dλ (arXiv:2011.13456 Eq. 39).
 
-    Where ᾱ_T = 0 (jsd) the last level with ᾱ > 0 stands for T.
+    Where ᾱ_T = 0 ('jsd'), the integral ends at the last level with ᾱ > 0. The solver is Tsitouras' 5th-order method
+    (diffrax).
 
-    key: typed PRNG key of the probes; net: (x (B, ...), t (B,) real) → (B, ...), its output of `kind`;
-    x: (B, ...) at `level`; probes: how many Rademacher vectors estimate the divergence (Hutchinson), one
-    draw for the whole path; 0 is the exact trace; None is exact up to 16 dimensions and 2 probes beyond;
-    rtol, atol: of the solver (Tsitouras 5, diffrax), for x and the integrals together, one a probe.
-    Returns Density.
+    Args:
+        key: typed PRNG key of the probes.
+        schedule: the noise schedule.
+        net: the network, (x (B, ...), t (B,) real) -> (B, ...).
+        x: (B, ...), noisy images at `level`.
+        kind: what the network outputs, a key of `gaussian.KINDS`.
+        level: the noise level of `x`.
+        probes: the number of Rademacher vectors that estimate the divergence (Hutchinson), drawn once for the whole
+            path; 0 computes the exact trace; None is 0 for up to `EXACT_UP_TO` dimensions, else 2.
+        rtol: relative tolerance of the solver.
+        atol: absolute tolerance of the solver, for x and the integrals together.
+
+    Returns:
+        The log-density of each image, its error and the cost.
+
+    Raises:
+        ValueError: `probes` is negative, or the kind is unknown.
     """
     size = math.prod(x.shape[1:])
     probes = num_probes(probes, size)
     if probes:
-        # Images first, so that those that fill up a batch do not change the draws of the others.
+        # Draw with the batch axis first, so that images that pad a batch do not change the draws of the others.
         vectors = jax.random.rademacher(key, (len(x), probes, *x.shape[1:]), jnp.float32).swapaxes(0, 1)
     else:
         basis = jnp.eye(size).reshape(size, 1, *x.shape[1:])
@@ -150,8 +208,19 @@ def log_density(key, schedule, net, x, *, kind, level=1, probes=None, rtol=1e-5,
     return Density(nats, error, solution.stats['num_steps'])
 
 
-def num_probes(probes, size):
-    """How many probes `log_density` takes for images of `size` values; 0 is the exact divergence."""
+def num_probes(probes: int | None, size: int) -> int:
+    """The number of probes that `log_density` uses.
+
+    Args:
+        probes: the number asked for, or None.
+        size: the number of values of an image.
+
+    Returns:
+        The number of probes; 0 stands for the exact divergence.
+
+    Raises:
+        ValueError: `probes` is negative.
+    """
     if probes is None:
         return 0 if size <= EXACT_UP_TO else 2
     if probes < 0:

@@ -1,34 +1,64 @@
 """The ledger: every likelihood of the derivation side by side, from the values of each image."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
+
+from diffusion.likelihood.elbo import FORMS
 
 
 class Row(NamedTuple):
-    """A quantity of log p(x_0): its mean over images."""
+    """One quantity, as its mean over images.
+
+    Attributes:
+        quantity: what it is.
+        equation: where it is defined.
+        nats: mean over images.
+        standard_error: of `nats`; None for a single image.
+        bits_per_dim: −nats/(dimensions·log 2).
+        n: the number of images.
+    """
 
     quantity: str
     equation: str
-    nats: float  # an image
-    standard_error: float | None  # of nats; None for a single image
-    bits_per_dim: float  # −nats/(dimensions·log 2)
-    n: int  # images
+    nats: float
+    standard_error: float | None
+    bits_per_dim: float
+    n: int
 
 
-def row(quantity, equation, values, dimensions):
-    """The Row of one value (n,) in nats for each image of so many dimensions."""
+def row(quantity: str, equation: str, values: Float[np.ndarray, 'n'], dimensions: int) -> Row:
+    """Average one quantity over images.
+
+    Args:
+        quantity: what it is.
+        equation: where it is defined.
+        values: (n,) nats, one value for each image.
+        dimensions: the number of values of an image.
+
+    Returns:
+        The row of the ledger.
+    """
     values = np.asarray(values, np.float64)
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     mean = float(values.mean())
     return Row(quantity, equation, mean, error, -mean / (dimensions * math.log(2)), len(values))
 
 
-def importance_bounds(log_weights):
-    """The bounds of the first 1, 2, 4, … and of all K trajectories, and their effective numbers.
+def importance_bounds(
+    log_weights: Float[np.ndarray, 'K n'],
+) -> dict[int, tuple[Float[np.ndarray, 'n'], Float[np.ndarray, 'n']]]:
+    """The importance-weighted bounds of the first 1, 2, 4, … and of all K trajectories.
 
-    log_weights: (K, n) nats. Returns {k: (bound (n,), (Σw)²/Σw² (n,))}.
+    Args:
+        log_weights: (K, n) nats, of each trajectory and image.
+
+    Returns:
+        For each number k of trajectories the bound log 1/k Σw (n,) in nats, and the effective sample size (Σw)²/Σw²
+        (n,), in [1, k].
     """
     log_weights = np.asarray(log_weights, np.float64)
     bounds = {}
@@ -39,25 +69,24 @@ def importance_bounds(log_weights):
     return bounds
 
 
-FORMS = {
-    'posterior': ('ELBO, posterior form', 'DDPM Eq. 5'),
-    'transition': ('ELBO, transition form', 'Eq. (8)'),
-    'printed': ('as printed, which is not the ELBO', 'Eq. (9)'),
-}
+def ledger(values: Mapping[str, Any], dimensions: int) -> list[Row]:
+    """Make all rows that `values` allow.
 
+    Args:
+        values: nats of n images, any of these quantities: each key of `elbo.FORMS` with
+            {'reconstruction', 'prior', 'consistency': (n,)}; 'importance' with the log-weights (K, n); 'flow' with
+            {'reconstruction', 'entropy', 'density': (n,)}.
+        dimensions: the number of values of an image.
 
-def ledger(values, dimensions):
-    """All rows that `values` allow.
-
-    values: {'posterior' | 'transition' | 'printed': {'reconstruction', 'prior', 'consistency': (n,)},
-    'importance': (K, n), 'flow': {'reconstruction', 'entropy', 'density': (n,)}}, nats, any of them.
+    Returns:
+        The rows, in the order of the derivation.
     """
     rows = []
-    for form, (name, equation) in FORMS.items():
-        if form in values:
-            parts = {part: values[form][part] for part in ('reconstruction', 'prior', 'consistency')}
+    for name, form in FORMS.items():
+        if name in values:
+            parts = {part: values[name][part] for part in ('reconstruction', 'prior', 'consistency')}
             parts['total'] = sum(parts.values())
-            rows += [row(f'{name}: {part}', equation, parts[part], dimensions) for part in parts]
+            rows += [row(f'{form.title}: {part}', form.equation, parts[part], dimensions) for part in parts]
     if 'importance' in values:
         bounds = importance_bounds(values['importance'])
         rows += [
@@ -75,13 +104,20 @@ def ledger(values, dimensions):
     if 'importance' in values and 'posterior' in values:
         k, (bound, _) = list(bounds.items())[-1]
         gap = bound - sum(values['posterior'].values())
-        gap = row(f'gap: K = {k} minus ELBO, at most KL(q ‖ p(x_1…x_T|x_0))', 'Eq. (6)', gap, dimensions)
-        rows.append(gap._replace(bits_per_dim=-gap.bits_per_dim))  # what is saved, not what is paid
+        gap_row = row(f'gap: K = {k} minus ELBO, at most KL(q ‖ p(x_1…x_T|x_0))', 'Eq. (6)', gap, dimensions)
+        rows.append(gap_row._replace(bits_per_dim=-gap_row.bits_per_dim))  # bits saved, not bits paid
     return rows
 
 
-def markdown(rows):
-    """The rows as a Markdown table."""
+def markdown(rows: Iterable[Row]) -> str:
+    """Format the rows as a Markdown table.
+
+    Args:
+        rows: those of `ledger`.
+
+    Returns:
+        The table, one line for each row.
+    """
     lines = ['| quantity | equation | nats/image | bits/dim | std. error (nats) | n |', '|---|---|---:|---:|---:|---:|']
     for r in rows:
         error = '–' if r.standard_error is None else f'{r.standard_error:.3f}'

@@ -1,21 +1,30 @@
-"""Whether samples have the colours of the data: diffusion models are known to drift off, all of them alike."""
+"""The colour drift of samples: their channel means against those of the data."""
 
 import numpy as np
+from jaxtyping import Float, Float64, UInt8
 
-SEEN = 0.05  # of −1 … 1: a drift that a person sees
+VISIBLE = 0.05  # in units of [−1, 1]; a smaller drift cannot be seen
 
 
-def drift(images, data_means):
-    """How far the mean of each channel is from the data's: (C,) in units of [−1, 1]; and a warning, or None.
+def drift(
+    images: UInt8[np.ndarray, 'N H W C'], data_means: Float[np.ndarray, 'C'] | list[float]
+) -> tuple[Float64[np.ndarray, 'C'], str | None]:
+    """Compare the channel means of samples with those of the data.
 
-    It warns where that is beyond four standard errors of the images' own means, and beyond SEEN.
+    A warning is given if a channel is off by more than VISIBLE and by more than four standard errors of the mean,
+    which are estimated from the means of the single images.
 
-    images: (N, H, W, C) uint8; data_means: (C,), in 0 … 255.
+    Args:
+        images: (N, H, W, C) samples, in 0 … 255.
+        data_means: (C,) channel means of the data, in 0 … 255.
+
+    Returns:
+        The difference of each channel mean from the data's, (C,) in units of [−1, 1]; and a warning or None.
     """
     means = images.mean(axis=(1, 2), dtype=np.float64) / 127.5 - 1
-    off = means.mean(axis=0) - (np.asarray(data_means) / 127.5 - 1)
-    error = means.std(axis=0) / np.sqrt(len(images))
-    if (np.abs(off) <= np.maximum(4 * error, SEEN)).all():
-        return off, None
-    found = ', '.join(f'{value:+.3f}' for value in off)
-    return off, f'the colours of the samples are off: channel means differ from the data by {found} (of −1 … 1)'
+    difference = means.mean(axis=0) - (np.asarray(data_means) / 127.5 - 1)
+    standard_error = means.std(axis=0) / np.sqrt(len(images))
+    if (np.abs(difference) <= np.maximum(4 * standard_error, VISIBLE)).all():
+        return difference, None
+    listed = ', '.join(f'{value:+.3f}' for value in difference)
+    return difference, f'the colours are off: the channel means differ from the data by {listed} in units of [−1, 1]'

@@ -1,19 +1,31 @@
-"""A sheet of images as one PNG."""
+"""A grid of images in one PNG file."""
 
 import math
 import os
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
-GAP = 4  # pixels
+GAP = 4  # pixels between images and around the grid
 
 
-def save_grid(path, images, *, most=100, tile=48):
-    """Write the first `most` images, uint8 (N, H, W, 1 or 3), as a square sheet with gaps between them.
+def save_grid(
+    path: str, images: UInt8[np.ndarray, 'N H W C'], *, most: int = 100, tile: int = 48
+) -> UInt8[np.ndarray, 'height width C']:
+    """Write the first `most` images as a square grid with gaps between them.
 
-    Images smaller than `tile` pixels are enlarged by a whole factor, pixel by pixel. Channels other
-    than 1 or 3 are averaged to grey. Returns the sheet, uint8 (height, width, 1 or 3).
+    Args:
+        path: the PNG file; its folder is created if it does not exist.
+        images: (N, H, W, C), in 0 … 255. If C is neither 1 nor 3, the channels are averaged to grey.
+        most: the largest number of images.
+        tile: images smaller than this many pixels are enlarged by a whole factor, without interpolation.
+
+    Returns:
+        The grid, (height, width, 1 or 3).
+
+    Raises:
+        OSError: the file cannot be written.
     """
     images = np.asarray(images[:most])
     if images.shape[-1] not in (1, 3):
@@ -23,10 +35,10 @@ def save_grid(path, images, *, most=100, tile=48):
     count, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    sheet = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, channels), 127, np.uint8)
+    grid = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, channels), 127, np.uint8)
     for i, image in enumerate(images):
         top, left = i // columns * (height + GAP) + GAP, i % columns * (width + GAP) + GAP
-        sheet[top : top + height, left : left + width] = image
+        grid[top : top + height, left : left + width] = image
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet).save(path)
-    return sheet
+    Image.fromarray(grid.squeeze(-1) if channels == 1 else grid).save(path)
+    return grid

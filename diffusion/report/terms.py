@@ -1,24 +1,37 @@
-"""The consistency terms of the ELBO over the noise levels."""
+"""A plot of the consistency terms of the ELBO over the noise levels."""
 
 import os
+from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
+from jaxtyping import Float, Real
 
 
-def save_terms(path, levels, forms):
-    """Draw −consistency of each form over the level s: mean and middle 80 % of the images, and the spread by itself.
+def save_terms(
+    path: str,
+    levels: Real[np.ndarray, 'levels'] | Sequence[float],
+    forms: Mapping[str, Float[np.ndarray, 'images levels']],
+) -> None:
+    """Plot the consistency terms of each form of the ELBO, and the standard deviation of one draw.
 
-    levels: (n_levels,); forms: {name: (images, n_levels) nats, one draw each}.
+    The left plot shows the mean over the images, and the interval that contains the middle 80 % of them.
+
+    Args:
+        path: the file; its folder is created if it does not exist.
+        levels: (levels,) noise levels s.
+        forms: terms of each form by its name, (images, levels) in nats, one draw of the noise each.
+
+    Raises:
+        OSError: the file cannot be written.
     """
-    matplotlib.use('agg')
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # slow to import
 
-    figure, (terms_ax, spread_ax) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+    figure = Figure(figsize=(11, 4.2), layout='constrained')
+    terms_ax, spread_ax = figure.subplots(1, 2)
     for name, terms in forms.items():
         low, high = np.quantile(-terms, [0.1, 0.9], axis=0)
         (line,) = terms_ax.plot(levels, -terms.mean(axis=0), label=f'{name}: mean', linewidth=1)
-        band = dict(alpha=0.25, linewidth=0, color=line.get_color(), label=f'{name}: 80 % of the draws')
+        band = {'alpha': 0.25, 'linewidth': 0, 'color': line.get_color(), 'label': f'{name}: 80 % of the draws'}
         terms_ax.fill_between(levels, low, high, **band)
         spread_ax.plot(levels, terms.std(axis=0), label=name, linewidth=1)
     terms_ax.set(title='consistency terms', ylabel='−term (nats/image)')
@@ -28,4 +41,3 @@ def save_terms(path, levels, forms):
         ax.legend(fontsize='small')
     os.makedirs(os.path.dirname(path), exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,1 +1,1 @@
-"""What a run stands on: devices, checkpoints, logs, signals."""
+"""The machine that a run uses: devices and hosts, checkpoints, logs, signals, random keys, compiled programs."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one asks the run to end at the next step, a second one ends it at once."""
+"""Ctrl-C and SIGTERM: the first signal asks a run to stop after its current step, a second one stops it at once."""
 
 import contextlib
 import os
@@ -6,68 +6,80 @@ import select
 import signal
 import threading
 import time
+from types import FrameType
 
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: not done, the same command goes on
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: not complete, and the same command continues the run
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 2  # seconds
+PATIENCE = 2  # seconds that Python has to handle a second signal before the process is ended for it
+DUPLICATE = 1  # seconds within which a second signal may be a copy of the first, as `timeout` sends it twice
 
 
 class Interrupt:
-    """Context manager; true once a signal has come, which is told at once. unit: what ends first, and is saved."""
+    """Context manager that is true once a signal has arrived; its string is then the signal's name.
 
-    def __init__(self, unit='step'):
+    The first signal is announced on stderr at once, even while Python is inside a long call such as a compilation.
+    """
+
+    def __init__(self, unit: str = 'step'):
+        """Create the context manager.
+
+        Args:
+            unit: what is finished and saved before the run stops, for the announcement.
+        """
         self._unit = unit
+        self._name: str | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> 'Interrupt':
         self._name = None
-        # Python calls `_catch` only between two of its own operations, and compiling is one that may take minutes. To
-        # a pipe the numbers of signals come at once, and a thread reads them.
-        self._numbers, self._end = os.pipe()
-        os.set_blocking(self._end, False)
-        self._teller = threading.Thread(target=self._tell, daemon=True)
-        self._teller.start()
-        self._previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
-        self._wakeup = signal.set_wakeup_fd(self._end, warn_on_full_buffer=False)
+        # Python runs `_handle` only between two of its own instructions, but a compilation is a single one that may
+        # take minutes. The wakeup pipe receives the signal's number immediately, and a thread reads it.
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._reporter = threading.Thread(target=self._report, daemon=True)
+        self._reporter.start()
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         return self
 
-    def __exit__(self, kind, *exception):
-        self._restore()
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self._end)
-        self._teller.join()
-        os.close(self._numbers)
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._restore_handlers()
+        signal.set_wakeup_fd(self._previous_wakeup)
+        os.close(self._write_end)
+        self._reporter.join()
+        os.close(self._read_end)
         if self and kind is KeyboardInterrupt:
-            raise KeyboardInterrupt('at once; the same command goes on from what is saved')
+            raise KeyboardInterrupt('stopped at once; the same command continues from what is saved')
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return self._name is not None
 
-    def __str__(self):
+    def __str__(self) -> str:
         return str(self._name)
 
-    def _catch(self, number, frame):
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self._name = signal.Signals(number).name
-        self._restore()
+        self._restore_handlers()
 
-    def _restore(self):
+    def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _tell(self):
+    def _report(self) -> None:
+        """Announce the first signal, and end the process after a second one that Python does not handle in time."""
         first = None
-        while number := os.read(self._numbers, 1):
+        while number := os.read(self._read_end, 1):
             if number[0] not in SIGNALS:
                 continue
             if first is None:
                 first = time.monotonic()
-                with contextlib.suppress(OSError):  # nobody listens
-                    os.write(2, self._news(number[0]).encode())
-            elif self or time.monotonic() > first + 1:  # else one signal came twice, as `timeout` sends it
-                soon, _, _ = select.select([self._numbers], [], [], PATIENCE)
-                if not soon or os.read(self._numbers, 1):  # Python has not had its turn, which closes the pipe
+                with contextlib.suppress(OSError):  # stderr may be closed
+                    os.write(2, self._announcement(number[0]).encode())
+            elif self or time.monotonic() > first + DUPLICATE:
+                handled, _, _ = select.select([self._read_end], [], [], PATIENCE)  # __exit__ closes the pipe
+                if not handled or os.read(self._read_end, 1):
                     os._exit(128 + number[0])
                 return
 
-    def _news(self, number):
+    def _announcement(self, number: int) -> str:
         name = signal.Signals(number).name
-        return f'\n{name}: the {self._unit} ends, is saved, and the run ends; once more ends it at once\n'
+        return f'\n{name}: stopping after this {self._unit} is saved; a second signal stops at once\n'

@@ -1,183 +1,23 @@
-"""Devices and hosts: one mesh with the axes ('data', 'fsdp'). One device is the 1×1 mesh."""
+"""Devices: one mesh with the axes ('data', 'fsdp'), and where arrays lie on it. One device is the 1×1 mesh."""
 
-import hashlib
-import json
 import math
 import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from diffusion.runtime.xla import fold
+MAX_CORES = 8  # CPU devices at most: each holds a copy of the parameters
 
-MOST_CORES = 8  # that become devices: each of them holds the parameters
+# Smaller arrays, such as biases and the scales of norms, are replicated: each would be gathered and reduced in messages
+# of its own, and together they are less than a hundredth of a network that is worth splitting.
+MIN_SIZE_TO_SPLIT = 1024
 
-
-def use_cores(most):
-    """Make each core of a lone host a CPU device, up to `most` of them; before anything touches a device.
-
-    Several devices share a batch, and keep more cores busy than a program that is computed by all: many of its products
-    and sums are too small to be split. Where JAX was told how many there are, by JAX_NUM_CPU_DEVICES or XLA_FLAGS,
-    there are that many.
-    """
-    told = jax.config.jax_num_cpu_devices >= 0
-    told |= 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
-    if not told and not jax.distributed.is_initialized():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        jax.config.update('jax_num_cpu_devices', max(min(cores, most, MOST_CORES), 1))
-
-
-def make_mesh(fsdp=1):
-    """All devices as (devices/fsdp, fsdp). Raises ValueError where fsdp does not divide their number."""
-    devices = np.asarray(in_order(jax.devices()))
-    if fsdp < 1 or devices.size % fsdp:
-        raise ValueError(f'fsdp is {fsdp}, which does not divide the {devices.size} devices')
-    return Mesh(devices.reshape(-1, fsdp), ('data', 'fsdp'))
-
-
-def in_order(devices):
-    """Devices by host, and by number within each.
-
-    Each host feeds its part of a batch as one piece, and the pieces follow in the order of the hosts: were the devices
-    of a host scattered, as those of a TPU slice can be, the batch would be another one, and fsdp would cross hosts.
-    """
-    return sorted(devices, key=lambda device: (device.process_index, device.id))
-
-
-def replicated(mesh):
-    """Every device holds the whole array."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def split_batch(mesh):
-    """Each device holds its part of axis 0, over both axes of the mesh."""
-    return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
-
-
-def put(array, sharding):
-    """An array on the devices: the whole of it where it is replicated, else this host's part of axis 0."""
-    shape = np.shape(array) if sharding.is_fully_replicated else None
-    return jax.make_array_from_process_local_data(sharding, np.asarray(array), shape)
-
-
-def put_whole(array, sharding):
-    """An array that every host has, on the devices."""
-    array = np.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def gather(array):
-    """The whole of an array that may be split over devices and hosts, on every host."""
-    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
-
-
-def whole(mesh, tree):
-    """Within a compiled program: every device is given the whole of what is split, as FSDP does with parameters.
-
-    Left to itself, XLA would split some products by their columns instead, and send activations around.
-    """
-    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
-
-
-def mean_over_parts(mesh, fun, params, key, batch, count):
-    """Within a compiled program: the mean of fun(params, key, *part) over the parts of a batch, one after another.
-
-    Each device cuts its share of the batch into `count` parts and adds up what it finds; then, once, they are averaged
-    over the devices.
-
-    fun: its result is a tree of floats, a mean over its part; params: a tree, whole; key: from which each part gets a
-    key of its own; batch: arrays (B, ...), B a multiple of the devices times count.
-    """
-    axes = mesh.axis_names
-
-    def of_device(params, key, *share):
-        keys = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index(axes)), count)
-        parts = [keys, *(x.reshape(count, -1, *x.shape[1:]) for x in share)]
-        found = jax.eval_shape(fun, params, *(x[0] for x in parts))
-        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
-        total = fold(lambda total, part: jax.tree.map(jnp.add, total, fun(params, *part)), zero, parts)
-        return jax.lax.pmean(jax.tree.map(lambda leaf: leaf / count, total), axes)
-
-    specs = PartitionSpec(), PartitionSpec(), *len(batch) * [PartitionSpec(axes)]
-    # without check_vma each device has gradients of its own; with it JAX would reduce them after each part
-    parted = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-    return parted(params, key, *batch)
-
-
-def like_state(mesh, tree):
-    """Within a compiled program: each device goes on with its part only, as `split_state` has it."""
-    return jax.lax.with_sharding_constraint(tree, split_state(mesh, tree))
-
-
-class Agreement:
-    """What any host says, all hosts know one step later; no host waits for it."""
-
-    def __init__(self, mesh):
-        self._sharding = split_batch(mesh)
-        self._count = len(mesh.local_devices)
-        self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
-        self._alone = jax.process_count() == 1
-        self._asked = None
-
-    def __call__(self, flag):
-        """Say `flag`; returns whether any host said so at the last call."""
-        if self._alone:
-            return bool(flag)
-        before, self._asked = self._asked, self._any(put(np.full(self._count, bool(flag)), self._sharding))
-        return before is not None and bool(before)
-
-
-def is_first():
-    """Whether this is the host that writes logs and pictures."""
-    return jax.process_index() == 0
-
-
-def any_host(flag):
-    """Whether any host says so; they wait for each other."""
-    return bool(sum_over_hosts(np.array([bool(flag)], np.uint32))[0])
-
-
-def sum_over_hosts(array):
-    """Σ over hosts of an array that each of them has; they wait for each other."""
-    if jax.process_count() == 1:
-        return array
-    return np.asarray(multihost_utils.process_allgather(array)).sum(0, dtype=array.dtype)
-
-
-def from_first(array):
-    """What the first host has, on all hosts; also, all hosts wait for each other."""
-    return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
-
-
-def differences(values):
-    """{name: what two hosts have} of each value that is not the same on all hosts, which wait for each other.
-
-    values: {name: text}. All hosts are given the same answer.
-    """
-    if jax.process_count() == 1:
-        return {}
-    text = json.dumps(values, sort_keys=True).encode()
-    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
-    heads = multihost_utils.process_allgather(np.append(digest, np.uint32(len(text))))
-    if (heads == heads[0]).all():
-        return {}
-    padded = text.ljust(heads[:, -1].max())  # JSON minds no spaces
-    hosts = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))]
-    found = {}
-    for name in sorted(set().union(*hosts)):
-        on = [host.get(name, 'nothing') for host in hosts]
-        other = next((i for i, value in enumerate(on) if value != on[0]), None)
-        if other:
-            found[name] = f'process 0 has {on[0]}, process {other} has {on[other]}'
-    return found
-
-
-# Dense matrix products a second in bfloat16, as the makers state them.
+# Dense bfloat16 matrix products per second, as the manufacturers state them.
 PEAK_FLOPS = {
     'NVIDIA A100': 312e12,
     'NVIDIA H100': 989e12,  # SXM
@@ -191,39 +31,166 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device):
-    """The most operations a second of a device, or None where it is not known."""
-    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+def use_cores(most: int) -> None:
+    """Make each core of a lone host a CPU device. Call it before anything uses a device.
 
+    A batch that is split over several devices keeps the cores busier than one program that runs on all of them,
+    because many of its operations are too small to be split. The number of devices is a setting of the whole process:
+    JAX reads it once, when it starts its backend. If JAX_NUM_CPU_DEVICES or XLA_FLAGS give it, it is left alone.
 
-def fits(mesh, nbytes, share=0.25):
-    """Whether an array of so many bytes takes at most that share of the memory of each device.
-
-    Devices that do not tell their memory, as CPUs, are taken to have 8 GB.
+    Args:
+        most: use at most so many cores; there is always one device.
     """
-    stats = [device.memory_stats() or {} for device in mesh.local_devices]
-    return nbytes <= share * min(s.get('bytes_limit', 8e9) for s in stats)
+    is_set = jax.config.jax_num_cpu_devices >= 0  # type: ignore[attr-defined]
+    is_set |= 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+    if not is_set and not jax.distributed.is_initialized():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        jax.config.update('jax_num_cpu_devices', max(min(cores, most, MAX_CORES), 1))
 
 
-# Biases and scales of norms stay whole: each would be gathered and reduced in messages of its own, which cost more
-# than what is in them, and all together they are less than a hundredth of a network that is worth splitting.
-FEWEST_TO_SPLIT = 1024
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """Return the mesh of all devices, of shape (devices / fsdp, fsdp).
+
+    Raises:
+        ValueError: `fsdp` does not divide the number of devices.
+    """
+    devices = np.asarray(by_host(jax.devices()))
+    if fsdp < 1 or devices.size % fsdp:
+        raise ValueError(f'fsdp is {fsdp}, which does not divide the {devices.size} devices')
+    return Mesh(devices.reshape(-1, fsdp), ('data', 'fsdp'))
 
 
-def split_state(mesh, tree):
-    """A sharding for each array of a state: its largest axis that fsdp divides is split over 'fsdp'.
+def by_host(devices: Iterable[Any]) -> list[Any]:
+    """Return devices sorted by host, and by id within a host.
 
-    Arrays of fewer than FEWEST_TO_SPLIT values are whole on each device.
-    tree: arrays or ShapeDtypeStructs. Returns a tree of the same structure.
+    Each host feeds its part of a batch as one block, in the order of the hosts. On a TPU slice the ids of a host's
+    devices may be scattered; in that order the batch would change, and `fsdp` would cross hosts.
+    """
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding with which every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that splits axis 0 over both axes of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def split_state(mesh: Mesh, tree: Any) -> Any:
+    """Return a sharding for each array of a state: its largest axis that fsdp divides is split over 'fsdp'.
+
+    Arrays of fewer than MIN_SIZE_TO_SPLIT elements are replicated.
+
+    Args:
+        mesh: as of `make_mesh`.
+        tree: arrays or ShapeDtypeStructs.
+
+    Returns:
+        A tree of the same structure.
     """
     fsdp = mesh.shape['fsdp']
 
-    def rule(leaf):
+    def rule(leaf: Any) -> NamedSharding:
         axes = [axis for axis in range(len(leaf.shape)) if leaf.shape[axis] % fsdp == 0]
-        if fsdp == 1 or not axes or math.prod(leaf.shape) < FEWEST_TO_SPLIT:
+        if fsdp == 1 or not axes or math.prod(leaf.shape) < MIN_SIZE_TO_SPLIT:
             return replicated(mesh)
         largest = max(axes, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*[None] * largest, 'fsdp'))
 
     return jax.tree.map(rule, tree)
+
+
+def put(array: Any, sharding: Sharding) -> jax.Array:
+    """Put an array on the devices: the whole array if it is to be replicated, else this host's part of axis 0."""
+    shape = np.shape(array) if sharding.is_fully_replicated else None
+    return jax.make_array_from_process_local_data(sharding, np.asarray(array), shape)
+
+
+def put_whole(array: Any, sharding: Sharding) -> jax.Array:
+    """Put an array on the devices that every host holds as a whole."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def gather(array: Any) -> np.ndarray:
+    """Return the whole of an array that may be split over devices and hosts. All hosts must call it."""
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def whole(mesh: Mesh, tree: Any) -> Any:
+    """Inside a compiled function: gather the arrays of a tree on every device, as FSDP does with parameters.
+
+    Without it, XLA splits some matrix products by columns and sends activations between devices instead.
+    """
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def like_state(mesh: Mesh, tree: Any) -> Any:
+    """Inside a compiled function: keep on each device its part of a tree, as `split_state` says."""
+    return jax.lax.with_sharding_constraint(tree, split_state(mesh, tree))
+
+
+def mean_over_parts(
+    mesh: Mesh,
+    fun: Callable[..., Any],
+    params: Any,
+    key: jax.Array,
+    batch: Sequence[jax.Array],
+    count: int,
+    *,
+    fold: Callable[[Callable[[Any, Any], Any], Any, Sequence[jax.Array]], Any],
+) -> Any:
+    """Inside a compiled function: the mean of fun(params, key, *part) over the parts of a batch, one after another.
+
+    Each device cuts its share of the batch into `count` parts and sums over them; the sums are averaged over the
+    devices once, at the end.
+
+    Args:
+        mesh: as of `make_mesh`.
+        fun: returns a tree of floats, each a mean over its part.
+        params: a tree of replicated arrays.
+        key: each part gets its own key, derived from this one.
+        batch: arrays (B, ...), B a multiple of the number of devices times `count`.
+        count: parts of each device's share.
+        fold: fold(body, carry, parts) is the loop carry = body(carry, part), as a network implementation provides it.
+
+    Returns:
+        A tree as `fun` returns it, replicated.
+    """
+    axes = mesh.axis_names
+
+    def of_device(params: Any, key: jax.Array, *share: jax.Array) -> Any:
+        keys = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index(axes)), count)
+        parts = [keys, *(x.reshape(count, -1, *x.shape[1:]) for x in share)]
+        result = jax.eval_shape(fun, params, *(x[0] for x in parts))
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), result)
+        total = fold(lambda total, part: jax.tree.map(jnp.add, total, fun(params, *part)), zero, parts)
+        return jax.lax.pmean(jax.tree.map(lambda leaf: leaf / count, total), axes)
+
+    specs = PartitionSpec(), PartitionSpec(), *len(batch) * [PartitionSpec(axes)]
+    # With check_vma, JAX would reduce gradients over the devices after each part instead of once.
+    over_devices = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return over_devices(params, key, *batch)
+
+
+def fits(mesh: Mesh, nbytes: int, share: float = 0.25) -> bool:
+    """Return whether an array takes at most a given share of the memory of every device.
+
+    Args:
+        mesh: only its devices on this host are asked.
+        nbytes: the bytes of the array.
+        share: of a device's memory, which counts as 8 GB if the device does not report it (as CPUs do not).
+    """
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    return nbytes <= share * min(s.get('bytes_limit', 8e9) for s in stats)
+
+
+def peak_flops(device: Any) -> float | None:
+    """Return the peak rate of a device in operations per second, or None if it is not known."""
+    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None

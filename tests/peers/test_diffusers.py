@@ -14,7 +14,7 @@ from flax import nnx
 
 from diffusion import compat, sampler, schedule
 from diffusion.interop import diffusers as folders
-from diffusion.interop.tensors import put, take
+from diffusion.interop.tensors import to_params, to_tensors
 from diffusion.networks.unet import UNet, advance
 
 torch = pytest.importorskip('torch')
@@ -132,7 +132,7 @@ def our_network(network, *, attention, groups=4, **settings):
     """Our network and diffusers' weights for it: (graph, params)."""
     args = dict(attention_resolutions=attention, groups=groups, dropout=0.0, dtype=jnp.float32)
     graph, expected = nnx.split(nnx.eval_shape(lambda: UNet(**settings, **args, rngs=nnx.Rngs(0))))
-    return graph, take(tensors_of(network), nnx.to_pure_dict(expected), folders.names, 'their network')
+    return graph, to_params(tensors_of(network), nnx.to_pure_dict(expected), folders.names, 'their network')
 
 
 @functools.partial(jit, static_argnums=0)
@@ -170,14 +170,14 @@ def test_networks_are_equal(name):
     graph, params = our_network(network, **LAYOUTS[name])
     assert distance(our_output(graph, params, x, t), theirs) < 1e-5
 
-    back = put(params, folders.names)
+    back = to_tensors(params, folders.names)
     assert back.keys() == network.state_dict().keys()
     for tensor, array in back.items():
         np.testing.assert_array_equal(array, network.state_dict()[tensor])
     # A network that hears levels 1 … T is exported so that it hears their timesteps, and says the same.
     levels = np.array([1, 2, 38, 1000])
     heard = params | {'time1': params['time1'] | {'kernel': advance(params['time1']['kernel'])}}
-    network.load_state_dict({name: torch.as_tensor(array) for name, array in put(heard, folders.names).items()})
+    network.load_state_dict({name: torch.as_tensor(array) for name, array in to_tensors(heard, folders.names).items()})
     said = our_output(graph, params, x, levels)
     assert distance(said, call(network, x, levels - 1)) < 1e-5
     assert distance(said, theirs) > 1e-4

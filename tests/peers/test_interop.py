@@ -1,6 +1,6 @@
-"""Folders and checkpoints of others, made by others' code: imported, exported, and read again by theirs.
+"""Folders and checkpoints that diffusers and PyTorch wrote are imported; what is exported, diffusers reads.
 
-`python -m tests.peers.test_interop` writes tests/fixtures/pipeline anew.
+`python -m tests.peers.test_interop` rewrites tests/fixtures/pipeline.
 """
 
 import json
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import workdir as configs_workdir
-from diffusion import experiment, publish, sampler, schedule
-from diffusion.experiment import RunError
-from tests.test_generate import make_run, random_params
-from tests.test_interop import FIXTURE, import_to
-from tests.test_train import tiny
+from diffusion import build, sampler, schedule, workdir
+from diffusion.configs import workdir as configs_workdir
+from diffusion.modes import export, import_weights
+from diffusion.util import RunError
+from tests.interop.fixture import PIPELINE
+from tests.runs import make_run, random_params, tiny
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -27,6 +27,11 @@ pytestmark = pytest.mark.peers
 from tests.peers.test_diffusers import LAYOUTS, call, distance, inputs, jit, their_network
 
 LAYOUT = LAYOUTS['attention']
+
+
+def import_to(path, source, changes=None):
+    """Run --mode=import_weights with a tiny config for the digits."""
+    assert import_weights.run(tiny({'interop.source': source} | (changes or {})), str(path)) == 0
 
 
 def save_pipeline(folder, network, scheduler=None):
@@ -39,27 +44,27 @@ def network():
     return their_network(**LAYOUT)
 
 
-def net_of(workdir, weights='ema'):
+def net_of(path, weights='ema'):
     """The network of a workdir, with the config that it holds."""
-    config = configs_workdir.get_config(str(workdir))
-    exp = experiment.build(config)
-    _, params = experiment.load_params(exp, config, str(workdir), weights)
+    config = configs_workdir.get_config(str(path))
+    exp = build.build(config)
+    _, params = workdir.load_params(exp.abstract_state(), config, str(path), weights)
     return jit(exp.network.net(params))
 
 
-def assert_heard(workdir, network, weights='ema'):
-    """A workdir's network says at level t what theirs says at timestep t − 1."""
+def assert_equal_networks(path, network, weights='ema'):
+    """A workdir's network computes at level t what theirs computes at timestep t − 1."""
     x, t = inputs(LAYOUT, t=[1, 2, 38, 1000])
-    assert distance(net_of(workdir, weights)(x, t), call(network, x, t - 1)) < 1e-5
+    assert distance(net_of(path, weights)(x, t), call(network, x, t - 1)) < 1e-5
 
 
-# ── The fixture of tests/test_interop.py ─────────────────────────────────────────────────────────────────────────────
+# ── The fixture of tests/interop/fixture.py ──────────────────────────────────────────────────────────────────────────
 
 SMALL = dict(image_size=8, image_channels=1, channels=4, multipliers=(1, 2), num_blocks=1, attention=(4,), groups=2)
 
 
 def expected(pipeline):
-    """What diffusers makes of the fixture: outputs at some timesteps, and images of DDIM in 10 steps."""
+    """What diffusers computes with the fixture: outputs at some timesteps, and images of DDIM in 10 steps."""
     x, t = inputs(SMALL, t=[0, 1, 37, 99])
     x_T = np.random.default_rng(2).normal(size=(4, 8, 8, 1)).astype(np.float32)
     images = torch.as_tensor(x_T).permute(0, 3, 1, 2)
@@ -72,9 +77,9 @@ def expected(pipeline):
     return dict(x=x, t=t, output=call(pipeline.unet, x, t).numpy(), x_T=x_T, ddim=ddim)
 
 
-def test_the_fixture_is_what_diffusers_says():
-    pipeline = diffusers.DDPMPipeline.from_pretrained(FIXTURE)
-    with np.load(FIXTURE / 'expected.npz') as stored:
+def test_the_fixture_is_what_diffusers_computes():
+    pipeline = diffusers.DDPMPipeline.from_pretrained(PIPELINE)
+    with np.load(PIPELINE / 'expected.npz') as stored:
         for name, array in expected(pipeline).items():
             np.testing.assert_allclose(stored[name], array, rtol=1e-5, atol=1e-6)
             assert array.std() > 0.1
@@ -110,7 +115,7 @@ def test_every_form_of_folder(form, network, tmp_path):
         save_file(old, path, metadata={'format': 'pt'})
         network = diffusers.UNet2DModel.from_pretrained(folder / 'unet')
     import_to(workdir, f'diffusers:{folder}')
-    assert_heard(workdir, network.float())
+    assert_equal_networks(workdir, network.float())
 
 
 @pytest.mark.parametrize(
@@ -150,8 +155,8 @@ def test_every_form_of_folder(form, network, tmp_path):
     ],
     ids=['ddpm', 'x0', 'ddim'],
 )  # fmt: skip
-def test_the_scheduler_says_how_to_sample(scheduler, settings, network, tmp_path):
-    """The schedule that we build of it is theirs, but for the rounding of their float32 product."""
+def test_the_scheduler_determines_the_sampling(scheduler, settings, network, tmp_path):
+    """The schedule equals theirs, up to the rounding of their float32 product."""
     their_scheduler = getattr(diffusers, scheduler.pop('cls', 'DDPMScheduler'))(**scheduler)
     folder = tmp_path / 'theirs'
     network.save_pretrained(folder / 'unet')
@@ -160,7 +165,7 @@ def test_the_scheduler_says_how_to_sample(scheduler, settings, network, tmp_path
     config = configs_workdir.get_config(str(tmp_path / 'ours')).to_dict()
     for part, values in settings.items():
         assert {key: config[part][key] for key in values} == values
-    ours = experiment.build(configs_workdir.get_config(str(tmp_path / 'ours'))).schedule
+    ours = build.build(configs_workdir.get_config(str(tmp_path / 'ours'))).schedule
     assert len(their_scheduler.alphas_cumprod) == ours.T
     np.testing.assert_allclose(
         ours.alpha_bar(np.arange(1, ours.T + 1)), their_scheduler.alphas_cumprod, rtol=5e-5, atol=1e-6
@@ -171,7 +176,7 @@ def test_the_scheduler_says_how_to_sample(scheduler, settings, network, tmp_path
 
 
 def ddim_state(network, levels):
-    """A state dict of the names and shapes of the DDIM code's Model, with the weights of diffusers' network."""
+    """A state dict with the names and shapes of the DDIM code's Model and the weights of diffusers' network."""
     state = {}
     for name, tensor in network.state_dict().items():
         parts = name.split('.')
@@ -185,10 +190,10 @@ def ddim_state(network, levels):
                 place = f'mid.attn_{int(rest[1]) + 1}' if rest[0] == 'attentions' else f'mid.block_{int(rest[1]) + 1}'
                 leaf = rest[2:]
             else:
-                way = root.split('_')[0]
-                level = int(rest[0]) if way == 'down' else levels - 1 - int(rest[0])
+                direction = root.split('_')[0]
+                level = int(rest[0]) if direction == 'down' else levels - 1 - int(rest[0])
                 kind = {'resnets': 'block', 'attentions': 'attn'}.get(rest[1])
-                place = f'{way}.{level}.{kind}.{rest[2]}' if kind else f'{way}.{level}.{way}sample'
+                place = f'{direction}.{level}.{kind}.{rest[2]}' if kind else f'{direction}.{level}.{direction}sample'
                 leaf = rest[3:]
             leaf = '.'.join(leaf)
             for new, theirs in (
@@ -203,7 +208,7 @@ def ddim_state(network, levels):
     return state
 
 
-# Of models/diffusion.py with ch 32, ch_mult [1, 2], one block a level, attention at the lower resolution.
+# From models/diffusion.py with ch 32, ch_mult [1, 2], one block a level, attention at the lower resolution.
 SOME_OF_THEIR_NAMES = {
     'temb.dense.0.weight': (128, 32),
     'conv_in.weight': (32, 3, 3, 3),
@@ -234,7 +239,7 @@ def ddim_network():
 def test_the_ddim_authors_checkpoints(form, ddim_network, tmp_path):
     state = ddim_state(ddim_network, levels=2)
     assert {name: tuple(state[name].shape) for name in SOME_OF_THEIR_NAMES} == SOME_OF_THEIR_NAMES
-    raw = {name: 1.5 * tensor for name, tensor in state.items()}  # of a run, the EMA is the network that we look for
+    raw = {name: 1.5 * tensor for name, tensor in state.items()}  # the EMA of a run is the network that counts
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
     run = [{f'module.{name}': tensor for name, tensor in raw.items()}, optimizer.state_dict(), 7, 790_000, state]
     torch.save({'a run': run, 'a run without EMA': run[:4]}.get(form, state), tmp_path / 'model.ckpt')
@@ -263,7 +268,7 @@ def without(state, name):
 
 
 def test_a_run_whose_steps_are_tensors(ddim_network, tmp_path):
-    """Or nothing that JSON has; and one that was saved without checksums."""
+    """Steps that JSON cannot hold are null. The file is saved without checksums."""
     state = ddim_state(ddim_network, levels=2)
     torch.serialization.set_crc32_options(False)
     try:
@@ -286,7 +291,7 @@ def test_a_flipped_bit(ddim_network, tmp_path):
 
 
 def changed(state, change):
-    """With one of its tensors made another."""
+    """Replace one tensor of a state dict."""
     return state | {'temb.dense.0.weight': change(state['temb.dense.0.weight'])}
 
 
@@ -297,14 +302,14 @@ class Malice:
 
 def test_the_size_of_images_is_not_in_the_file(ddim_network, tmp_path):
     torch.save(ddim_state(ddim_network, levels=2), tmp_path / 'model.ckpt')
-    with pytest.raises(RunError, match=r'give config\.data\.image_size'):
+    with pytest.raises(RunError, match=r'set config\.data\.image_size'):
         import_to(tmp_path / 'ours', f'ddim:{tmp_path / "model.ckpt"}', {'data.image_size': 0})
 
 
 @pytest.mark.parametrize('content', [b'no tensors', b''])
-def test_files_of_something_else(content, tmp_path):
+def test_files_without_tensors_are_refused(content, tmp_path):
     (tmp_path / 'model.ckpt').write_bytes(content)
-    with pytest.raises(RunError, match=r'model\.ckpt cannot be read as tensors alone') as error:
+    with pytest.raises(RunError, match=r'model\.ckpt cannot be read as tensors') as error:
         import_to(tmp_path / 'ours', f'ddim:{tmp_path / "model.ckpt"}')
     assert '\n' not in str(error.value) and 'weights_only' not in str(error.value)
 
@@ -312,8 +317,8 @@ def test_files_of_something_else(content, tmp_path):
 @pytest.mark.parametrize(
     ('content', 'words'),
     [
-        (lambda state: Malice(), r'model\.ckpt cannot be read as tensors alone: it holds \w+\.mkdir, .* was run'),
-        (lambda state: state | {7: torch.ones(3)}, 'a tensor is called 7'),
+        (lambda state: Malice(), r'model\.ckpt cannot be read as tensors: it holds \w+\.mkdir\. No code in it was run'),
+        (lambda state: state | {7: torch.ones(3)}, 'it holds 7 with Tensor'),
         (lambda state: changed(state, torch.Tensor.int), r'temb\.dense\.0\.weight as torch\.int32'),
         (lambda state: changed(state, lambda tensor: tensor + 1j), r'temb\.dense\.0\.weight as torch\.complex64'),
         (lambda state: changed(state, torch.Tensor.to_sparse), r'temb\.dense\.0\.weight as torch\.sparse_coo'),
@@ -327,12 +332,12 @@ def test_files_of_something_else(content, tmp_path):
             r'both (\S+) and module\.\1: delete',
         ),
         (lambda state: [state], 'list of 1'),
-        (lambda state: {'state': state}, 'no state dict'),
+        (lambda state: {'state': state}, 'is not a state dict'),
         (lambda state: {'weight': torch.ones(3)}, 'conv_in.weight'),
         (lambda state: without(state, 'mid.attn_1.q.bias'), r'mid\.attn_1\.q\.bias \(64,\) is missing'),
         (
             lambda state: state | {'up.1.attn.0.k.weight': torch.ones(64, 64, 3, 3)},
-            r'up\.1\.attn\.0\.k\.weight has the shape \(64, 64, 3, 3\)',
+            r'up\.1\.attn\.0\.k\.weight has shape \(64, 64, 3, 3\)',
         ),
     ],
 )
@@ -342,7 +347,7 @@ def test_other_checkpoints_are_refused(content, words, ddim_network, tmp_path, m
     with pytest.raises(RunError, match=words) as error:
         import_to(tmp_path / 'ours', 'ddim:model.ckpt')
     assert 'model.ckpt' in str(error.value) and '\n' not in str(error.value) and 'weights_only' not in str(error.value)
-    assert sorted(os.listdir()) == ['model.ckpt']  # what is refused leaves nothing, and has run nothing
+    assert sorted(os.listdir()) == ['model.ckpt']  # nothing was imported, and no code was run
 
 
 # ── us → diffusers ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -352,7 +357,7 @@ def test_other_checkpoints_are_refused(content, words, ddim_network, tmp_path, m
     ('name', 'kind'), [('linear', 'eps'), ('linear', 'v'), ('sigmoid', 'eps'), ('constant', 'eps')]
 )
 def test_an_exported_run_draws_the_same_images(name, kind, tmp_path, monkeypatch):
-    """A run of ours, level 1 … T, in diffusers' own pipelines: DDIM, and DDPM with the noise that we draw."""
+    """A run with levels 1 … T, in diffusers' DDIMPipeline, and in its DDPMPipeline with the noise that we draw."""
     config = tiny(
         {
             'schedule.name': name, 'schedule.T': 20, 'schedule.beta_start': 1e-3, 'schedule.beta_end': 0.3,
@@ -361,10 +366,10 @@ def test_an_exported_run_draws_the_same_images(name, kind, tmp_path, monkeypatch
     )  # fmt: skip
     params = random_params(config, 1)
     workdir = make_run(tmp_path / 'ours', config, 5, params=params, ema=params)
-    assert publish.run(config, str(workdir)) == 0
+    assert export.run(config, str(workdir)) == 0
     folder = workdir / 'export' / 'step5-ema'
 
-    exp = experiment.build(config)
+    exp = build.build(config)
     keys = jax.random.split(jax.random.key(1), 3)
 
     def noise(level):
@@ -392,10 +397,10 @@ def test_an_exported_run_draws_the_same_images(name, kind, tmp_path, monkeypatch
 
 
 def test_from_them_and_back_is_the_same_file(network, tmp_path):
-    """And what their DDIMPipeline saves, which keeps the keys of the scheduler that it was made of, is read as well."""
+    """What their DDIMPipeline saves is read as well; it keeps the keys of the scheduler that it was made from."""
     theirs = save_pipeline(tmp_path / 'theirs', network, diffusers.DDPMScheduler(variance_type='fixed_large'))
     import_to(tmp_path / 'ours', f'diffusers:{theirs}')
-    assert publish.run(configs_workdir.get_config(str(tmp_path / 'ours')), str(tmp_path / 'ours')) == 0
+    assert export.run(configs_workdir.get_config(str(tmp_path / 'ours')), str(tmp_path / 'ours')) == 0
     folder = tmp_path / 'ours' / 'export' / 'step0-ema'
     weights = 'unet/diffusion_pytorch_model.safetensors'
     back, there = load_file(folder / weights), load_file(theirs / weights)
@@ -411,10 +416,10 @@ def test_from_them_and_back_is_the_same_file(network, tmp_path):
             assert json.dumps(config[key]) == json.dumps(was[key]), key  # a list or a tuple
     diffusers.DDIMPipeline.from_pretrained(folder).save_pretrained(tmp_path / 'ddim')
     import_to(tmp_path / 'again', f'diffusers:{tmp_path / "ddim"}')
-    assert_heard(tmp_path / 'again', network)
+    assert_equal_networks(tmp_path / 'again', network)
 
 
 if __name__ == '__main__':
-    shutil.rmtree(FIXTURE, ignore_errors=True)
-    save_pipeline(FIXTURE, their_network(**SMALL), diffusers.DDPMScheduler(100, variance_type='fixed_large'))
-    np.savez_compressed(FIXTURE / 'expected.npz', **expected(diffusers.DDPMPipeline.from_pretrained(FIXTURE)))
+    shutil.rmtree(PIPELINE, ignore_errors=True)
+    save_pipeline(PIPELINE, their_network(**SMALL), diffusers.DDPMScheduler(100, variance_type='fixed_large'))
+    np.savez_compressed(PIPELINE / 'expected.npz', **expected(diffusers.DDPMPipeline.from_pretrained(PIPELINE)))

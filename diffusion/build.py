@@ -1,0 +1,235 @@
+"""From a config to the objects that it describes: schedule, network, optimizer, mesh, images, TrainState."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from diffusion import data, gaussian, schedule, workdir
+from diffusion.networks import IMPLEMENTATIONS, NETWORKS
+from diffusion.runtime import hosts, mesh
+from diffusion.util import RunError, naming
+
+# What may differ between the hosts of a run: the host's number, and where it finds and keeps files.
+PER_HOST = ('distributed.process_id', 'data.data_dir', 'data.cache_dir', 'compile_cache')
+LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax')  # other versions compile other programs, or compute something else
+
+
+class Skipped(NamedTuple):
+    """Steps that changed nothing because their loss or gradient was not finite."""
+
+    total: jax.Array  # () int32
+    in_a_row: jax.Array  # () int32, up to now
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes. It holds no random keys: they follow from (seed, step)."""
+
+    step: jax.Array  # () int32, steps done, skipped ones included
+    params: Any
+    ema: Any  # exponential moving average of params
+    opt_state: Any
+    skipped: Skipped
+
+    def trees(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the step."""
+        return {'params': self.params, 'ema': self.ema, 'opt_state': self.opt_state, 'skipped': self.skipped}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network without its parameters, which are a plain dict of arrays."""
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    first_level: int = 1  # the number by which the module knows level 1
+
+    @functools.cached_property
+    def graph(self) -> nnx.GraphDef:
+        """The structure of the module; making it raises ValueError if the network does not exist."""
+        return nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))))[0]
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Return initial parameters."""
+        return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(key))))
+
+    def net(self, params: dict[str, Any], *, dropout_key: jax.Array | None = None) -> Callable:
+        """Return the callable (x_t (B, H, W, C), t (B,)) → (B, H, W, C); it has dropout if there is a key."""
+        module = nnx.merge(self.graph, params)
+        mode = {} if dropout_key is None else dict(deterministic=False, rngs=nnx.Rngs(dropout=dropout_key))
+        # Our levels are 1 … T; weights trained by others have learned 0 … T−1.
+        return lambda x_t, t: module(x_t, t - (1 - self.first_level), **mode)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What every mode needs."""
+
+    schedule: schedule.Schedule
+    network: Network
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule  # number of updates → learning rate, for the logs
+    mesh: jax.sharding.Mesh
+    implementation: types.ModuleType  # an entry of networks.IMPLEMENTATIONS
+
+    def init(self, key: jax.Array) -> TrainState:
+        """Return the TrainState at step 0, in which the EMA equals the parameters."""
+        params = self.network.init(key)
+        return self.start(params, jax.tree.map(jnp.copy, params))  # a donated buffer cannot serve twice
+
+    def start(self, params: Any, ema: Any) -> TrainState:
+        """Return the TrainState at step 0 with these weights."""
+        return TrainState(jnp.int32(0), params, ema, self.optimizer.init(params), Skipped(jnp.int32(0), jnp.int32(0)))
+
+    def abstract_state(self) -> TrainState:
+        """Return the shapes and shardings of the TrainState."""
+        state = jax.eval_shape(self.init, jax.random.key(0))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            mesh.split_state(self.mesh, state),
+        )
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Build the Experiment that a config describes.
+
+    Raises:
+        RunError: it describes none; the message names the key.
+    """
+    workdir.check(config)
+    with naming(f'config.schedule ({", ".join(f"{key}={value!r}" for key, value in config.schedule.items())})'):
+        noise_schedule = make_schedule(config.schedule)
+    with naming('config.model.kind'):
+        gaussian.require_signal(noise_schedule, config.model.kind, noise_schedule.T)
+    with naming('config.mesh'):
+        devices = mesh.make_mesh(config.mesh.fsdp)
+    implementation = IMPLEMENTATIONS[_implementation(config.model.implementation, devices)]
+    with naming('config.model'):
+        network = make_network(config, NETWORKS | implementation.NETWORKS)
+        _ = network.graph  # raises ValueError now
+    optimizer, learning_rate = make_optimizer(config.train)
+    return Experiment(noise_schedule, network, optimizer, learning_rate, devices, implementation)
+
+
+def make_schedule(config: ConfigDict) -> schedule.Schedule:
+    """Build the noise schedule from config.schedule.
+
+    Raises:
+        ValueError: the schedule does not exist for these values.
+    """
+    return _call(schedule.SCHEDULES[config.name], config)
+
+
+def make_network(config: ConfigDict, networks: dict[str, Callable]) -> Network:
+    """Build the network that config.model describes, for images of config.data, from a table of networks."""
+    given = {
+        **config.model,
+        'image_size': config.data.image_size,
+        'image_channels': config.data.channels,
+        'dtype': jnp.dtype(config.model.dtype),
+    }
+    return Network(lambda rngs: _call(networks[config.model.network], given | {'rngs': rngs}), config.model.first_level)
+
+
+def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Build the optimizer, Adam behind a clipped gradient, and its learning rate after a number of updates.
+
+    Both count updates: a skipped step is none.
+    """
+
+    def learning_rate(updates):
+        return config.learning_rate * jnp.minimum(1.0, (updates + 1) / max(1, config.warmup_steps))
+
+    clip = optax.clip_by_global_norm(config.grad_clip or float('inf'))
+    return optax.chain(clip, optax.adam(learning_rate)), learning_rate
+
+
+def load_images(config: ConfigDict, split: str = 'train') -> data.Images:
+    """Load one split of the images that config.data describes.
+
+    Raises:
+        RunError: there are no such images.
+    """
+    keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction')
+    asked = 'config.data' if split == 'train' else f'config.data, config.likelihood.split={split!r}'
+    with naming(asked):
+        return data.load(config.data.source, split, **{key: config.data[key] for key in keys})
+
+
+def load_same_images(config: ConfigDict, split: str = 'train') -> data.Images:
+    """Load one split of the images on all hosts, and check that they are the same everywhere.
+
+    Raises:
+        RunError: they are not, or one host has none; raised on all hosts.
+    """
+    failure = None
+    try:
+        images = load_images(config, split)
+        found = f'{len(images)} images with SHA-256 {images.record["sha256"]}'
+    except RunError as error:
+        failure, found = error, str(error)
+    require_same({'config.data.source': found}, 'Give each host the same images: all of them, and nothing else.')
+    if failure:  # raised once the other hosts know
+        raise failure
+    return images
+
+
+def join_hosts(config: ConfigDict, mode: str) -> None:
+    """Join the other hosts of the run, before anything touches a device, and check that all were asked for the same.
+
+    On a lone CPU, --mode=sample makes each core a device, so that the cores share a batch.
+
+    Raises:
+        RunError: the settings do not fit together, or the hosts differ in settings, versions or mode.
+        NotMetError: the hosts do not meet.
+    """
+    with naming('config.distributed'):
+        hosts.connect(**config.distributed)
+    if mode == 'sample':
+        mesh.use_cores(min(config.sample.batch_size, config.sample.num_images))
+    if jax.distributed.is_initialized():
+        asked = {f'config.{key}': repr(value) for key, value in _flat(config.to_dict()) if key not in PER_HOST}
+        versions = {f'the version of {name}': importlib.metadata.version(name) for name in LIBRARIES}
+        advice = 'Start all hosts with the same command and the same software.'
+        require_same(asked | versions | {'--mode': mode}, advice)
+
+
+def require_same(values: dict[str, str], advice: str) -> None:
+    """Raise RunError, on all hosts, if a value differs between hosts. The hosts wait for each other."""
+    found = hosts.differences(values)
+    if found:
+        lines = ''.join(f'\n    {name}: {difference}' for name, difference in found.items())
+        verb = 'is' if len(found) == 1 else 'are'
+        raise RunError(f'{" and ".join(found)} {verb} not the same on all hosts{lines}\n{advice}')
+
+
+def _implementation(name, devices):
+    """The implementation that 'auto' stands for: the fast one for CPUs, the plain one for everything else."""
+    if name != 'auto':
+        return name
+    return 'cpu' if devices.devices.flat[0].platform == 'cpu' else 'plain'
+
+
+def _call(function, values):
+    """Call a function or a class with those values that it has parameters for."""
+    signature = inspect.signature(
+        function.__init__ if inspect.isclass(function) else function
+    )  # nnx hides a class's own
+    return function(**{name: values[name] for name in signature.parameters if name in values})
+
+
+def _flat(tree, path=''):
+    """(dotted key, value) of everything in nested dicts."""
+    for key, value in tree.items():
+        yield from _flat(value, f'{path}{key}.') if isinstance(value, dict) else [(path + key, value)]

@@ -1,0 +1,207 @@
+"""The command line: `diffusion` once installed, `python main.py` in a checkout.
+
+Nothing heavy is imported before the flags are known to be good.
+"""
+
+import ast
+import glob
+import importlib
+import io
+import os
+import re
+import signal
+import sys
+import tokenize
+from collections.abc import Iterator, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from diffusion import limits
+from diffusion.runtime.interrupt import EXIT_STATUS
+
+MODES = {
+    'train': 'train, or resume training',
+    'sample': 'draw images, and measure how good they are',
+    'likelihood': 'compute every likelihood, term by term',
+    'data': 'show what the network will see',
+    'import_weights': "make a workdir from another project's weights",
+    'export': 'write a folder for diffusers',
+}
+ALIASES = {'import': 'import_weights'}
+CONFIGS = os.path.join(os.path.dirname(__file__), 'configs')
+
+HELP = """\
+Train a diffusion model, sample it, or compute its likelihood.
+
+  diffusion --config=digits --workdir=runs/digits                      train, or resume training
+  diffusion --config=digits --workdir=runs/digits --mode=sample        draw images, and measure how good they are
+  diffusion --config=digits --workdir=runs/digits --mode=likelihood    every likelihood, term by term
+  diffusion --config=workdir:runs/x --workdir=runs/x --mode=export     with the config that the workdir holds
+
+`python main.py` in a checkout is the same command.
+
+--config=NAME or PATH.py    one of {configs}; or a file of your own
+--workdir=FOLDER            checkpoints, logs, samples
+--mode=MODE                 the default is train
+{modes}
+Every key can be changed, as --config.train.batch_size=64. The keys, with the defaults of configs/default.py:
+
+{keys}"""
+
+config_flags.DEFINE_config_file('config', None, 'A config by its name, or a Python file.', lock_config=True)
+flags.DEFINE_string('workdir', None, 'The folder of the run: checkpoints, logs, samples.')
+flags.DEFINE_enum('mode', 'train', [*MODES, *ALIASES], 'What to do.')
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def main() -> None:
+    """Run the command in sys.argv, and exit."""
+    app.run(_run, flags_parser=parse)
+
+
+def _run(argv):
+    if len(argv) > 1:
+        sys.exit(f'error: unexpected argument {argv[1]!r}: flags start with --')
+    workdir = folder(flags.FLAGS.workdir)
+    if not flags.FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.FATAL)  # problems that libraries log reach the user as our errors
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, wherever no Interrupt listens
+    mode = ALIASES.get(flags.FLAGS.mode, flags.FLAGS.mode)
+    try:
+        from diffusion import build, util  # imports JAX
+        from diffusion.runtime import hosts
+
+        run = importlib.import_module(f'diffusion.modes.{mode}').run
+    except KeyboardInterrupt as stop:
+        _end(stop)
+    try:
+        build.join_hosts(flags.FLAGS.config, mode)
+        sys.exit(run(flags.FLAGS.config, workdir))
+    except util.RunError as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt as stop:
+        _end(stop)
+    except Exception as error:
+        message = hosts.lost(error)
+        if message is None:
+            raise
+        print(f'error: {message}', file=sys.stderr, flush=True)
+        os._exit(EXIT_STATUS)  # at once: handlers that run at exit would wait for the lost host
+
+
+def _end(stop):
+    """Report a signal that ended the run, and exit with the status that asks for the same command again."""
+    where = str(stop) or 'nothing is written yet; the same command starts over'
+    print(f'interrupted: {where}', file=sys.stderr, flush=True)
+    sys.exit(EXIT_STATUS)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parse the flags. Exit with one line about the flag that is wrong, or after printing the help."""
+    text = '\n'.join(argv)
+    if re.search(r'^--?(help\w*|h|\?)$', text, re.MULTILINE):
+        print(help_text())
+        sys.exit(0)
+    argv, path = find_config(argv)
+    file = path.partition(':')[0]
+    if path and not (os.path.isfile(file) and file.endswith('.py')):
+        known = ', '.join(config_names())
+        sys.exit(f'error: --config={path}: no such Python file; the configs by name, in configs/, are {known}')
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        if 'TypeError: get_config() takes 0 positional arguments' in str(error):
+            sys.exit(
+                f'error: --config={path}: {file} takes nothing after a colon; configs/workdir.py takes a workdir there'
+            )
+        sys.exit(f'error: {error}')
+    except (AttributeError, KeyError, TypeError) as error:
+        # The message names the key, or a dotted path whose last part was looked up in a value instead of a group.
+        key = re.search(r'lookup: [\w.]*?(\w+)\W*$', str(error)) or re.search(r'(\w+)', str(error))
+        wrong = [word for word in argv if key and key[1] in word.partition('=')[0].split('.')]
+        if not key or not wrong:  # the config file itself is wrong: its author needs the traceback
+            raise
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f'did you mean {near[1]!r}?' if near else 'configs/default.py has all keys, and --help lists them'
+        sys.exit(f'error: {wrong[0]}: the config has no key {key[1]!r}; {hint}')
+
+
+def find_config(argv: Sequence[str]) -> tuple[list[str], str]:
+    """Replace the name of a config by its path.
+
+    Returns:
+        (argv, the path with what follows a colon; '' if no config is asked for).
+    """
+    found, path = list(argv), ''
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition('=')
+        if flag.lstrip('-') != 'config' or not flag.startswith('-'):
+            continue
+        place = i if equals else i + 1
+        if place == len(argv):
+            continue
+        name, colon, argument = (value if equals else argv[place]).partition(':')
+        if name in config_names():
+            name = os.path.join(CONFIGS, f'{name}.py')
+        path = name + colon + argument
+        found[place] = f'{flag}={path}' if equals else path
+    return found, path
+
+
+def config_names() -> list[str]:
+    """Return the names of the configs that come with the package."""
+    paths = glob.glob(os.path.join(CONFIGS, '[!_]*.py'))
+    return sorted(os.path.splitext(os.path.basename(path))[0] for path in paths)
+
+
+def folder(path: str) -> str:
+    """Return the absolute path of a workdir. Exit with one line if it cannot be a folder."""
+    wrong = f'error: --workdir={path}'
+    if not path:
+        sys.exit(f'{wrong} is not a folder')
+    if '://' in path:
+        sys.exit(f'{wrong}: a workdir is a folder; mount the bucket as a file system, and name the folder there')
+    absolute = existing = os.path.abspath(os.path.expanduser(path))
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        kind = 'a file' if os.path.exists(existing) else 'a broken link'
+        sys.exit(f'{wrong} cannot be a folder: {existing} is {kind}')
+    return absolute
+
+
+def help_text() -> str:
+    """Return the help: modes, configs, and every key with its default, meaning and limits."""
+    modes = ''.join(f'    {mode:<24}{what}\n' for mode, what in MODES.items())
+    keys = []
+    for key, value, comment in documented_keys():
+        limit = limits.LIMITS.get(key)
+        allowed = f' ({limit.without_imports()})' if isinstance(limit, limits.OneOf) else ''
+        keys.append(f'  --config.{key}={value}\n      {comment}{allowed}\n')
+    return HELP.format(configs=', '.join(config_names()), modes=modes, keys=''.join(keys))
+
+
+def documented_keys() -> Iterator[tuple[str, str, str]]:
+    """Yield (key, default, comment) for each assignment of configs/default.py, from its source.
+
+    The comment is that on the same line, or else the lines of comment above.
+    """
+    with open(os.path.join(CONFIGS, 'default.py'), encoding='utf-8') as file:
+        source = file.read()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip('# ') for token in tokens if token.type == tokenize.COMMENT}
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Attribute):
+            continue
+        value = ast.unparse(node.value)
+        if value == 'ConfigDict()':
+            continue
+        above = node.lineno - 1
+        while above in comments and lines[above - 1].lstrip().startswith('#'):
+            above -= 1
+        comment = [
+            comments[line] for line in range(above + 1, (node.end_lineno or node.lineno) + 1) if line in comments
+        ]
+        yield ast.unparse(node.targets[0]).removeprefix('config.'), value, ' '.join(comment)

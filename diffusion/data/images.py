@@ -1,0 +1,74 @@
+"""The images of one split, in memory, in a file, or decoded whenever they are needed."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt8
+
+from diffusion.data.pictures import Preprocessing
+from diffusion.data.sources import Source
+from diffusion.util import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The images of one split, after preprocessing.
+
+    Attributes:
+        images: (N, H, W, C) uint8, or an object with shape, dtype and nbytes that is indexed in the same way.
+        labels: (N,) int32 indices into record['classes'], or None if the source has no labels.
+        record: a description as JSON: count, classes, preprocessing, fingerprint, channel_means, sha256.
+    """
+
+    images: Any
+    labels: Int32[np.ndarray, 'N'] | None
+    record: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Any) -> UInt8[np.ndarray, '*batch H W C']:
+        return self.images[indices]
+
+
+class Undecoded:
+    """Images that are decoded whenever they are needed, for data sets that are too large for the disk.
+
+    Every picture could be decoded once. If one cannot be read any more, the next readable picture replaces it, with
+    a warning, so that a moved file does not end a run. Indexing raises ValueError after RETRIES unreadable pictures.
+
+    Args:
+        source: the pictures.
+        preprocess: applied to each picture.
+        good: (N,) indices of the usable pictures in the source.
+    """
+
+    RETRIES = 20
+
+    def __init__(self, source: Source, preprocess: Preprocessing, good: Int64[np.ndarray, 'N']):
+        self._source, self._preprocess, self._good = source, preprocess, good
+        self._reported: set[int] = set()
+        self.shape = (len(good), *preprocess.shape)
+        self.dtype = np.dtype(np.uint8)
+        self.nbytes = int(np.prod(self.shape))
+
+    def __len__(self) -> int:
+        return len(self._good)
+
+    def __getitem__(self, indices: Any) -> UInt8[np.ndarray, '*batch H W C']:
+        rows = np.arange(len(self))[indices]
+        images = [self._decode(row) for row in np.ravel(rows)]
+        return np.asarray(images, np.uint8).reshape(*np.shape(rows), *self.shape[1:])
+
+    def _decode(self, row: int) -> UInt8[np.ndarray, 'H W C']:
+        for candidate in range(row, row + self.RETRIES):
+            i = int(self._good[candidate % len(self)])
+            try:
+                return self._preprocess(self._source.read(i))
+            except ValueError as error:
+                reason = f'{self._source.names[i]!r} could be decoded before, but now {error}'
+                if i not in self._reported:
+                    self._reported.add(i)
+                    say(f'warning: {reason}; the next picture replaces it')
+        raise ValueError(f'{reason}; {self.RETRIES - 1} pictures before it failed as well: is the disk still there?')

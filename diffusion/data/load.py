@@ -1,0 +1,56 @@
+"""Load the images of one split."""
+
+import os
+
+from diffusion.data.cache import decoded
+from diffusion.data.images import Images
+from diffusion.data.pictures import Preprocessing
+from diffusion.data.sources import open_source
+
+
+def load(
+    source: str,
+    split: str = 'train',
+    *,
+    image_size: int,
+    channels: int,
+    crop: str = '',
+    data_dir: str = '',
+    cache: bool = True,
+    cache_dir: str = '',
+    max_bad_fraction: float = 0.01,
+) -> Images:
+    """Load the images of one split; pictures are decoded once, into a file that later runs read.
+
+    Args:
+        source: 'NAME' or 'NAME:PLACE', where NAME is a key of `sources.SOURCES`.
+        split: 'train', 'test', or another that the source has.
+        image_size: height and width of the images, in pixels.
+        channels: 1 (grey) or 3 (colour).
+        crop: a key of `pictures.CROPS`.
+        data_dir: the folder that contains the data; '' is the source's default.
+        cache: keep the decoded images on disk. If False, they are decoded whenever they are needed.
+        cache_dir: the folder of decoded images; '' is $XDG_CACHE_HOME/diffusion.
+        max_bad_fraction: pictures that cannot be used are left out; a larger fraction of them is an error.
+
+    Returns:
+        The images, uint8 (N, image_size, image_size, channels), with their labels.
+
+    Raises:
+        ValueError: there are no such images, or an argument is invalid. The message says what was looked for and how
+            to get it.
+    """
+    preprocess = Preprocessing(crop, image_size, channels)
+    if not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f'max_bad_fraction is {max_bad_fraction}, but must be in [0, 1]')
+    pictures = open_source(source, split, data_dir)
+    directory = os.path.expanduser(cache_dir) or default_cache()
+    images = decoded(pictures, preprocess, directory=directory, max_bad_fraction=max_bad_fraction, keep=cache)
+    if not len(images):
+        raise ValueError(f'there are no images in {source!r}')
+    return images
+
+
+def default_cache() -> str:
+    """Return the default folder of decoded images: $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion."""
+    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'diffusion')

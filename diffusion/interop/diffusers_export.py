@@ -1,0 +1,112 @@
+"""Writes folders that the DDPMPipeline and the DDIMPipeline of diffusers load without changes."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from diffusion.interop.diffusers import KINDS, NETWORK_KEYS, SCHEDULES, SPACINGS, WEIGHTS, names
+from diffusion.interop.tensors import to_tensors
+from diffusion.util import write_json
+
+
+def write(folder: str, params: Mapping[Any, Any], *, network: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """Write a pipeline.
+
+    Args:
+        folder: is created if it does not exist.
+        params: of a network that is called with timesteps 0 … T−1.
+        network: what `network_config` returned.
+        scheduler: what `scheduler_config` returned.
+
+    Raises:
+        OSError, safetensors.SafetensorError: a file cannot be written.
+    """
+    unet = os.path.join(folder, 'unet')
+    os.makedirs(unet, exist_ok=True)
+    save_file(to_tensors(params, names), os.path.join(unet, WEIGHTS), metadata={'format': 'pt'})
+    write_json(os.path.join(unet, 'config.json'), network)
+    write_json(os.path.join(folder, 'scheduler', 'scheduler_config.json'), scheduler)
+    index = {'unet': ['diffusers', 'UNet2DModel'], 'scheduler': ['diffusers', 'DDPMScheduler']}
+    write_json(os.path.join(folder, 'model_index.json'), {'_class_name': 'DDPMPipeline'} | index)
+
+
+def network_config(
+    *,
+    image_size: int,
+    image_channels: int,
+    channels: int,
+    multipliers: Sequence[int],
+    num_blocks: int,
+    attention_resolutions: Sequence[int],
+    groups: int,
+    dropout: float,
+) -> dict[str, Any]:
+    """Return the config.json of the UNet2DModel that equals our network; the arguments are those of our UNet.
+
+    Raises:
+        ValueError: no UNet2DModel equals it.
+    """
+    if multipliers[0] != 1:
+        raise ValueError(
+            f'multipliers is {tuple(multipliers)}, but its first entry must be 1 for an export: the first convolution '
+            'of a UNet2DModel has the width of its first resolution'
+        )
+    attends = [image_size >> level in attention_resolutions for level in range(len(multipliers))]
+    return {
+        '_class_name': 'UNet2DModel',
+        'sample_size': image_size,
+        'in_channels': image_channels,
+        'out_channels': image_channels,
+        'block_out_channels': [channels * m for m in multipliers],
+        'layers_per_block': num_blocks,
+        'down_block_types': ['AttnDownBlock2D' if a else 'DownBlock2D' for a in attends],
+        'up_block_types': ['AttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attends)],
+        'norm_num_groups': groups,
+        'attention_head_dim': None,
+        'dropout': dropout,
+        **{key: accepted[0] for key, (_, accepted) in NETWORK_KEYS.items()},
+    }
+
+
+def scheduler_config(
+    *,
+    name: str | None,
+    T: int,
+    beta_start: float,
+    beta_end: float,
+    betas: np.ndarray,
+    kind: str,
+    variance: str,
+    clip: bool,
+    spacing: str,
+) -> dict[str, Any]:
+    """Return the config of a DDPMScheduler, from which a DDIMPipeline makes its DDIMScheduler.
+
+    Args:
+        name: our name of the schedule; None if diffusers has it with other constants.
+        T: the number of noise levels.
+        beta_start: of the schedule, if it has one.
+        beta_end: of the schedule, if it has one.
+        betas: (T,), listed for a schedule that one of the two schedulers does not have.
+        kind: 'eps', 'x0' or 'v'.
+        variance: 'small' or 'large'.
+        clip: whether the predicted x_0 is clipped.
+        spacing: 'leading' is written for a spacing that diffusers does not have.
+    """
+    # DDIMScheduler has no sigmoid.
+    theirs = {ours: theirs for theirs, ours in SCHEDULES.items() if theirs != 'sigmoid'}
+    return {
+        '_class_name': 'DDPMScheduler',
+        'num_train_timesteps': T,
+        'beta_schedule': theirs.get(name or '', 'linear'),
+        'beta_start': beta_start,
+        'beta_end': beta_end,
+        'trained_betas': None if name in theirs else [float(beta) for beta in betas],
+        'prediction_type': {ours: theirs for theirs, ours in KINDS.items()}[kind],
+        'variance_type': f'fixed_{variance}',
+        'clip_sample': clip,
+        'timestep_spacing': spacing if spacing in SPACINGS else 'leading',
+    }

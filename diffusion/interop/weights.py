@@ -1,0 +1,116 @@
+"""Files of named tensors: safetensors, and what PyTorch saves. No code in a file is ever run."""
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+FLOATING = 'floating point of at least 16 bits was expected'
+
+
+def read_safetensors(path: str) -> dict[str, np.ndarray]:
+    """Return {name: tensor} of a safetensors file.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds a type that NumPy does not have.
+    """
+    if not os.path.exists(path):
+        raise ValueError(f'{path} is missing')
+    try:
+        with safe_open(path, framework='np') as file:
+            return {name: _read_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f'{path} cannot be read{_truncated_at(path)} ({error}): download it again') from error
+
+
+def _read_tensor(file: Any, name: str, path: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except (AttributeError, TypeError) as error:  # the type does not exist in NumPy
+        raise ValueError(f'{path} holds {name} as {file.get_slice(name).get_dtype()}, but {FLOATING}') from error
+
+
+def _truncated_at(path: str) -> str:
+    """Name the first tensor that a truncated file does not hold completely; '' if the header does not tell."""
+    try:
+        with open(path, 'rb') as file:
+            length = int.from_bytes(file.read(8), 'little')
+            header = json.loads(file.read(min(length, os.path.getsize(path))))
+        ends = {entry['data_offsets'][1]: name for name, entry in header.items() if name != '__metadata__'}
+        end = min(end for end in ends if 8 + length + end > os.path.getsize(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return ''
+    return f': it ends within {ends[end]}'
+
+
+def load_torch(path: str) -> Any:
+    """Return what PyTorch saved in a file: tensors, and plain containers of them.
+
+    Raises:
+        ValueError: PyTorch is not installed, or the file is damaged or holds anything else.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f'{path} is a PyTorch file, and PyTorch is not installed: pip install torch') from error
+    try:
+        damaged = _damaged_member(path)
+        saved = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:  # its own message advises to run the code in the file
+        name = re.search(r'GLOBAL (\S+)', str(error))
+        what = f'it holds {name[1]}' if name else 'it is damaged, or not a PyTorch file'
+        raise ValueError(
+            f'{path} cannot be read as tensors: {what}. No code in it was run. Save only the state dict'
+        ) from error
+    except Exception as error:  # zipfile, torch and the operating system raise many kinds
+        raise ValueError(f'{path} cannot be read as tensors ({one_line(error)})') from error
+    if damaged:
+        raise ValueError(f'{path} is damaged: the checksum of {damaged} in it does not match. Download it again')
+    return saved
+
+
+def _damaged_member(path: str) -> str | None:
+    """Name the first file in a zip archive whose checksum is wrong, which PyTorch does not check."""
+    if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6
+        return None
+    with zipfile.ZipFile(path) as archive:
+        name = archive.testzip()
+        return name if name and archive.getinfo(name).CRC else None  # without its compute_crc32, PyTorch writes zeros
+
+
+def state_dict(saved: Any, where: str) -> dict[str, np.ndarray]:
+    """Return a PyTorch state dict as {name: float32 array}.
+
+    Args:
+        saved: what `load_torch` returned.
+        where: the file, for errors.
+
+    Raises:
+        ValueError: it is not a state dict, or a tensor is not floating point or has no values; the message names it.
+    """
+    if not isinstance(saved, dict):
+        raise ValueError(f'{where} holds {type(saved).__name__}, but a state dict, {{name: tensor}}, was expected')
+    arrays = {}
+    for name, tensor in saved.items():
+        if not isinstance(name, str) or not hasattr(tensor, 'detach'):
+            raise ValueError(
+                f'{where} is not a state dict, {{name: tensor}}: it holds {name!r} with {type(tensor).__name__}'
+            )
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ValueError(f'{where} holds {name} as {tensor.dtype}, but {FLOATING}')
+        try:
+            arrays[name] = tensor.detach().float().numpy()
+        except (RuntimeError, TypeError) as error:
+            found = f'{tensor.layout} on device {tensor.device}'
+            raise ValueError(f'{where} holds {name} as {found}, but a dense tensor with values was expected') from error
+    return arrays
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """Return the type and the message of an exception in one line of at most `most` characters."""
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'[:most]

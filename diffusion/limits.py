@@ -1,0 +1,198 @@
+"""What each config key may be. configs/default.py says what each key means.
+
+A key that names an entry of a table asks that table, so a table's keys stand nowhere else. Tables are referenced by
+name and imported only when a config is checked: the command line's help needs them before JAX is loaded.
+"""
+
+import ast
+import functools
+import importlib
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+LARGEST_COUNT = 2**31 - 1  # steps and images are int32
+
+
+class Limit(Protocol):
+    """The values that a key may have."""
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether the key may have this value."""
+
+    def __str__(self) -> str:
+        """What may follow "must be"."""
+
+
+class Integers:
+    """Whole numbers from low to high."""
+
+    def __init__(self, low: int, high: int = LARGEST_COUNT, reason: str = ''):
+        self._low, self._high, self._reason = low, high, reason
+
+    def accepts(self, value):
+        return self._low <= value <= self._high
+
+    def __str__(self):
+        return f'at least {self._low}' if self._high == LARGEST_COUNT else f'{self._low} to {self._high}{self._reason}'
+
+
+class Reals:
+    """Finite real numbers in an interval; `ends` are its brackets, '[' and ']' for an end that belongs to it."""
+
+    def __init__(self, low: float, high: float = math.inf, ends: str = '[]'):
+        self._low, self._high, self._ends = low, high, ends
+
+    def accepts(self, value):
+        above = self._low <= value if self._ends[0] == '[' else self._low < value
+        below = value <= self._high if self._ends[1] == ']' else value < self._high
+        return math.isfinite(value) and above and below
+
+    def __str__(self):
+        return f'in {self._ends[0]}{self._low:g}, {self._high:g}{self._ends[1]}'
+
+
+class OneOf:
+    """One of a few values, or of the keys of tables given as 'module:NAME'."""
+
+    def __init__(self, *values: Any, table: str = ''):
+        self._values, self._table = values, table
+
+    def accepts(self, value):
+        return value in self._values or (bool(self._table) and value in self._imported())
+
+    def __str__(self):
+        return self._one_of(self._imported() if self._table else ())
+
+    def without_imports(self) -> str:
+        """The same as `str`, from the source of the table's module."""
+        return self._one_of(self._from_source() if self._table else ())
+
+    def _one_of(self, keys):
+        return f'one of {", ".join(map(repr, [*self._values, *keys]))}'
+
+    def _imported(self):
+        module, name = self._table.split(':')
+        return getattr(importlib.import_module(module), name)
+
+    def _from_source(self):
+        module, name = self._table.split(':')
+        path = os.path.join(os.path.dirname(__file__), *module.split('.')[1:])
+        path = os.path.join(path, '__init__.py') if os.path.isdir(path) else f'{path}.py'
+        with open(path, encoding='utf-8') as file:
+            for node in ast.parse(file.read()).body:
+                target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
+                table = getattr(node, 'value', None)
+                if isinstance(target, ast.Name) and target.id == name and isinstance(table, ast.Dict):
+                    return [ast.literal_eval(key) for key in table.keys if key]
+        raise LookupError(f'{module} assigns no dict to {name}')
+
+
+class Text:
+    """Text that is not blank."""
+
+    def __init__(self, words: str):
+        self._words = words
+
+    def accepts(self, value):
+        return value.strip() != ''
+
+    def __str__(self):
+        return self._words
+
+
+class Sizes:
+    """A few positive whole numbers."""
+
+    def accepts(self, value):
+        return len(value) <= 16 and all(isinstance(number, int) and 0 < number < 2**16 for number in value)
+
+    def __str__(self):
+        return 'at most 16 positive whole numbers'
+
+
+WEIGHTS = OneOf('ema', 'raw')
+VARIANCE = OneOf('small', 'large')
+
+LIMITS: dict[str, Limit] = {
+    'seed': Integers(0),
+    'data.image_size': Integers(0, 4096),
+    'data.channels': OneOf(0, 1, 3),
+    'data.crop': OneOf(table='diffusion.data.pictures:CROPS'),
+    'data.max_bad_fraction': Reals(0, 1),
+    'data.placement': OneOf('auto', 'device', 'host'),
+    'model.network': OneOf(table='diffusion.networks:NETWORKS'),
+    'model.implementation': OneOf('auto', table='diffusion.networks:IMPLEMENTATIONS'),
+    'model.kind': OneOf(table='diffusion.gaussian:KINDS'),
+    'model.channels': Integers(0, 2**16),
+    'model.multipliers': Sizes(),
+    'model.num_blocks': Integers(1, 64),
+    'model.attention_resolutions': Sizes(),
+    'model.groups': Integers(1, 2**16),
+    'model.dropout': Reals(0, 1, '[)'),
+    'model.first_level': OneOf(0, 1),
+    'model.dtype': OneOf('float32', 'bfloat16'),
+    'schedule.name': OneOf(table='diffusion.schedule:SCHEDULES'),
+    'schedule.T': Integers(1, 10_000, ': β is a difference of log ᾱ, which float32 does not resolve for more levels'),
+    'schedule.beta_start': Reals(0, 1),
+    'schedule.beta_end': Reals(0, 1),
+    'schedule.offset': Reals(0, 1),
+    'schedule.max_beta': Reals(0, 1, '(]'),
+    'train.loss': OneOf(table='diffusion.loss:WEIGHTINGS'),
+    'train.batch_size': Integers(1),
+    'train.accumulate': Integers(1),
+    'train.num_steps': Integers(1),
+    'train.learning_rate': Reals(0, ends='()'),
+    'train.warmup_steps': Integers(0),
+    'train.grad_clip': Reals(0, ends='[)'),
+    'train.ema_decay': Reals(0, 1, '[)'),
+    'train.max_bad_steps': Integers(1),
+    'train.checkpoint_every': Integers(1),
+    'train.keep_checkpoints': Integers(1),
+    'train.log_every': Integers(1),
+    'train.sample_every': Integers(0),
+    'sample.num_images': Integers(1),
+    'sample.num_steps': Integers(1),
+    'sample.eta': Reals(0, 1),
+    'sample.rule': OneOf(table='diffusion.sampler:RULES'),
+    'sample.spacing': OneOf(table='diffusion.schedule:SPACINGS'),
+    'sample.variance': VARIANCE,
+    'sample.weights': WEIGHTS,
+    'sample.batch_size': Integers(1),
+    'sample.seed': Integers(0),
+    'sample.compat': OneOf(table='diffusion.compat:COMPAT'),
+    'likelihood.num_images': Integers(0),
+    'likelihood.samples': Integers(1),
+    'likelihood.num_steps': Integers(0),
+    'likelihood.levels': Integers(0),
+    'likelihood.eta': Reals(0, 1),
+    'likelihood.variance': VARIANCE,
+    'likelihood.rtol': Reals(0, 1, '()'),
+    'likelihood.atol': Reals(0, 1, '()'),
+    'likelihood.probes': Integers(-1, 2**16),
+    'likelihood.weights': WEIGHTS,
+    'likelihood.batch_size': Integers(1),
+    'likelihood.seed': Integers(0),
+    'interop.weights': WEIGHTS,
+    'mesh.fsdp': Integers(1),
+    'distributed.num_processes': Integers(0),
+    'distributed.process_id': Integers(-1),
+    'distributed.timeout': Integers(1),
+    'compile_cache': Text("a folder, 'workdir' or 'off'"),
+}
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Check the value of every key that has a limit. Combinations of keys are checked where they are used.
+
+    Args:
+        config: the config, a mapping of mappings.
+
+    Raises:
+        ValueError: a key has a value that it may not have; the message names the key.
+    """
+    for key, limit in LIMITS.items():
+        value = functools.reduce(lambda part, name: part[name], key.split('.'), config)
+        if not limit.accepts(value):
+            raise ValueError(f'config.{key} is {value!r}, but must be {limit}')

@@ -1,0 +1,209 @@
+"""--mode=export: a folder that diffusers' pipelines load as it is, with a model card, ready to be uploaded."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors import SafetensorError
+
+from diffusion import build, workdir
+from diffusion.build import Experiment
+from diffusion.interop import diffusers, diffusers_export
+from diffusion.networks import unet
+from diffusion.runtime import hosts, mesh
+from diffusion.util import naming, say, versions
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- diffusers
+- pytorch
+- ddpm
+- ddim
+---
+
+# {title}
+
+A denoising diffusion model of {size} images, {count:,} parameters.
+
+```python
+from diffusers import DDIMPipeline, DDPMPipeline
+
+ddpm = DDPMPipeline.from_pretrained('PATH_OR_ID')
+ddpm(batch_size=4, num_inference_steps={T}).images
+ddim = DDIMPipeline.from_pretrained('PATH_OR_ID')
+ddim(batch_size=4, num_inference_steps={short}, eta=0.0, use_clipped_model_output={clip}).images
+```
+{spacing}{samples}{likelihood}
+## Record
+
+| | |
+|---|---|
+{record}
+"""
+
+
+def run(config: ConfigDict, path: str) -> int:
+    """Write export/<name>/ from the newest checkpoint.
+
+    Args:
+        config: what is asked.
+        path: the workdir.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        RunError: there is no checkpoint, or diffusers cannot express the network.
+    """
+    # Resolve.
+    config = workdir.resolve(config, path)
+    exp = build.build(config)
+    with naming('config.interop'):
+        step, params = workdir.load_params(exp.abstract_state(), config, path, config.interop.weights)
+    params = jax.tree.map(mesh.gather, params)  # all hosts take part
+    with naming('config.model'):
+        network = diffusers_network(config)
+    with naming('config.sample'):
+        scheduler = diffusers_scheduler(config, exp)
+    if not hosts.is_first():
+        return 0
+
+    # Compute.
+    theirs = params
+    if config.model.first_level == 1:  # diffusers' timestep is our level less one
+        theirs = params | {'time1': params['time1'] | {'kernel': unet.advance(params['time1']['kernel'])}}
+
+    # Record and report.
+    folder = workdir.make_folder(path, 'export', f'step{step}-{config.interop.weights}')
+    with workdir.writing(folder, SafetensorError):  # which safetensors raises when the disk is full
+        diffusers_export.write(folder, theirs, network=network, scheduler=scheduler)
+        write_card(folder, config, path, step, params)
+    for file in ('README.md', 'model_index.json'):
+        say(os.path.join(folder, file))
+    return 0
+
+
+def diffusers_network(config: ConfigDict) -> dict[str, Any]:
+    """Return the config.json of a UNet2DModel that equals config.model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    keys = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups', 'dropout')
+    return diffusers_export.network_config(
+        image_size=config.data.image_size,
+        image_channels=config.data.channels,
+        **{key: config.model[key] for key in keys},
+    )
+
+
+def diffusers_scheduler(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
+    """Return the config of a scheduler that equals config.schedule and config.sample."""
+    schedule, asked = config.schedule, config.sample
+    same = schedule.name != 'cosine' or (schedule.offset, schedule.max_beta) == (0.008, 0.999)
+    return diffusers_export.scheduler_config(
+        name=schedule.name if same else None,
+        T=schedule.T,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        betas=-np.expm1(np.diff(np.asarray(exp.schedule.log_alpha_bar, np.float64))),
+        kind=config.model.kind,
+        variance=asked.variance,
+        clip=asked.clip,
+        spacing=asked.spacing,
+    )
+
+
+def write_card(folder: str, config: ConfigDict, path: str, step: int, params: Any) -> None:
+    """Write README.md: how to use the model, its samples and likelihoods if there are any, and the run's record."""
+    digest = workdir.digest(params)
+    data = config.data
+    record = {
+        'checkpoint step': step,
+        'weights': config.interop.weights,
+        'params_sha256 before export': digest,
+        **{
+            f'{part}.{key}': value
+            for part in ('data', 'model', 'schedule', 'train')
+            for key, value in config[part].to_dict().items()
+            if key not in workdir.INCIDENTAL
+        },
+        'data.source': public(data.source),
+        **({'imported from': public(config.interop.source)} if config.interop.source else {}),
+        **versions(),
+    }
+    card = CARD.format(
+        title=f'{public(data.source)} at {data.image_size}×{data.image_size}, DDPM',
+        size=f'{data.image_size}×{data.image_size}×{data.channels}',
+        count=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        T=config.schedule.T,
+        short=min(50, config.schedule.T),
+        clip=config.sample.clip,
+        spacing=spacing_note(config.sample.spacing),
+        samples=samples_section(folder, path, digest),
+        likelihood=likelihood_section(folder, path, digest),
+        record='\n'.join(f'| {key} | {value} |' for key, value in record.items()),
+    )
+    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
+        file.write(card)
+
+
+def samples_section(folder: str, path: str, digest: str) -> str:
+    """Copy the newest grid that these parameters drew, and return the text about it; '' if there is none."""
+    drawn, details = newest(path, 'samples', 'record.json', lambda record: record['params_sha256'] == digest)
+    if not drawn:
+        return ''
+    shutil.copy(os.path.join(drawn, 'grid.png'), folder)
+    keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip', 'compat', 'seed')
+    how = ', '.join(f'{key} {details[key]!r}' for key in keys)
+    text, quality = f'\n![samples](grid.png)\n\nDrawn with {how}.\n', details['quality']
+    if quality['value'] is not None:
+        text += f'{quality["metric"]} of {details["count"]} images: {quality["value"]:.4f}.\n'
+    return text
+
+
+def likelihood_section(folder: str, path: str, digest: str) -> str:
+    """Copy the newest ledger of these parameters, and return its table; '' if there is none."""
+    measured, _ = newest(
+        path, 'likelihood', 'ledger.json', lambda record: record['settings']['params_sha256'] == digest
+    )
+    if not measured:
+        return ''
+    shutil.copy(os.path.join(measured, 'ledger.json'), folder)
+    with open(os.path.join(measured, 'ledger.md'), encoding='utf-8') as file:
+        return f'\n## Likelihood\n\n{file.read().strip()}\n'
+
+
+def spacing_note(spacing: str) -> str:
+    """Return a line about a spacing that the pipelines lack, or whose steps in their DDIM differ; else ''."""
+    if spacing not in diffusers.SPACINGS:
+        return f"\nThe spacing of the run, '{spacing}', is none of diffusers'; its scheduler is set to 'leading'.\n"
+    if spacing == 'linspace':
+        return "\nWith 'linspace', diffusers' DDIM goes steps of T/num_inference_steps, not from level to level.\n"
+    return ''
+
+
+def public(source: str) -> str:
+    """Return a source of images or weights, PROJECT:PLACE, without the folders of this machine."""
+    project, _, place = source.partition(':')
+    return f'{project}:{os.path.basename(place.rstrip("/"))}' if os.path.exists(os.path.expanduser(place)) else source
+
+
+def newest(path: str, kind: str, file: str, accept: Callable[[dict], bool]) -> tuple[str, dict[str, Any]]:
+    """Return (folder, record) of the newest <kind>/*/ whose record, a JSON file in it, is accepted; or ('', {})."""
+    found = []
+    for entry in os.scandir(os.path.join(path, kind)) if os.path.isdir(os.path.join(path, kind)) else ():
+        record_path = os.path.join(entry.path, file)
+        if os.path.exists(record_path):
+            with open(record_path, encoding='utf-8') as opened:
+                record = json.load(opened)
+            if accept(record):
+                found.append((os.path.getmtime(record_path), entry.path, record))
+    return max(found, key=lambda entry: entry[:2])[1:] if found else ('', {})

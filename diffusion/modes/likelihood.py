@@ -1,0 +1,310 @@
+"""--mode=likelihood: every likelihood of the derivation, on real images, side by side."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion import build, data, workdir
+from diffusion.build import Experiment, Network
+from diffusion.likelihood import ledger
+from diffusion.likelihood.elbo import FORMS, elbo, strata
+from diffusion.likelihood.flow import flow, num_probes
+from diffusion.likelihood.importance import log_weight
+from diffusion.report.terms import save_terms
+from diffusion.runtime import hosts, mesh
+from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
+from diffusion.runtime.keys import domain_key
+from diffusion.schedule import timesteps
+from diffusion.util import RunError, naming, say, versions, write_json
+
+QUANTITIES = (*FORMS, 'importance', 'flow')
+
+
+def run(config: ConfigDict, path: str) -> int:
+    """Write likelihood/<name>/, part by part, resuming where an earlier call with the same settings stopped.
+
+    Args:
+        config: what is asked.
+        path: the workdir.
+
+    Returns:
+        0 if everything is computed, EXIT_STATUS if a signal stopped it (finished parts are kept).
+
+    Raises:
+        RunError: the config does not allow it, there is no checkpoint, or too few images.
+    """
+    # Resolve.
+    config = workdir.resolve(config, path)
+    asked = config.likelihood
+    require_quantities(asked)
+    config.model.dtype, config.model.remat = 'float32', False  # as exact as possible; there is no backward pass
+    exp = build.build(config)
+    with naming('config.likelihood'):
+        check_shapes(config, exp)
+    step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights)
+    workdir.make_folder(path, 'likelihood')  # before images are decoded
+    workdir.use_compile_cache(config, path)
+    images = build.load_same_images(config, asked.split)
+    require_enough(asked, images)
+    settings = {
+        'checkpoint_step': step,
+        **asked.to_dict(),
+        'params_sha256': workdir.digest(params),
+        'images': {key: images.record[key] for key in ('sha256', 'fingerprint')},
+        'versions': versions(),
+    }
+    pixels = images[np.arange(asked.num_images or len(images))]
+    # The name contains a digest of all settings: the same command finds the parts that are computed already.
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    name = f'step{step}-{asked.weights}-{asked.split}-n{len(pixels)}-{digest}'
+    folder = os.path.join(path, 'likelihood', name)
+    parts = all_parts(asked, len(pixels))
+
+    # Compute.
+    with Interrupt('part') as interrupt:
+        done = compute(quantities(config, exp), parts, folder, params, pixels, asked, exp, interrupt)
+    if done < len(parts):
+        reason = interrupt or 'a signal to another host'
+        say(f'{reason}: {done} of {len(parts)} parts are computed and kept; the same command resumes')
+        return EXIT_STATUS
+    if not hosts.is_first():
+        return 0
+
+    # Record and report.
+    consistency, record = summarize(parts, folder, config, settings)
+    table = ledger.markdown([ledger.Row(**row) for row in record['rows']])
+    with workdir.writing(folder):
+        write_json(os.path.join(folder, 'ledger.json'), record)
+        with open(os.path.join(folder, 'ledger.md'), 'w', encoding='utf-8') as file:
+            file.write(table)
+    say(f'{len(pixels)} images of the {asked.split} split of {config.data.source}, each counted once\n\n{table}')
+    for quantity, error in record['error_of_the_draws'].items():
+        divergence = f'the divergence ({record["solver"]["divergence"]})' if quantity == 'flow' else ''
+        say(f'{quantity}: ± {error:.3f} nats by the draws of {divergence or "levels and noise, at most"}')
+    for written in ['ledger.json', 'ledger.md', *plot_terms(folder, consistency, asked, exp)]:
+        say(os.path.join(folder, written))
+    return 0
+
+
+def quantities(config: ConfigDict, exp: Experiment) -> dict[str, Callable]:
+    """Return the functions that config.likelihood asks for.
+
+    Returns:
+        {name: (key, params, x0 (B, H, W, C)) → {part: (B, …) nats}}.
+    """
+    asked = config.likelihood
+    common = dict(kind=config.model.kind, variance=asked.variance, clip=asked.clip)
+    chain = common | dict(eta=asked.eta, timesteps=chain_levels(asked, exp))
+    solver = dict(rtol=asked.rtol, atol=asked.atol, probes=None if asked.probes < 0 else asked.probes)
+
+    def form(key, params, x0, form):
+        terms = elbo(key, exp.schedule, exp.network.net(params), x0, form=form, levels=asked.levels or None, **chain)
+        return terms._asdict() | {'error': terms.standard_error()}
+
+    def importance(key, params, x0):
+        return {'log_weight': log_weight(key, exp.schedule, exp.network.net(params), x0, **chain)}
+
+    def ode(key, params, x0):
+        terms = flow(key, exp.schedule, exp.network.net(params), x0, **common, **solver)._asdict()
+        return terms | {'error': terms.pop('probe_error')}
+
+    everything = {name: functools.partial(form, form=name) for name in FORMS} | {'importance': importance, 'flow': ode}
+    return {name: everything[name] for name in asked.quantities}
+
+
+def chain_levels(asked: ConfigDict, exp: Experiment) -> np.ndarray:
+    """Return the noise levels of the chain that config.likelihood asks for."""
+    return timesteps(exp.schedule.T, asked.num_steps or exp.schedule.T)
+
+
+class ZeroNetwork(Network):
+    """A network that takes no time to trace."""
+
+    def net(self, params: Any, *, dropout_key: jax.Array | None = None) -> Callable:
+        """Return the callable whose output is 0."""
+        return lambda x_t, t: jnp.zeros_like(x_t)
+
+
+def check_shapes(config: ConfigDict, exp: Experiment) -> None:
+    """Raise ValueError where the quantities would, within a second and without computing anything."""
+    size = config.data.image_size
+    x0 = jax.ShapeDtypeStruct((1, size, size, config.data.channels), np.float32)
+    for function in quantities(config, dataclasses.replace(exp, network=ZeroNetwork(exp.network.make))).values():
+        jax.eval_shape(function, jax.random.key(0), None, x0)
+
+
+def require_quantities(asked: ConfigDict) -> None:
+    """Raise RunError if config.likelihood.quantities names none, or an unknown one."""
+    if not asked.quantities or not set(asked.quantities) <= set(QUANTITIES):
+        raise RunError(
+            f'config.likelihood.quantities is {asked.quantities}, but must name some of {", ".join(QUANTITIES)}'
+        )
+
+
+def require_enough(asked: ConfigDict, images: data.Images) -> None:
+    """Raise RunError if more images are asked for than the split has."""
+    if asked.num_images > len(images):
+        raise RunError(
+            f'config.likelihood.num_images is {asked.num_images}, but the {asked.split} split has {len(images)}'
+        )
+
+
+class Part(NamedTuple):
+    """A quantity of the images start … stop−1, which is computed and kept as one file."""
+
+    quantity: str
+    trajectory: int  # of 'importance'; 0 for the others
+    start: int
+    stop: int
+
+    def path(self, folder: str) -> str:
+        """Return the file of the part."""
+        return os.path.join(folder, 'parts', f'{self.quantity}-{self.trajectory}-{self.start:08d}.npz')
+
+
+def all_parts(asked: ConfigDict, num_images: int) -> list[Part]:
+    """Return the parts that config.likelihood consists of."""
+    return [
+        Part(quantity, trajectory, start, min(start + asked.batch_size, num_images))
+        for start in range(0, num_images, asked.batch_size)
+        for quantity in asked.quantities
+        for trajectory in range(asked.samples if quantity == 'importance' else 1)
+    ]
+
+
+def compute(
+    functions: dict[str, Callable],
+    parts: list[Part],
+    folder: str,
+    params: Any,
+    images: np.ndarray,
+    asked: ConfigDict,
+    exp: Experiment,
+    interrupt: Interrupt,
+) -> int:
+    """Compute and keep the parts that are missing; return how many parts there are now."""
+    workdir.make_folder(folder, 'parts')
+    there = hosts.from_first(np.array([os.path.exists(part.path(folder)) for part in parts]))
+    missing = [part for part, found in zip(parts, there, strict=True) if not found]
+    size = min(asked.batch_size, len(images))
+    size += -size % exp.mesh.size
+
+    def compiled(function, *arguments):
+        def on_mesh(key, params, x0):
+            return function(key, mesh.whole(exp.mesh, params), x0)
+
+        return exp.implementation.compile(on_mesh, *arguments, out_shardings=mesh.replicated(exp.mesh))
+
+    programs: dict[str, Callable] = {}
+    stopped = hosts.AnyHost(exp.mesh)
+    show = dict(desc='likelihood', unit='part', dynamic_ncols=True, disable=not hosts.is_first())
+    done = len(parts) - len(missing)
+    with tqdm(total=len(parts), initial=done, **show) as bar, jax.default_matmul_precision('highest'):
+        for part in missing:
+            if stopped(interrupt):
+                break
+            bar.set_postfix_str(f'{part.quantity}, images {part.start}–{part.stop - 1}')
+            batch = data.to_float(images[np.arange(part.start, part.start + size) % len(images)])
+            key = domain_key(asked.seed, 'likelihood')
+            for number in (QUANTITIES.index(part.quantity), part.trajectory, part.start):
+                key = jax.random.fold_in(key, number)
+            arguments = key, params, mesh.put_whole(batch, mesh.split_batch(exp.mesh))
+            if part.quantity not in programs:
+                with naming('config.likelihood'):
+                    programs[part.quantity] = compiled(functions[part.quantity], *arguments)
+            terms = programs[part.quantity](*arguments)
+            if hosts.is_first():
+                count = part.stop - part.start
+                kept = {name: np.broadcast_to(v, (size, *v.shape[1:]))[:count] for name, v in terms.items()}
+                with workdir.writing(folder):
+                    _save(part.path(folder), kept)
+            bar.update()
+            done += 1
+    return done
+
+
+def summarize(parts: list[Part], folder: str, config: ConfigDict, settings: dict[str, Any]) -> tuple[dict, dict]:
+    """Put the parts together.
+
+    Returns:
+        (consistency, record): the consistency terms of each form, (images, levels); the contents of ledger.json.
+    """
+    asked = config.likelihood
+    size = config.data.image_size**2 * config.data.channels
+    loaded: dict[tuple[str, int], list[dict[str, np.ndarray]]] = {}
+    for part in parts:
+        with np.load(part.path(folder)) as file:
+            loaded.setdefault((part.quantity, part.trajectory), []).append(dict(file))
+
+    def whole(quantity, trajectory=0):
+        found = loaded[quantity, trajectory]
+        return {name: np.concatenate([terms[name] for terms in found]) for name in found[0]}
+
+    values = {quantity: whole(quantity) for quantity in asked.quantities if quantity != 'importance'}
+    consistency = {form: values[form].pop('consistency') for form in FORMS if form in values}
+    for form, terms in consistency.items():
+        values[form]['consistency'] = terms.sum(axis=1, dtype=np.float64)
+    solver_steps = values['flow'].pop('num_steps') if 'flow' in values else None
+    errors = {name: mean_error(terms.pop('error')) for name, terms in values.items()}
+    if 'importance' in asked.quantities:
+        values['importance'] = np.stack([whole('importance', k)['log_weight'] for k in range(asked.samples)])
+
+    record: dict[str, Any] = {
+        'rows': [row._asdict() for row in ledger.ledger(values, size)],
+        'error_of_the_draws': {name: error for name, error in errors.items() if error is not None},
+        'settings': settings,
+    }
+    if 'importance' in values:
+        bounds = ledger.importance_bounds(values['importance'])
+        record['effective_samples'] = {k: float(count.mean()) for k, (_, count) in bounds.items()}
+    if solver_steps is not None:
+        probes = num_probes(None if asked.probes < 0 else asked.probes, size)
+        record['solver'] = {
+            'method': 'Tsit5',
+            'steps_mean': float(solver_steps.mean()),
+            'divergence': f'{probes} Rademacher probe{"s" * (probes > 1)} per image' if probes else 'exact',
+        }
+    return consistency, record
+
+
+def mean_error(errors: np.ndarray) -> float | None:
+    """Return the standard error of a mean over images whose draws are independent; None if one draw is all there is.
+
+    Args:
+        errors: (n,) the standard error of each image, from its own draws.
+    """
+    if not np.isfinite(errors).all():
+        return None
+    return float(math.sqrt((errors.astype(np.float64) ** 2).sum()) / len(errors))
+
+
+def plot_terms(folder: str, consistency: dict[str, np.ndarray], asked: ConfigDict, exp: Experiment) -> list[str]:
+    """Write terms.png, the consistency terms over the noise levels; return the names of what was written."""
+    drawn = {f'{form} form': consistency[form] for form in ('transition', 'posterior') if form in consistency}
+    levels = chain_levels(asked, exp)[1:-1]
+    if not drawn or not len(levels) or len(next(iter(drawn.values()))) < 2:
+        return []
+    first = strata(len(levels), asked.levels or len(levels))
+    centers = np.add.reduceat(levels, first[:-1]) / np.diff(first)
+    with workdir.writing(folder):
+        per_level = {name: terms / np.diff(first) for name, terms in drawn.items()}
+        save_terms(os.path.join(folder, 'terms.png'), centers, per_level)
+    return ['terms.png']
+
+
+def _save(path, arrays):
+    """Write an .npz file atomically."""
+    with open(path + '.new', 'wb') as file:
+        np.savez(file, **arrays)
+    os.replace(path + '.new', path)

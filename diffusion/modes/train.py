@@ -1,0 +1,542 @@
+"""--mode=train: the training step, and the loop around it."""
+
+import contextlib
+import functools
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion import build, data, workdir
+from diffusion.build import Experiment, Skipped, TrainState
+from diffusion.loss import WEIGHTINGS, draw
+from diffusion.metrics import colour
+from diffusion.modes.sample import make_sampler
+from diffusion.report.grid import save_grid
+from diffusion.runtime import hosts, mesh
+from diffusion.runtime.checkpoints import Checkpoints
+from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
+from diffusion.runtime.keys import domain_key
+from diffusion.runtime.logs import Writer
+from diffusion.schedule import timesteps
+from diffusion.util import FileLock, RunError, first_line, naming, say
+
+PREVIEW_IMAGES, PREVIEW_STEPS = 64, 20
+
+
+def run(config: ConfigDict, path: str) -> int:
+    """Train, or resume from the newest checkpoint, until train.num_steps.
+
+    Args:
+        config: what is asked.
+        path: the workdir.
+
+    Returns:
+        0 if all steps are done, EXIT_STATUS if a signal stopped the run (after it was saved).
+
+    Raises:
+        RunError: the config, the images or the workdir do not allow it, or training diverged.
+    """
+    config = workdir.resolve(config, path)
+    exp = build.build(config)
+    require_equal_parts(config, exp)
+    workdir.check_config(config, path)  # before the images are decoded
+    images = build.load_same_images(config)
+    require_enough(config, images)
+
+    with workdir.lock(path) as lock, Interrupt() as interrupt, contextlib.ExitStack() as stack:
+        workdir.check_config(config, path, images)  # once more: now no other process can change it
+        workdir.use_compile_cache(config, path)
+        checkpoints = stack.enter_context(workdir.open_checkpoints(config, path, writing=True))
+        state = restore(exp, checkpoints, seed=config.seed)
+        start, num_steps = int(state.step), config.train.num_steps
+        if start >= num_steps:
+            say(f'complete: {start} steps of train.num_steps={num_steps}; checkpoints in {checkpoints.directory}')
+            return 0
+        workdir.write_config(config, path, images, start)
+
+        say(f'{len(images)} images of {config.data.source}; step {start} of {num_steps}; compiling …')
+        batches = feed(config, exp, images, start)
+        first = next(batches)
+        began = time.perf_counter()
+        step_fn = compile_step(config, exp, state, *first)
+        flops = exp.implementation.flops(step_fn, config.train.accumulate)
+        say(f'{describe(exp, state, flops)}; compiled in {time.perf_counter() - began:.1f} s')
+
+        log = stack.enter_context(Log(os.path.join(path, 'logs'), config, exp, flops, start))
+        saver = Saver(config, path, images, checkpoints, lock, log, start)
+        preview = Preview(config, exp, path, images.record['channel_means'])
+        stopped = hosts.AnyHost(exp.mesh)
+        state = loop(
+            step_fn,
+            state,
+            itertools.chain([first], batches),
+            log=log,
+            saver=saver,
+            preview=preview,
+            stop=lambda: stopped(interrupt),
+            **{key: config.train[key] for key in ('num_steps', 'log_every', 'max_bad_steps')},
+        )
+
+    step, skipped = int(state.step), int(state.skipped.total)
+    if skipped:
+        say(f'{skipped} steps were skipped because their loss or gradient was not finite')
+    if step < num_steps:
+        saved = f'after step {step}, which is saved' if step else 'before the first step'
+        say(f'{interrupt or "a signal to another host"}: stopped {saved}; the same command resumes')
+        return EXIT_STATUS
+    say(f'complete: {step} steps; checkpoints in {checkpoints.directory}')
+    return 0
+
+
+def loop(
+    step_fn: Callable,
+    state: TrainState,
+    batches: Iterator[tuple],
+    *,
+    num_steps: int,
+    log_every: int,
+    max_bad_steps: int,
+    log: 'Log',
+    saver: 'Saver',
+    preview: 'Preview',
+    stop: Callable[[], bool],
+) -> TrainState:
+    """Do training steps until there are `num_steps`, or until `stop()`; save the last one.
+
+    The host reads metrics every `log_every` steps only.
+
+    Raises:
+        RunError: `max_bad_steps` steps in a row were not finite, or the last step could not be saved.
+    """
+    step, metrics = int(state.step), None
+    while step < num_steps and not stop():
+        previous = metrics
+        state, metrics = step_fn(state, *next(batches))
+        step += 1
+        jax.block_until_ready(previous)  # at most two steps in flight: each takes memory, and a signal waits for them
+        log.advance()
+        if step % log_every == 0 or step == num_steps:
+            values = log.write(step, metrics)
+            if values['skipped_in_a_row'] >= max_bad_steps:
+                raise RunError(diverged(step, values, saver))
+        if saver.due(step):
+            with log.paused():
+                saver.save(step, state)
+        if preview.due(step):
+            with log.paused():
+                preview.draw(step, state.ema, log)
+    saver.finish(step, state)
+    return state
+
+
+def train_step(
+    state: TrainState,
+    images: jax.Array,
+    indices: jax.Array | None,
+    *,
+    exp: Experiment,
+    seed: int,
+    kind: str,
+    weighting: str,
+    ema_decay: float,
+    flip: bool,
+    accumulate: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Do one optimizer step on the batch images[indices], and update the EMA ē of the parameters θ.
+
+        θ ← θ − Adam(∇_θ mean L(x_0, t, ε)),    ē ← d·ē + (1−d)·θ,    d = min(ema_decay, (1+k)/(10+k)) in step k
+
+    A step whose loss, gradient or parameters are not finite changes nothing but the counts of steps.
+
+    Args:
+        state: the TrainState before the step.
+        images: (N, H, W, C) uint8.
+        indices: (B,) int32, the batch; None if `images` are the batch.
+        exp: schedule, network, optimizer, mesh and implementation.
+        seed: all randomness follows from (seed, state.step).
+        kind: what the network predicts, a key of KINDS.
+        weighting: which loss, a key of WEIGHTINGS.
+        ema_decay: the largest d.
+        flip: mirror each image with probability 1/2.
+        accumulate: number of parts into which each device divides its share of the batch; their gradients are
+            averaged. Levels and noise do not depend on it, dropout does.
+
+    Returns:
+        The TrainState after the step, and scalar metrics: 'loss', 'grad_norm' (before clipping), 'param_norm' (after
+        the step), 'learning_rate', 'skipped' and 'skipped_in_a_row'.
+    """
+    flip_key, noise_key, dropout_key = (
+        jax.random.fold_in(domain_key(seed, domain), state.step) for domain in ('flips', 'noise', 'dropout')
+    )
+    x0 = augment(flip_key, images if indices is None else images[indices], flip=flip)
+    t, eps = draw(noise_key, exp.schedule.T, x0.shape, weighting=weighting)
+
+    def mean_loss(params, dropout_key, x0, t, eps):
+        net = exp.network.net(params, dropout_key=dropout_key)
+        return WEIGHTINGS[weighting].loss(exp.schedule, net, x0, t, eps, kind).mean()
+
+    value_and_grad = jax.value_and_grad(mean_loss)
+    params = mesh.whole(exp.mesh, state.params)
+    if accumulate == 1:
+        value, gradient = value_and_grad(params, dropout_key, x0, t, eps)
+    else:
+        parts = (exp.mesh, value_and_grad, params, dropout_key, (x0, t, eps), accumulate)
+        value, gradient = mesh.mean_over_parts(*parts, fold=exp.implementation.fold)
+    gradient = mesh.like_state(exp.mesh, gradient)
+
+    updates, opt_state = exp.optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
+
+    grad_norm, param_norm = optax.global_norm(gradient), optax.global_norm(params)
+    good = jnp.isfinite(jnp.array([value, grad_norm, param_norm])).all()
+    new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+    params, ema, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+    skipped = Skipped(state.skipped.total + ~good, jnp.where(good, 0, state.skipped.in_a_row + 1))
+    metrics = {
+        'loss': value,
+        'grad_norm': grad_norm,
+        'param_norm': param_norm,
+        'learning_rate': exp.learning_rate(state.step - state.skipped.total),
+        'skipped': skipped.total,
+        'skipped_in_a_row': skipped.in_a_row,
+    }
+    return TrainState(state.step + 1, params, ema, opt_state, skipped), metrics
+
+
+def augment(key: jax.Array, images: jax.Array, *, flip: bool) -> jax.Array:
+    """Turn image bytes into network inputs.
+
+    Args:
+        key: typed PRNG key.
+        images: (B, H, W, C) uint8.
+        flip: mirror each image with probability 1/2.
+
+    Returns:
+        (B, H, W, C) float32 in [−1, 1].
+    """
+    x0 = jnp.asarray(data.to_float(images))
+    if flip:
+        mirrored = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
+        x0 = jnp.where(mirrored, x0[:, :, ::-1], x0)
+    return x0
+
+
+def compile_step(config: ConfigDict, exp: Experiment, state: TrainState, images: jax.Array, indices: Any) -> Callable:
+    """Compile `train_step` with everything that stays the same from step to step; it reuses the state's buffers."""
+    step_fn = functools.partial(
+        train_step,
+        exp=exp,
+        seed=config.seed,
+        kind=config.model.kind,
+        weighting=config.train.loss,
+        ema_decay=config.train.ema_decay,
+        flip=config.data.flip,
+        accumulate=config.train.accumulate,
+    )
+    parts = exp.mesh.size * config.train.accumulate
+    with naming('config.train'):
+        return exp.implementation.compile(
+            step_fn,
+            state,
+            images,
+            indices,
+            out_shardings=(_shardings(state), mesh.replicated(exp.mesh)),
+            donate=(0,),
+            largest_activation=config.train.batch_size // parts * config.data.image_size**2 * config.model.channels,
+        )
+
+
+def restore(exp: Experiment, checkpoints: Checkpoints, *, seed: int) -> TrainState:
+    """Return the TrainState of the newest intact checkpoint, or the initial one if there is no checkpoint."""
+    abstract = exp.abstract_state()
+    with workdir.intact():
+        found = checkpoints.restore_newest(say, **abstract.trees())
+    if found is None:
+        return jax.jit(exp.init, out_shardings=_shardings(abstract))(domain_key(seed, 'init'))
+    step, trees = found
+    checkpoints.put_aside(step)
+    return TrainState(mesh.put_whole(np.int32(step), abstract.step.sharding), *trees)
+
+
+def feed(config: ConfigDict, exp: Experiment, images: data.Images, start: int) -> Iterator[tuple[jax.Array, Any]]:
+    """Yield (images, indices) on the devices for each step from `start` on, as `train_step` takes them.
+
+    With data.placement 'device' all images are kept on the devices and only indices are sent; with 'host' batches are
+    sent, gathered ahead of the step that needs them; 'auto' keeps the images on the devices if they fit.
+
+    Raises:
+        RunError: data.placement is 'device', but the decoded images are not kept.
+    """
+    placement, stop = config.data.placement, config.train.num_steps
+    if placement == 'device' and not config.data.cache:
+        raise RunError(
+            "config.data.placement is 'device', but config.data.cache=False decodes images anew for each batch: "
+            "use placement 'host', or cache=True"
+        )
+    order = data.Order(
+        len(images), config.train.batch_size, config.seed, host=jax.process_index(), hosts=jax.process_count()
+    )
+    sharding = mesh.split_batch(exp.mesh)
+    fits = config.data.cache and mesh.fits(exp.mesh, images.images.nbytes)
+    if placement == 'device' or (placement == 'auto' and fits):
+        everything = mesh.put(images.images, mesh.replicated(exp.mesh))
+        return ((everything, mesh.put(order[step], sharding)) for step in range(start, stop))
+    return ((mesh.put(batch, sharding), None) for batch in data.prefetch(images, order, start, stop))
+
+
+def require_equal_parts(config: ConfigDict, exp: Experiment) -> None:
+    """Raise RunError unless devices and accumulation divide the batch evenly."""
+    unit = exp.mesh.size * config.train.accumulate
+    if config.train.batch_size % unit:
+        raise RunError(
+            f'config.train.batch_size is {config.train.batch_size}, which {exp.mesh.size} devices with '
+            f'train.accumulate={config.train.accumulate} cannot divide evenly: use a multiple of {unit}'
+        )
+
+
+def require_enough(config: ConfigDict, images: data.Images) -> None:
+    """Raise RunError if a batch is larger than the data set."""
+    if config.train.batch_size > len(images):
+        raise RunError(
+            f'config.train.batch_size is {config.train.batch_size}, but there are only {len(images)} images: '
+            'use a smaller batch, or add pictures'
+        )
+
+
+def describe(exp: Experiment, state: TrainState, flops: float) -> str:
+    """Return one line with hosts, devices, mesh, parameters, state per device, and operations per step."""
+    devices, kind = exp.mesh, exp.mesh.devices.flat[0].device_kind
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    )
+    several = f'{jax.process_count()} hosts, ' if jax.process_count() > 1 else ''
+    return (
+        f'{several}{devices.size} × {kind} as data {devices.shape["data"]} × fsdp {devices.shape["fsdp"]}; '
+        f'{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters; {held / 1e6:.1f} MB of state per '
+        f'device; {flops / 1e9:.3g} GFLOP per step and device'
+    )
+
+
+def diverged(step: int, values: dict[str, float], saver: 'Saver') -> str:
+    """Return the message for a run whose steps are no longer finite."""
+    found = ', '.join(f'{name} {values[name]}' for name in ('loss', 'grad_norm', 'param_norm'))
+    return (
+        f'{found} at step {step}: the last {values["skipped_in_a_row"]:.0f} steps were not finite and changed nothing; '
+        f'{saver.newest()}. A lower train.learning_rate or train.grad_clip, or a longer train.warmup_steps, may help.'
+    )
+
+
+class Log:
+    """Metrics of a run, on the first host: the progress bar, metrics.jsonl and TensorBoard events."""
+
+    def __init__(self, folder: str, config: ConfigDict, exp: Experiment, flops: float, start: int):
+        self._folder, self._batch_size = folder, config.train.batch_size
+        self._flops, self._peak = flops, mesh.peak_flops(exp.mesh.devices.flat[0])
+        self._bar = tqdm(
+            total=config.train.num_steps,
+            initial=start,
+            desc='train',
+            unit='step',
+            dynamic_ncols=True,
+            disable=not hosts.is_first(),
+        )
+        self._files = contextlib.ExitStack()
+        self._writer: Writer | None = None
+        self._extra: dict[str, float] = {}
+        self._steps, self._seconds, self._since = 0, 0.0, time.perf_counter()
+        self.reopen(start)
+
+    def __enter__(self) -> 'Log':
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
+        self._files.close()
+
+    def reopen(self, step: int) -> None:
+        """Open the files, also when the folder was removed; entries beyond `step` are dropped."""
+        self._files.close()
+        if hosts.is_first():
+            self._writer = self._files.enter_context(Writer(self._folder, step=step, warn=warn))
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._steps += 1
+        self._bar.update()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time within the context as training."""
+        self._seconds += time.perf_counter() - self._since
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
+    def write(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """Write a step's metrics and the speed since the last call; return the metrics as floats."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with self.paused():
+            rate = self._steps / self._seconds
+            self._steps, self._seconds = 0, 0.0
+        speed = {'images_per_second': rate * self._batch_size}
+        shown = {'loss': f'{values["loss"]:.4f}', 'images/s': f'{speed["images_per_second"]:.0f}'}
+        if self._peak and not math.isnan(self._flops):
+            speed['utilisation'] = rate * self._flops / self._peak
+            shown['use'] = f'{speed["utilisation"]:.0%}'
+        self._bar.set_postfix(shown)
+        if self._writer:
+            self._writer.scalars(step, **values, **speed, **self._extra)
+        return values
+
+    def image(self, step: int, image: np.ndarray, **scalars: float) -> None:
+        """Write a picture, (H, W, C) uint8; the scalars are written with each step's metrics from now on."""
+        self._extra |= scalars
+        if self._writer:
+            self._writer.image(step, 'samples', image)
+
+
+class Saver:
+    """Saves checkpoints in the background. A failed save is reported and repeated; it does not end the run."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        path: str,
+        images: data.Images,
+        checkpoints: Checkpoints,
+        lock: FileLock | None,
+        log: Log,
+        start: int,
+    ):
+        self._config, self._path, self._images = config, path, images
+        self._checkpoints, self._lock, self._log = checkpoints, lock, log
+        self._every, self._log_every = config.train.checkpoint_every, config.train.log_every
+        self._record = {'images': {key: images.record[key] for key in ('count', 'sha256', 'fingerprint')}}
+        self._saved = self._retry = start
+
+    def due(self, step: int) -> bool:
+        """Return whether a checkpoint should be saved after this step; the same on all hosts."""
+        if step % self._every == 0 or step == self._retry:
+            return True
+        if jax.process_count() > 1:
+            return False
+        return self._checkpoints.failed or (step % self._log_every == 0 and self._moved())
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Copy the state and start to write it."""
+        try:
+            if self._moved():
+                self._recreate(step)
+            self._checkpoints.save(step, self._record, **state.trees())
+            self._saved = step
+        except (OSError, ValueError) as error:
+            self._saved = max(self._checkpoints.steps(), default=0)
+            self._retry = step + self._log_every
+            warn(f'the checkpoint of step {step} could not be saved ({first_line(error)}); it will be tried again')
+
+    def _moved(self):
+        """Whether the workdir was removed or moved during the run."""
+        return self._lock is not None and self._lock.lost()
+
+    def _recreate(self, step):
+        """Make the workdir again, with everything that a run consists of."""
+        try:
+            if self._lock:
+                self._lock.acquire()
+        except BlockingIOError as error:
+            raise RunError(f'{self._path} was removed or moved during this run, and now {error}') from error
+        workdir.write_config(self._config, self._path, self._images, step)
+        self._log.reopen(step)
+        warn(f'{self._path} was removed or moved during the run; it was created again, and continues at step {step}')
+
+    def finish(self, step: int, state: TrainState) -> None:
+        """Save the last step, and wait until it is written.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if step > self._saved:
+            self.save(step, state)
+        try:
+            self._checkpoints.wait()
+        except (OSError, ValueError) as error:
+            self._saved = max(self._checkpoints.steps(), default=0)
+            warn(first_line(error))
+        if self._saved < step:
+            raise RunError(
+                f'step {step} could not be saved in {self._checkpoints.directory}; the newest checkpoint there is of '
+                f'step {self._saved}, from which the same command resumes'
+            )
+
+    def newest(self) -> str:
+        """Return which checkpoint is good, in words."""
+        if self._saved or self._checkpoints.steps():  # an imported run has a checkpoint of step 0
+            return f'the checkpoint of step {self._saved} is good'
+        return 'there is no checkpoint yet'
+
+
+class Preview:
+    """Sheets of images from the EMA weights (DDIM, 20 steps, always the same x_T), to watch the network learn."""
+
+    def __init__(self, config: ConfigDict, exp: Experiment, path: str, data_means: list[float]):
+        self._config, self._exp, self._data_means = config, exp, np.asarray(data_means)
+        self._folder = os.path.join(path, 'samples', 'progress')
+        self._sampler: Callable | None = None
+        self._colours_were_right = False
+
+    def due(self, step: int) -> bool:
+        """Return whether a sheet should be drawn after this step."""
+        every = self._config.train.sample_every
+        return every > 0 and step % every == 0
+
+    def draw(self, step: int, ema: Any, log: Log) -> None:
+        """Draw and write a sheet; warn if its colours are not those of the data."""
+        self._sampler = self._sampler or self._compile(ema)
+        images = data.to_uint8(self._sampler(ema, 0, 0, PREVIEW_IMAGES))
+        if not hosts.is_first():
+            return
+        path = os.path.join(self._folder, f'{step:08d}.png')
+        drift, warning = colour.drift(images, self._data_means)
+        try:
+            log.image(step, save_grid(path, images), colour_drift=float(np.abs(drift).max()))
+        except OSError as error:
+            warn(f'{path} could not be written ({error}); training continues without it')
+        late = 2 * step >= self._config.train.num_steps
+        if warning and (self._colours_were_right or late):  # the first sheets are noise
+            warn(f'{warning} at step {step}')
+        self._colours_were_right |= not warning
+
+    def _compile(self, ema):
+        size, T = self._config.data.image_size, self._exp.schedule.T
+        return make_sampler(
+            self._exp,
+            ema,
+            (size, size, self._config.data.channels),
+            batch_size=PREVIEW_IMAGES,
+            timesteps=timesteps(T, min(PREVIEW_STEPS, T)),
+            kind=self._config.model.kind,
+            eta=0.0,
+        )
+
+
+def warn(message: str) -> None:
+    """Print a warning above the progress bar."""
+    tqdm.write(f'warning: {message}', file=sys.stderr)
+
+
+def _shardings(tree):
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -1,0 +1,55 @@
+"""The plain implementation: networks as the papers write them, compiled by JAX with its own options."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+NETWORKS: dict[str, type[nnx.Module]] = {}  # replace entries of networks.NETWORKS
+
+
+def compile(
+    function: Callable,
+    *args: Any,
+    out_shardings: Any,
+    donate: Sequence[int] = (),
+    largest_activation: int = 0,
+) -> jax.stages.Compiled:
+    """Compile function(*args).
+
+    Args:
+        function: takes and returns pytrees of arrays.
+        *args: arrays, or their shapes and shardings.
+        out_shardings: as of `jax.jit`.
+        donate: numbers of the arguments whose buffers the results may reuse.
+        largest_activation: elements of the largest activation that the backward pass needs, on each device; 0 without
+            a backward pass.
+
+    Returns:
+        The compiled function.
+    """
+    jitted = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings)
+    return jitted.lower(*args).compile()
+
+
+def fold(body: Callable[[Any, Any], Any], carry: Any, parts: Any) -> Any:
+    """Return body(… body(body(carry, part 0), part 1) …, last part).
+
+    Args:
+        body: a function of a carry and a part, that returns the next carry.
+        carry: a pytree of arrays.
+        parts: a pytree of arrays, whose first axis counts the parts.
+    """
+    return jax.lax.scan(lambda carry, part: (body(carry, part), None), carry, parts)[0]
+
+
+def flops(program: jax.stages.Compiled, parts: int = 1) -> float:
+    """Return the floating-point operations of a compiled program on each device; NaN if XLA does not count them.
+
+    Args:
+        program: the result of `compile`.
+        parts: number of parts of a `fold` that does most of the work. XLA counts the body of a loop once.
+    """
+    return (program.cost_analysis() or {}).get('flops', math.nan) * parts

@@ -1,0 +1,98 @@
+"""Logs: metrics.jsonl with one object a line, and the same numbers as TensorBoard events."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter  # writes at once; a SummaryWriter hangs on a full disk
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+
+class Writer:
+    """Context manager that writes the logs of a run below one folder.
+
+    A log that cannot be written does not stop a run: the first failure is reported by `warn`, later ones are silent.
+    """
+
+    def __init__(self, directory: str, *, step: int, warn: Callable[[str], object] = print):
+        """Open the logs, and drop what an earlier process logged beyond `step`, because these steps are done again.
+
+        Args:
+            directory: the folder; it is created if it does not exist.
+            step: the step from which the run continues.
+            warn: called with a message at the first failure.
+        """
+        self._directory = directory
+        self._warn: Callable[[str], object] | None = warn
+        self._file: TextIO | None = None
+        self._events: EventsWriter | None = None
+        with self._tolerant():
+            os.makedirs(directory, exist_ok=True)
+            path = os.path.join(directory, 'metrics.jsonl')
+            _truncate(path, step)
+            self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115 (closed in __exit__)
+            self._events = EventsWriter(os.path.join(directory, 'events'), f'.{os.getpid()}')
+            # TensorBoard ignores the events of earlier files from this step on.
+            self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def __enter__(self) -> 'Writer':
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for log in (self._file, self._events):
+            with self._tolerant():
+                if log is not None:
+                    log.close()
+
+    def scalars(self, step: int, **values: float) -> None:
+        """Log numbers at a step; in metrics.jsonl, numbers that are not finite are null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self._tolerant():
+            if self._file:
+                print(json.dumps({'step': step, **finite}), file=self._file, flush=True)
+        with self._tolerant():
+            for name, value in values.items():
+                self._write(Event(step=step, summary=summary.scalar(name, value)))
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Log one picture, uint8 (H, W, C), to TensorBoard."""
+        with self._tolerant():
+            self._write(Event(step=step, summary=summary.image(name, image, dataformats='HWC')))
+
+    def _write(self, event: Event) -> None:
+        if self._events:
+            event.wall_time = time.time()
+            self._events.write_event(event)
+            self._events.flush()
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: writing to a file that an earlier error closed
+            if self._warn:
+                self._warn(f'the logs in {self._directory} cannot be written: {error}; continuing without them')
+                self._warn = None
+
+
+def _truncate(path: str, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`; a line that a crash cut short is dropped as well."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding='utf-8', errors='replace') as file:
+        for line in file:
+            try:
+                if json.loads(line)['step'] <= step:
+                    kept.append(line.rstrip('\n') + '\n')
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+    with open(path + '.new', 'w', encoding='utf-8') as file:
+        file.writelines(kept)
+    os.replace(path + '.new', path)

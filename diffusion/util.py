@@ -1,0 +1,127 @@
+"""Helpers that several parts of the project share: files, locks, errors, output."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import jax
+
+
+def first_line(error: BaseException | None, most: int = 300) -> str:
+    """Return the first line of an exception's message, at most `most` characters; its type if it has no message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:most]
+
+
+def say(message: str = '') -> None:
+    """Print a line, on the first host only."""
+    if jax.process_index() == 0:
+        print(message, flush=True)
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write indented JSON atomically: a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: the file; its folder is created if it does not exist.
+        value: anything that `json.dump` accepts.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    # File names that are not valid Unicode contain lone surrogates; as \udc80 they survive a round trip through JSON.
+    with open(path + '.new', 'w', encoding='utf-8', errors='backslashreplace') as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write('\n')
+    os.replace(path + '.new', path)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the software that determines the numbers, for records."""
+    packages = {package: importlib.metadata.version(package) for package in ('jax', 'flax', 'numpy')}
+    return {'python': platform.python_version(), **packages}
+
+
+class FileLock:
+    """Context manager that holds a lock file until the process ends, however it ends.
+
+    The file names the process that holds it.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> 'FileLock':
+        self.acquire()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def acquire(self) -> None:
+        """Acquire the lock; call it again after the file was `lost`.
+
+        Raises:
+            BlockingIOError: another process holds the lock; the message names the process and its host.
+            OSError: the file cannot be written.
+        """
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        file = open(self._path, 'a+', encoding='utf-8')  # noqa: SIM115 (held open)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                raise BlockingIOError(f'{file.read().strip()} holds it') from error
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        if self._file:
+            self._file.close()
+        self._file = file
+
+    def lost(self) -> bool:
+        """Return whether the lock file was removed or moved, so that another process could acquire the lock."""
+        if self._file is None:
+            return True
+        try:
+            return not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return True
+
+
+@contextlib.contextmanager
+def exclusive(path: str, waiting: str) -> Iterator[None]:
+    """Hold a lock file within the context; if another process holds it, print `waiting` and wait.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with open(path, 'w', encoding='utf-8') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class RunError(Exception):
+    """An error of the user's input or surroundings, not a bug; the message says what was found and what to do."""
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Turn a ValueError within the context into a RunError that names the part of the config it came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(f'{key}: {error}') from error

@@ -1,0 +1,141 @@
+"""Datasets that tensorflow-datasets has prepared: read without TensorFlow, and clear messages if they are damaged."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from diffusion import data
+from diffusion.data.sources import open_source
+from tests.galleries import encoded, feature, fill, noise, picture_feature, write_tfds
+
+ROOT = pathlib.Path(__file__).parents[2]
+IMAGES = noise(12, 8, 8, 3)
+PNG = [encoded(image) for image in IMAGES]
+ATTRIBUTES = {
+    f'attribute_{i}': feature('Scalar', tensor={'shape': {}, 'dtype': 'int64', 'encoding': 'none'}) for i in range(3)
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+
+def load(source, split='train', **changes):
+    return data.load(source, split, **{'image_size': 8, 'channels': 3, **changes})
+
+
+def error_of(source, split='train', data_dir=''):
+    """Return the message of the error that opening a dataset raises."""
+    with pytest.raises(ValueError) as error:
+        open_source(source, split, data_dir)
+    return str(error.value)
+
+
+def test_celeb_a_is_read_as_tfds_prepares_it(tmp_path):
+    """The size is declared, and there are attributes beside the picture; the bytes of the JPEGs are unchanged."""
+    pictures = [encoded(image, 'jpeg') for image in noise(3, 218, 178, 3)]
+    examples = {'train': [(p, None) for p in pictures], 'validation': [(pictures[0], None)]}
+    write_tfds(tmp_path, 'celeb_a', examples, image=picture_feature('218', '178'), extra=ATTRIBUTES, version='2.1.0')
+    source = open_source('tfds:celeb_a', 'train', str(tmp_path))
+    assert [source.encoded(i) for i in range(3)] == pictures
+    assert source.read(2).shape == (218, 178, 3) and source.label(2) is None
+    assert source.classes is None and 'celeb_a, train, example 2' in source.names
+    assert len(open_source('tfds:celeb_a', 'test', str(tmp_path))) == 1  # the held-out split has another name
+
+
+def test_the_newest_version_is_used(tmp_path):
+    for version, image in (('1.9.0', 0), ('1.10.0', 1), ('1.2.0', 2)):
+        write_tfds(tmp_path, 'mine', {'train': [(PNG[image], None)]}, version=version)
+    (tmp_path / 'mine' / '2.0.0').mkdir()  # an interrupted preparation
+    assert open_source('tfds:mine', 'train', str(tmp_path)).encoded(0) == PNG[1]
+    assert open_source('tfds:mine:1.2.0', 'train', str(tmp_path)).encoded(0) == PNG[2]
+    assert 'mine:1.3.0' in error_of('tfds:mine:1.3.0', data_dir=str(tmp_path))
+
+
+def test_a_config_of_a_dataset_is_a_folder_below_it(tmp_path, monkeypatch):
+    write_tfds(tmp_path, 'lsun/church_outdoor', {'train': [(PNG[0], None)]})
+    monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+    assert open_source('tfds:lsun/church_outdoor', 'train').encoded(0) == PNG[0]
+
+
+def test_a_missing_dataset_is_named_with_the_two_commands(tmp_path):
+    for data_dir in ('', str(tmp_path)):
+        message = error_of('tfds:celeb_a', data_dir=data_dir)
+        assert 'make prepare DATASET=celeb_a' in message
+        assert '--config.data.source=folder:/path/to/pictures' in message
+        assert (f'DATA_DIR={tmp_path}' in message and str(tmp_path / 'celeb_a') in message) == bool(data_dir)
+
+
+def test_other_formats_splits_and_features_are_named(tmp_path):
+    one = {'train': [(PNG[0], None)]}
+    write_tfds(tmp_path, 'records', one, fileFormat='tfrecord')
+    message = error_of('tfds:records', data_dir=str(tmp_path))
+    assert 'tfrecord' in message and str(tmp_path / 'records' / '1.0.0') in message and 'make prepare' in message
+    write_tfds(tmp_path, 'mine', one)
+    message = error_of('tfds:mine', 'test', str(tmp_path))
+    assert "no split 'test'" in message and 'train' in message
+    write_tfds(tmp_path, 'numbers', one, image=ATTRIBUTES['attribute_0'])
+    assert 'no images: its features are image' in error_of('tfds:numbers', data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize('damage', ['features', 'info', 'missing'])
+def test_a_damaged_dataset_is_named_with_the_way_out(tmp_path, damage):
+    folder = write_tfds(tmp_path, 'mine', {'train': [(png, None) for png in PNG]})
+    (records,) = folder.glob('*.array_record-*')
+    if damage == 'features':
+        (folder / 'features.json').unlink()
+    elif damage == 'info':
+        (folder / 'dataset_info.json').write_text('{"name": "mi')
+    else:
+        records.unlink()
+    message = error_of('tfds:mine', data_dir=str(tmp_path))
+    assert str(folder) in message and 'make prepare DATASET=mine' in message
+
+
+def test_damaged_records_are_bad_pictures(tmp_path):
+    """Some of them, or a truncated file: 800 bytes contain more than two of these pictures."""
+    folder = write_tfds(tmp_path, 'mine', {'train': [(png, i % 2) for i, png in enumerate(PNG)]}, classes=['a', 'b'])
+    (records,) = folder.glob('*.array_record-*')
+    content = records.read_bytes()
+    records.write_bytes(content[:1000] + bytes(800) + content[1800:])
+    images = load('tfds:mine', data_dir=str(tmp_path), max_bad_fraction=0.9)
+    assert 3 <= len(images) < 11
+    kept = [next(i for i in range(12) if (IMAGES[i] == image).all()) for image in images.images]
+    np.testing.assert_array_equal(images.labels, np.array(kept) % 2)
+    (listed,) = (tmp_path / 'cache').glob('diffusion/*/bad.txt')
+    bad = [int(line.partition('example ')[2].split()[0]) for line in listed.read_text().splitlines()]
+    assert sorted(kept + bad) == list(range(12)) and kept == sorted(kept)
+    records.write_bytes(content[:1000])
+    with pytest.raises(ValueError, match='12 of 12 pictures cannot be used') as error:
+        load('tfds:mine', data_dir=str(tmp_path), max_bad_fraction=0.9)
+    assert 'mine, train, example 0 cannot be read' in str(error.value)
+
+
+def test_reading_imports_no_tensorflow(tmp_path):
+    write_tfds(tmp_path, 'mine', {'train': [(png, None) for png in PNG]})
+    code = (
+        'import sys; from diffusion import data\n'
+        'images = data.load("tfds:mine", data_dir=sys.argv[1], image_size=8, channels=3)\n'
+        'print(len(images), {"tensorflow", "torch"} & set(sys.modules))'
+    )
+    done = subprocess.run([sys.executable, '-c', code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout == '12 set()\n', done.stderr
+
+
+def test_the_command_prepares_a_folder(tmp_path):
+    """This needs TensorFlow."""
+    pytest.importorskip('tensorflow')
+    files = {f'{"test" if i % 3 else "train"}/{"ab"[i % 2]}/{i:02d}.png': PNG[i] for i in range(12)}
+    root = fill(tmp_path / 'p', files)
+    command = ['-m', 'diffusion.data.prepare', f'folder:{root}', '--name=pets', f'--data_dir={tmp_path / "tfds"}']
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert f'--config.data.source=tfds:pets --config.data.data_dir={tmp_path / "tfds"}' in done.stdout, done.stderr
+    for split in ('train', 'test'):
+        ours = load(f'folder:{root}', split)
+        prepared = load('tfds:pets', split, data_dir=str(tmp_path / 'tfds'))
+        assert prepared.record == ours.record
+        np.testing.assert_array_equal(prepared.labels, ours.labels)

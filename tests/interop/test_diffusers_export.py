@@ -1,0 +1,98 @@
+"""Folders for diffusers: what is written reads back as what it was."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from diffusion.interop import diffusers, diffusers_export
+from tests.interop.fixture import PIPELINE, WEIGHTS
+
+NETWORK = dict(
+    image_size=16,
+    image_channels=3,
+    channels=8,
+    multipliers=(1, 2, 4),
+    num_blocks=1,
+    attention_resolutions=(8,),
+    groups=4,
+    dropout=0.1,
+)
+SCHEDULE = dict(
+    name='linear',
+    T=4,
+    beta_start=0.1,
+    beta_end=0.4,
+    betas=np.linspace(0.1, 0.4, 4),
+    kind='v',
+    variance='large',
+    clip=False,
+    spacing='linspace',
+)
+
+
+def test_a_network_reads_back():
+    settings = diffusers.network_settings(diffusers_export.network_config(**NETWORK), 'config.json')
+    found = settings['model'] | {f'image_{key.removeprefix("image_")}': v for key, v in settings['data'].items()}
+    assert found.pop('first_level') == 0
+    assert found == NETWORK
+
+
+def test_a_network_without_an_equal_is_refused():
+    with pytest.raises(ValueError, match=r'multipliers is \(2, 2\), but its first entry must be 1'):
+        diffusers_export.network_config(**NETWORK | {'multipliers': (2, 2)})
+
+
+@pytest.mark.parametrize(
+    ('name', 'theirs'),
+    [
+        ('linear', 'linear'),
+        ('quadratic', 'scaled_linear'),
+        ('cosine', 'squaredcos_cap_v2'),
+        ('sigmoid', None),  # which only DDPMScheduler has
+        ('constant', None),
+        ('jsd', None),
+        (None, None),
+    ],
+)
+def test_a_schedule_is_written_by_name_or_by_its_betas(name, theirs):
+    written = json.loads(json.dumps(diffusers_export.scheduler_config(**SCHEDULE | {'name': name})))
+    settings = diffusers.scheduler_settings(written, 'scheduler_config.json')
+    if theirs:
+        assert (written['beta_schedule'], written['trained_betas']) == (theirs, None)
+        assert settings['schedule']['name'] == name
+    else:
+        np.testing.assert_array_equal(written['trained_betas'], SCHEDULE['betas'])
+        assert 'name' not in settings['schedule']
+    assert settings['schedule'].items() >= {'T': 4, 'beta_start': 0.1, 'beta_end': 0.4}.items()
+    assert settings['model'] == {'kind': 'v'}
+    assert settings['sample'].items() >= {'variance': 'large', 'clip': False, 'spacing': 'linspace'}.items()
+
+
+def test_a_spacing_that_diffusers_lacks_becomes_leading():
+    config = diffusers_export.scheduler_config(**SCHEDULE | {'spacing': 'quad'})
+    assert config['timestep_spacing'] == 'leading'
+
+
+def test_a_pipeline_is_written_as_diffusers_lays_it_out(tmp_path):
+    rng = np.random.default_rng(0)
+    params = {
+        'conv_in': {'kernel': rng.normal(size=(3, 3, 1, 4)), 'bias': rng.normal(size=4)},
+        'down': {0: {'attentions': {1: {'query': {'kernel': rng.normal(size=(4, 6))}}}}},
+    }
+    network, scheduler = diffusers_export.network_config(**NETWORK), diffusers_export.scheduler_config(**SCHEDULE)
+    diffusers_export.write(str(tmp_path / 'ours'), params, network=network, scheduler=scheduler)
+
+    def files(folder):
+        return {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
+
+    assert files(tmp_path / 'ours') == files(PIPELINE) - {'expected.npz'}
+    tensors = load_file(tmp_path / 'ours' / WEIGHTS)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        'conv_in.weight': (4, 1, 3, 3),
+        'conv_in.bias': (4,),
+        'down_blocks.0.attentions.1.to_q.weight': (6, 4),
+    }
+    assert tensors['conv_in.weight'][3, 0, 1, 2] == np.float32(params['conv_in']['kernel'][1, 2, 0, 3])
+    assert diffusers.read(str(tmp_path / 'ours')).settings['model']['multipliers'] == (1, 2, 4)

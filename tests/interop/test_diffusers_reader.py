@@ -1,0 +1,297 @@
+"""Folders of diffusers, read without diffusers: what our network cannot express is refused by key and value."""
+
+import json
+import shutil
+import struct
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from diffusion.interop import READERS, diffusers
+from tests.interop import fixture
+
+
+def read(place):
+    return READERS['diffusers'](str(place), image_size=0)
+
+
+# Networks and schedulers
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('num_class_embeds', 10),
+        ('class_embed_type', 'timestep'),
+        ('resnet_time_scale_shift', 'scale_shift'),
+        ('time_embedding_type', 'fourier'),
+        ('time_embedding_dim', 64),
+        ('flip_sin_to_cos', True),
+        ('freq_shift', 0),
+        ('block_out_channels', [4, 6]),
+        ('norm_eps', 1e-5),
+        ('act_fn', 'gelu'),
+        ('downsample_padding', 1),
+        ('downsample_type', 'resnet'),
+        ('attention_head_dim', 4),
+        ('attention_head_dim', [8, 8]),
+        ('attn_norm_num_groups', 1),
+        ('mid_block_type', None),
+        ('mid_block_scale_factor', 2),
+        ('add_attention', False),
+        ('center_input_sample', True),
+        ('down_block_types', ['DownBlock2D', 'SkipDownBlock2D']),
+        ('up_block_types', ['AttnUpBlock2D', 'AttnUpBlock2D']),
+        ('out_channels', 2),
+        ('sample_size', [8, 16]),
+        ('sample_size', None),
+        ('sample_size', '8'),
+        ('block_out_channels', []),
+        ('block_out_channels', [4, '8']),
+        ('layers_per_block', [1, 1]),
+        ('norm_num_groups', None),
+        ('something_new', 1),
+        ('_class_name', 'UNet2DConditionModel'),
+    ],
+)
+def test_other_networks_are_refused(key, value, tmp_path):
+    folder = fixture.changed(tmp_path, fixture.NETWORK, **{key: value})
+    with pytest.raises(ValueError, match=r'theirs/unet/config\.json: ') as error:
+        read(folder)
+    assert key in str(error.value) and (key == 'up_block_types' or repr(value) in str(error.value))
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('rescale_betas_zero_snr', True),
+        ('beta_schedule', 'laplace'),
+        ('variance_type', 'learned_range'),
+        ('prediction_type', 'flow_prediction'),
+        ('prediction_type', ['epsilon']),
+        ('num_train_timesteps', 0),
+        ('clip_sample', 'yes'),
+        ('thresholding', True),
+        ('clip_sample_range', 2.0),
+        ('steps_offset', 1),
+        ('timestep_spacing', 'even'),
+        ('snr_shift_scale', 3.0),
+        ('_class_name', 'ScoreSdeVeScheduler'),
+    ],
+)
+def test_other_schedulers_are_refused(key, value, tmp_path):
+    folder = fixture.changed(tmp_path, fixture.SCHEDULER, **{key: value})
+    with pytest.raises(ValueError, match=r'theirs/scheduler/scheduler_config\.json: ') as error:
+        read(folder)
+    assert key in str(error.value) and repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('betas', 'words'),
+    [
+        ([0.1, 0.2], ['2 numbers', 'num_train_timesteps is 100']),
+        ([0.1] * 99 + [1.5], ['(0, 1]']),
+        ([0.1] * 99 + ['0.1'], ['numbers in (0, 1]']),
+        ('linear', ['numbers in (0, 1]']),
+    ],
+)
+def test_malformed_betas_are_refused(betas, words, tmp_path):
+    folder = fixture.changed(tmp_path, fixture.SCHEDULER, trained_betas=betas)
+    with pytest.raises(ValueError, match=r'theirs/scheduler/scheduler_config\.json: trained_betas') as error:
+        read(folder)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_long_value_is_shortened(tmp_path):
+    folder = fixture.changed(tmp_path, fixture.NETWORK, block_out_channels=['8'] * 1000)
+    with pytest.raises(ValueError, match=r'block_out_channels is .* …, but') as error:
+        read(folder)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'sample_size': [8, 8]},
+        {'attention_head_dim': 8},  # one head of 8 channels, the width of all that attends
+        {'act_fn': 'swish', 'attn_norm_num_groups': 2, 'time_embedding_dim': 16},
+    ],
+)
+def test_other_spellings_of_the_same_network(changes, tmp_path):
+    folder = fixture.changed(tmp_path, fixture.NETWORK, **changes)
+    assert read(folder).settings == read(fixture.PIPELINE).settings
+
+
+def test_keys_that_a_scheduler_does_not_use_are_ignored(tmp_path):
+    changes = {'clip_sample': False, 'clip_sample_range': 3.0, 'timestep_spacing': 'trailing', 'steps_offset': 1}
+    sample = read(fixture.changed(tmp_path, fixture.SCHEDULER, **changes)).settings['sample']
+    assert (sample['clip'], sample['spacing']) == (False, 'trailing')
+
+
+def test_the_config_of_the_google_ddpms():
+    """The config.json of google/ddpm-cifar10-32."""
+    config = {
+        '_class_name': 'UNet2DModel', '_diffusers_version': '0.1.1', 'act_fn': 'silu', 'attention_head_dim': None,
+        'block_out_channels': [128, 256, 256, 256], 'center_input_sample': False,
+        'down_block_types': ['DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D', 'DownBlock2D'],
+        'downsample_padding': 0, 'flip_sin_to_cos': False, 'freq_shift': 1, 'in_channels': 3, 'layers_per_block': 2,
+        'mid_block_scale_factor': 1, 'norm_eps': 1e-06, 'norm_num_groups': 32, 'out_channels': 3, 'sample_size': 32,
+        'time_embedding_type': 'positional',
+        'up_block_types': ['UpBlock2D', 'UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'],
+    }  # fmt: skip
+    assert diffusers.network_settings(config, 'config.json') == {
+        'data': {'image_size': 32, 'channels': 3},
+        'model': {
+            'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2, 'attention_resolutions': (16,),
+            'groups': 32, 'dropout': 0.0, 'first_level': 0,
+        },
+    }  # fmt: skip
+
+
+def test_a_network_without_a_scheduler_leaves_schedule_and_sampling_open():
+    found = read(fixture.PIPELINE / 'unet')
+    assert set(found.settings) == {'data', 'model'} and 'kind' not in found.settings['model']
+    assert set(read(fixture.PIPELINE).settings) == {'data', 'model', 'schedule', 'sample'}
+
+
+# Files of weights
+
+
+def test_a_truncated_file(tmp_path):
+    """The first incomplete tensor is named; a header that is cut or senseless is an error, too."""
+    folder = fixture.copy(tmp_path)
+    path = folder / fixture.WEIGHTS
+    whole = path.read_bytes()
+    (length,) = struct.unpack('<Q', whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    start, end = header['mid_block.resnets.0.conv1.weight']['data_offsets']
+    for content, words in (
+        (whole[: 8 + length + (start + end) // 2], 'it ends within mid_block.resnets.0.conv1.weight '),
+        (whole[:100], 'cannot be read'),
+        (whole[:8] + b'x' * (len(whole) - 8), 'cannot be read'),
+        (b'', 'cannot be read'),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=words) as error:
+            read(folder)
+        assert str(path) in str(error.value)
+
+
+def test_a_type_that_numpy_does_not_have(tmp_path):
+    folder = fixture.copy(tmp_path)
+    header = json.dumps({'conv_out.bias': {'dtype': 'F8_E4M3', 'shape': [4], 'data_offsets': [0, 4]}}).encode()
+    (folder / fixture.WEIGHTS).write_bytes(struct.pack('<Q', len(header)) + header + bytes(4))
+    with pytest.raises(ValueError, match=r'holds conv_out\.bias as F8_E4M3, but floating point') as error:
+        read(folder)
+    assert str(folder / fixture.WEIGHTS) in str(error.value)
+
+
+def split(folder):
+    """Split the weights of a folder into two files; return the index."""
+    arrays = load_file(folder / fixture.WEIGHTS)
+    (folder / fixture.WEIGHTS).unlink()
+    names = sorted(arrays)
+    places = {}
+    for i, part in enumerate((names[:20], names[20:])):
+        file = f'diffusion_pytorch_model-{i + 1:05d}-of-00002.safetensors'
+        save_file({name: arrays[name] for name in part}, folder / 'unet' / file)
+        places |= dict.fromkeys(part, file)
+    return {'metadata': {}, 'weight_map': places}
+
+
+def test_weights_in_parts(tmp_path):
+    folder = fixture.copy(tmp_path)
+    index = split(folder)
+    name, file = next(iter(index['weight_map'].items()))
+    path = folder / f'{fixture.WEIGHTS}.index.json'
+    path.write_text(json.dumps(index))
+    found = read(folder).weights['params']
+    whole = load_file(fixture.PIPELINE / fixture.WEIGHTS)
+    assert found.keys() == whole.keys() and all((found[name] == whole[name]).all() for name in whole)
+
+    shutil.copy(folder / 'unet' / file, folder / file)
+    for change, words in (
+        ({name: f'../{file}'}, 'points outside its folder'),
+        ({name: str(folder / file)}, 'points outside its folder'),
+        ({name: 'diffusion_pytorch_model-00002-of-00002.safetensors'}, f'differ.*{name}'),
+        ({'another.weight': file}, 'differ.*another.weight'),
+        ({name: 3}, 'no weight_map'),
+    ):
+        path.write_text(json.dumps({'weight_map': index['weight_map'] | change}))
+        with pytest.raises(ValueError, match=words):
+            read(folder)
+    path.write_text('[')
+    with pytest.raises(ValueError, match=r'index\.json cannot be read'):
+        read(folder)
+    path.write_text(json.dumps(index))
+    (folder / 'unet' / file).unlink()
+    with pytest.raises(ValueError, match=f'{file} is missing'):
+        read(folder)
+
+
+def test_folders_that_lack_a_file(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(ValueError, match=r'empty/config\.json cannot be read'):
+        read(tmp_path / 'empty')
+    folder = fixture.copy(tmp_path)
+    (folder / fixture.WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r'unet has no diffusion_pytorch_model\.safetensors, but no weights'):
+        read(folder)
+
+
+@pytest.mark.parametrize('file', ['model.fp16.safetensors', 'model-00001-of-00002.bin', 'model.bin.index.json'])
+def test_weights_under_another_name_are_named(file, tmp_path):
+    folder = fixture.copy(tmp_path)
+    (folder / fixture.WEIGHTS).rename(folder / 'unet' / f'diffusion_pytorch_{file}')
+    with pytest.raises(ValueError, match=rf'has no {fixture.WEIGHTS[5:]}, but diffusion_pytorch_{file}: save'):
+        read(folder)
+
+
+# Libraries that are not installed, and the hub
+
+
+def test_pytorch_is_asked_for_only_where_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    folder = fixture.copy(tmp_path)
+    read(folder)
+    (folder / fixture.WEIGHTS).rename(folder / 'unet' / 'diffusion_pytorch_model.bin')
+    with pytest.raises(ValueError, match='not installed: pip install torch'):
+        read(folder)
+    with pytest.raises(ValueError, match='not installed: pip install torch'):
+        READERS['ddim'](str(tmp_path / 'model.ckpt'), image_size=8)
+
+
+def test_the_hub(tmp_path, monkeypatch):
+    """Without its library, and if it cannot be reached. A download is a folder, and is read like any other."""
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(ValueError, match=r'no folder google/ddpm; .* pip install huggingface_hub'):
+        read('google/ddpm')
+
+    asked = []
+
+    class Hub:
+        def snapshot_download(self, repo, allow_patterns):
+            asked.append((repo, allow_patterns))
+            if repo == 'google/ddpm':
+                raise ConnectionError('no\n\nnetwork')
+            return str(fixture.PIPELINE)
+
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', Hub())
+    with pytest.raises(ValueError, match=r'no folder google/ddpm, and .* \(ConnectionError: no network\)'):
+        read('google/ddpm')
+    assert read('someone/digits').settings == read(fixture.PIPELINE).settings
+    assert [repo for repo, _ in asked] == ['google/ddpm', 'someone/digits']
+    assert not any('bin' in pattern for _, patterns in asked for pattern in patterns)
+
+
+def test_the_same_weights_whatever_the_folder_looks_like(tmp_path):
+    """Older pipelines have no subfolders."""
+    flat = tmp_path / 'flat'
+    flat.mkdir()
+    for file in (fixture.NETWORK, fixture.SCHEDULER, fixture.WEIGHTS):
+        shutil.copy(fixture.PIPELINE / file, flat)
+    found, expected = read(flat), read(fixture.PIPELINE)
+    assert found.settings == expected.settings
+    assert all(np.array_equal(found.weights['params'][name], t) for name, t in expected.weights['params'].items())

@@ -1,0 +1,130 @@
+"""The Fréchet distance where a closed form is known, and where scipy's matrix root is accurate."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion import data
+from diffusion.metrics import frechet
+
+seeds = st.integers(0, 2**32 - 1)
+dimensions = st.integers(1, 8)
+
+
+def rotation(rng, d):
+    """Return a random orthogonal matrix."""
+    return np.linalg.qr(rng.normal(size=(d, d)))[0]
+
+
+def gaussian(rng, d, rank=None):
+    """Return a random mean and covariance, which is singular if rank < d."""
+    factor = rng.normal(size=(d, d if rank is None else rank))
+    return rng.normal(size=d), factor @ factor.T
+
+
+@given(seeds, dimensions)
+def test_commuting_covariances_have_a_closed_form(seed, d):
+    """In their common basis the distance is |μ₁ − μ₂|² + Σ(σ₁ − σ₂)²; some variances are 0."""
+    rng = np.random.default_rng(seed)
+    basis, means = rotation(rng, d), rng.normal(size=(2, d))
+    stds = rng.uniform(0, 2, size=(2, d)) * (rng.uniform(size=(2, d)) > 0.2)
+    ours = frechet.distance(*((mean, (basis * std**2) @ basis.T) for mean, std in zip(means, stds, strict=True)))
+    expected = np.sum((means[0] - means[1]) ** 2) + np.sum((stds[0] - stds[1]) ** 2)
+    assert ours == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@given(seeds, dimensions)
+def test_translating_one_gaussian_adds_the_squared_shift(seed, d):
+    rng = np.random.default_rng(seed)
+    (mean, covariance), other, shift = gaussian(rng, d), gaussian(rng, d), rng.normal(size=d)
+    assert frechet.distance((mean, covariance), (mean + shift, covariance)) == pytest.approx(shift @ shift, abs=1e-6)
+    together = frechet.distance((mean + shift, covariance), (other[0] + shift, other[1]))
+    assert together == pytest.approx(frechet.distance((mean, covariance), other), rel=1e-6, abs=1e-6)
+
+
+@given(seeds, dimensions)
+def test_rotating_both_gaussians_changes_nothing(seed, d):
+    rng = np.random.default_rng(seed)
+    pair, basis = (gaussian(rng, d), gaussian(rng, d)), rotation(rng, d)
+    rotated = ((basis @ mean, basis @ covariance @ basis.T) for mean, covariance in pair)
+    assert frechet.distance(*rotated) == pytest.approx(frechet.distance(*pair), rel=1e-6, abs=1e-6)
+
+
+@given(seeds, st.integers(2, 8))
+def test_equals_the_formula_with_scipys_matrix_root(seed, d):
+    """tr (Σ₁Σ₂)^½ by scipy; the covariances are regular and do not commute."""
+    rng = np.random.default_rng(seed)
+    (mean1, cov1), (mean2, cov2) = ((mean, cov + np.eye(d)) for mean, cov in (gaussian(rng, d), gaussian(rng, d)))
+    trace = np.trace(scipy.linalg.sqrtm(cov1 @ cov2)).real
+    expected = np.sum((mean1 - mean2) ** 2) + np.trace(cov1 + cov2) - 2 * trace
+    assert frechet.distance((mean1, cov1), (mean2, cov2)) == pytest.approx(expected, rel=1e-7, abs=1e-7)
+
+
+@given(seeds, dimensions, st.data())
+def test_is_the_square_of_a_metric(seed, d, draw):
+    """Non-negative, 0 between equals, symmetric, and with the triangle inequality, up to rounding and for any rank."""
+    rng = np.random.default_rng(seed)
+    a, b, c = (gaussian(rng, d, draw.draw(st.integers(0, d))) for _ in range(3))
+    assert frechet.distance(a, a) == pytest.approx(0, abs=1e-6)
+    squares = ab, bc, ac = [frechet.distance(*pair) for pair in ((a, b), (b, c), (a, c))]
+    assert all(np.isfinite(square) and square > -1e-6 for square in squares)
+    assert frechet.distance(b, a) == pytest.approx(ab, rel=1e-5, abs=1e-5)
+    assert np.sqrt(max(ac, 0)) <= np.sqrt(max(ab, 0)) + np.sqrt(max(bc, 0)) + 1e-3
+
+
+def test_the_distance_from_a_point_is_the_mean_squared_distance():
+    rng = np.random.default_rng(0)
+    mean, covariance = gaussian(rng, 6)
+    point = (np.zeros(6), np.zeros((6, 6)))
+    for pair in ((point, (mean, covariance)), ((mean, covariance), point)):
+        assert frechet.distance(*pair) == pytest.approx(mean @ mean + np.trace(covariance))
+
+
+def test_moments_flatten_the_vectors_and_are_float64():
+    images = np.array([[[1, 5]], [[3, 5]], [[8, 5]]], np.uint8)  # one pixel varies, one is constant
+    mean, covariance = frechet.moments(images)
+    assert mean.dtype == covariance.dtype == np.float64
+    np.testing.assert_allclose(mean, [4, 5])
+    np.testing.assert_allclose(covariance, [[(9 + 1 + 16) / 2, 0], [0, 0]])
+    mean, covariance = frechet.moments(np.array([0.0, 2.0]))
+    assert mean.shape == (1,) and covariance.shape == (1, 1) and covariance[0, 0] == pytest.approx(2)
+
+
+def test_moments_of_float32_vectors_keep_their_digits():
+    vectors = (10_000 + np.random.default_rng(0).choice([-0.5, 0.5], size=(4000, 1))).astype(np.float32)
+    assert frechet.moments(vectors)[1][0, 0] == pytest.approx(0.25, rel=1e-2)
+
+
+def test_one_vector_is_an_error():
+    with pytest.raises(ValueError, match='at least 2 vectors, but there are 1'):
+        frechet.moments(np.zeros((1, 4)))
+
+
+@pytest.fixture(scope='module')
+def digits():
+    """The digits in [−1, 1], by their split."""
+    return {
+        split: data.to_float(data.load('digits', split, image_size=8, channels=1)[:]) for split in ('train', 'test')
+    }
+
+
+def test_constant_pixels_and_few_vectors_need_no_special_treatment(digits):
+    """The corners of the digits are always black; 10 images span at most 9 of 64 dimensions."""
+    images = digits['train']
+    assert (images.reshape(len(images), -1).std(0) == 0).any()
+    all_of_them, few, none = (frechet.moments(part) for part in (images, images[:10], images[:2] * 0))
+    assert frechet.distance(all_of_them, all_of_them) == pytest.approx(0, abs=1e-6)
+    assert frechet.distance(few, few) == pytest.approx(0, abs=1e-5)
+    distances = [frechet.distance(all_of_them, few), frechet.distance(few, all_of_them)]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-5) and distances[0] > 1
+    assert frechet.distance(few, none) == pytest.approx(few[0] @ few[0] + np.trace(few[1]))
+
+
+def test_the_distance_between_random_halves_of_the_digits(digits):
+    """0.34, as measured independently."""
+    images = np.concatenate([digits['train'], digits['test']])
+    order = np.random.default_rng(0).permutation(len(images))
+    halves = (frechet.moments(images[half]) for half in np.array_split(order, 2))
+    assert frechet.distance(*halves) == pytest.approx(0.34, abs=0.05)

@@ -1,0 +1,80 @@
+"""--mode=export: what is refused, and what the model card says; tests/peers/test_interop.py loads it with diffusers."""
+
+import json
+
+import pytest
+
+from diffusion.configs import workdir as configs_workdir
+from diffusion.modes import export
+from diffusion.util import RunError
+from tests.runs import make_run, random_params, tiny
+
+
+def run_of(path, config):
+    """A workdir with random weights at step 1."""
+    params = random_params(config, 1)
+    return make_run(path, config, 1, params=params, ema=params)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_of(tmp_path / 'run', tiny())
+
+
+@pytest.mark.parametrize('name', ['', 'step1-ema/unet/diffusion_pytorch_model.safetensors', 'step1-ema/README.md'])
+def test_a_folder_that_cannot_be_written_is_one_error(run, name):
+    """A file stands where a folder is needed, or a folder where a file is needed."""
+    (run / 'export' / name).mkdir(parents=True)
+    if not name:
+        (run / 'export').rmdir()
+        (run / 'export').write_text('not a folder')
+    with pytest.raises(RunError, match=r'/export/step1-ema cannot be written .*--workdir'):
+        export.run(tiny(), str(run))
+
+
+def test_the_card_does_not_tell_where_pictures_lie(tmp_path):
+    """Although the config leaves open what they are, and config.json says more than a config."""
+    pictures = tmp_path / 'private' / 'cats'
+    pictures.mkdir(parents=True)
+    run = run_of(
+        tmp_path / 'run', tiny({'data.source': f'folder:{pictures}', 'data.cache_dir': str(tmp_path / 'private')})
+    )
+    images = {'count': 3, 'fingerprint': 'of cats', 'sha256': '0', 'channel_means': [1.0]}
+    stored = json.loads((run / 'config.json').read_text()) | {'images': images}
+    (run / 'config.json').write_text(json.dumps(stored))
+    config = configs_workdir.get_config(str(run))
+    config.data.image_size = 0
+    assert export.run(config, str(run)) == 0
+    card = (run / 'export' / 'step1-ema' / 'README.md').read_text()
+    assert 'private' not in card and 'folder:cats' in card and '| data.image_size | 8 |' in card
+
+
+def test_a_network_that_diffusers_cannot_express_is_refused(tmp_path):
+    config = tiny({'model.multipliers': (2,)})
+    run = run_of(tmp_path / 'run', config)
+    with pytest.raises(RunError, match=r'config\.model: multipliers is \(2,\)'):
+        export.run(config, str(run))
+    assert not (run / 'export').exists()
+
+
+@pytest.mark.parametrize(
+    ('spacing', 'words'),
+    [
+        ('leading', ''),
+        ('trailing', ''),
+        ('linspace', "With 'linspace', diffusers' DDIM"),
+        ('quad', "'quad', is none of diffusers'"),
+    ],
+)
+def test_the_card_says_where_the_pipelines_differ(spacing, words):
+    note = export.spacing_note(spacing)
+    assert words in note and bool(note) == bool(words)
+
+
+def test_the_note_is_in_the_card(run):
+    config = tiny({'sample.spacing': 'linspace'})
+    assert export.run(config, str(run)) == 0
+    assert export.spacing_note('linspace') in (run / 'export' / 'step1-ema' / 'README.md').read_text()
+    config = tiny({'sample.spacing': 'leading'})
+    assert export.run(config, str(run)) == 0
+    assert '```\n\n## Record' in (run / 'export' / 'step1-ema' / 'README.md').read_text()

@@ -1,0 +1,215 @@
+"""From images on disk to the batches of a training run: the same for every placement and from every first step."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import build, data, workdir
+from diffusion.configs import celeba
+from diffusion.modes import train
+from diffusion.runtime import mesh
+from diffusion.util import RunError
+from tests.galleries import encoded, fill, noise, picture_feature, write_tfds
+from tests.runs import ROOT, TINY, assert_bitwise, assert_refused, main, saved, tiny
+
+IMAGES = noise(40, 8, 8, 1)
+PNG = [encoded(image) for image in IMAGES]
+IN_ORDER = np.argsort(np.arange(40) % 3, kind='stable')  # by class folder, as the names sort
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Return a folder of pictures in three classes."""
+    return fill(tmp_path / 'pictures', {f'{"abc"[i % 3]}/{i:02d}.png': PNG[i] for i in range(40)})
+
+
+def config_of(pictures, **changes):
+    return tiny({'data.source': f'folder:{pictures}'} | {key.replace('__', '.'): v for key, v in changes.items()})
+
+
+@pytest.mark.parametrize(('placement', 'fits'), [('device', True), ('host', True), ('auto', True), ('auto', False)])
+def test_a_step_gets_the_images_of_its_order(pictures, monkeypatch, placement, fits):
+    monkeypatch.setattr(mesh, 'fits', lambda mesh, nbytes: fits)
+    config = config_of(pictures, data__placement=placement, train__num_steps=8, seed=5)
+    given = list(train.feed(config, build.build(config), build.load_images(config), 3))
+    assert len(given) == 5
+    order = data.Order(40, 16, 5)
+    for k, (batch, indices) in enumerate(given, 3):
+        assert (indices is not None) == (placement != 'host' and fits)
+        assert isinstance(batch, jax.Array)
+        shown = np.asarray(batch if indices is None else batch[indices])
+        np.testing.assert_array_equal(shown, IMAGES[IN_ORDER][order[k]])
+
+
+def test_invalid_placements_are_named(pictures):
+    for changes, words in [
+        (dict(data__placement='gpu'), "config.data.placement is 'gpu'"),
+        (dict(data__placement='device', data__cache=False), 'config.data.cache=False'),
+    ]:
+        config = config_of(pictures, **changes)
+        with pytest.raises(RunError, match=re.escape(words)):
+            next(train.feed(config, build.build(config), build.load_images(config), 0))
+
+
+class Affine:
+    """A network that compiles quickly: scale·x_t + shift, with dropout-like noise."""
+
+    def init(self, key):
+        return {'shift': 0.3 * jax.random.normal(key, (8, 8, 1)), 'scale': jnp.float32(-0.5)}
+
+    def net(self, params, *, dropout_key=None):
+        return lambda x_t, t: params['scale'] * x_t + params['shift'] + 0.1 * jax.random.normal(dropout_key, x_t.shape)
+
+
+def test_training_does_not_depend_on_the_placement(pictures):
+    """Bit by bit: images on the device; on the host, from the cache; decoded for each batch, and resumed."""
+    ends, step_fns = [], {}
+    initial = None
+    for changes, starts in [
+        (dict(data__placement='device'), (0,)),
+        (dict(data__placement='host'), (0,)),
+        (dict(data__cache=False), (0, 3)),
+    ]:
+        config = config_of(pictures, **changes, data__flip=True, train__num_steps=5, model__implementation='plain')
+        exp = dataclasses.replace(build.build(config), network=Affine())
+        initial = initial or jax.jit(exp.init)(jax.random.key(0))
+        state = jax.tree.map(lambda leaf: leaf.copy(), initial)
+        images = build.load_images(config)
+        for start, stop in zip(starts, (*starts[1:], 5), strict=True):
+            batches = train.feed(config, exp, images, start)
+            for _ in range(start, stop):
+                batch = next(batches)
+                placed = batch[1] is None
+                step_fns[placed] = step_fns.get(placed) or train.compile_step(config, exp, state, *batch)
+                state, _ = step_fns[placed](state, *batch)
+        ends.append({str(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)})
+    assert len(step_fns) == 2
+    for end in ends[1:]:
+        assert_bitwise(end, ends[0])
+    for one, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(initial.params), strict=True):
+        assert not np.array_equal(one, other)
+
+
+# Refused before anything is compiled.
+
+
+def test_a_batch_larger_than_the_data_is_an_error(pictures, tmp_path):
+    with pytest.raises(RunError, match=r'config.train.batch_size is 48, but there are only 40 images'):
+        train.run(config_of(pictures, train__batch_size=48), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_other_images_are_refused_with_their_numbers(pictures, tmp_path):
+    """The same images in another folder are accepted; one more, or another, is not."""
+    config = config_of(pictures)
+    workdir.write_config(config, str(tmp_path / 'run'), build.load_images(config))
+    moved = config_of(pictures.rename(tmp_path / 'moved'), data__cache=False, data__placement='host')
+    workdir.check_config(moved, str(tmp_path / 'run'), build.load_images(moved))
+    fill(tmp_path / 'moved', {'a/00.png': PNG[1]})
+    with pytest.raises(RunError, match=r'the images: 40, preprocessing \w+ there; 40, '):
+        workdir.check_config(moved, str(tmp_path / 'run'), build.load_images(moved))
+    fill(tmp_path / 'moved', {'a/00.png': PNG[0], 'a/more.png': PNG[0]})
+    with pytest.raises(RunError) as error:
+        train.run(moved, str(tmp_path / 'run'))
+    for words in ('the images: 40, preprocessing', '41, preprocessing', str(tmp_path / 'moved'), str(tmp_path / 'run')):
+        assert words in str(error.value)
+
+
+def test_config_json_stores_class_names_in_any_script(tmp_path):
+    """Even one that is not valid Unicode."""
+    for name in (b'\xe7\x8c\xab', b'caf\xe9'):
+        folder = os.fsencode(tmp_path / 'p') + b'/' + name
+        os.makedirs(folder)
+        with open(folder + b'/1.png', 'wb') as file:
+            file.write(PNG[0])
+    config = config_of(tmp_path / 'p')
+    workdir.write_config(config, str(tmp_path / 'run'), build.load_images(config))
+    stored = workdir.read_config(str(tmp_path / 'run'))
+    assert stored['images']['classes'] == ['caf\udce9', '猫']
+
+
+# At the command line.
+
+
+def test_celeba_trains_from_tfds_without_tensorflow(tmp_path):
+    """Two steps of configs/celeba.py with a small network."""
+    pictures = [encoded(image, 'jpeg') for image in noise(6, 218, 178, 3)]
+    examples = {'train': [(picture, None) for picture in pictures]}
+    write_tfds(tmp_path / 'tfds', 'celeb_a', examples, image=picture_feature('218', '178'), version='2.1.0')
+    assert celeba.get_config().data.source == 'tfds:celeb_a'
+    changes = TINY | {'train.num_steps': 2, 'train.batch_size': 4, 'data.data_dir': tmp_path / 'tfds'}
+    changes |= {'data.image_size': 16, 'model.num_blocks': 1, 'model.implementation': 'plain'}  # compile quickly
+    code = (
+        'import runpy, sys\n'
+        'try:\n    runpy.run_path("main.py", run_name="__main__")\n'
+        'finally:\n    print("imported", sorted({"tensorflow", "torch", "keras"} & set(sys.modules)))'
+    )
+    arguments = ['--config=configs/celeba.py', f'--workdir={tmp_path / "run"}', '--config.data.placement=host']
+    done = subprocess.run(
+        [sys.executable, '-c', code, *arguments, *(f'--config.{key}={value}' for key, value in changes.items())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert '6 images of tfds:celeb_a' in done.stdout and 'complete: 2 steps' in done.stdout
+    assert done.stdout.splitlines()[-1] == 'imported []'
+    assert saved(tmp_path / 'run') == [2]
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_decoding_ends_in_one_line(pictures, tmp_path, number):
+    """With status 75, without a traceback, and without files of an unfinished cache."""
+    code = (
+        'import runpy, sys, time\n'
+        'from diffusion.data import pictures\n'
+        'decode = pictures.decode\n'
+        'pictures.decode = lambda content: (time.sleep(0.2), decode(content))[1]\n'
+        'runpy.run_path("main.py", run_name="__main__")'
+    )
+    arguments = [
+        '--config=configs/digits.py',
+        f'--workdir={tmp_path / "run"}',
+        f'--config.data.source=folder:{pictures}',
+    ]
+    process = subprocess.Popen(
+        [sys.executable, '-c', code, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        kept = tmp_path / 'cache' / 'diffusion'
+        while not list(kept.glob('*.new/images.bin')) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 75, errors
+    assert 'Traceback' not in errors and 'interrupted: ' in errors.splitlines()[-1]
+    assert [path.suffix for path in kept.iterdir()] == ['.lock']
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_missing_dataset_is_an_error_in_a_few_lines(tmp_path):
+    done = main('--config=configs/celeba.py', f'--workdir={tmp_path / "run"}', f'--config.data.data_dir={tmp_path}')
+    assert_refused(done, f'{tmp_path}/celeb_a', 'make prepare DATASET=celeb_a', '--config.data.source=folder:')
+    assert done.stdout == '' and len(done.stderr.splitlines()) == 4

@@ -1,0 +1,307 @@
+"""--mode=sample: what it writes and prints, and that an image depends on its seed and index alone."""
+
+import importlib.metadata
+import json
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion import build, data, sampler, schedule, workdir
+from diffusion.metrics import frechet
+from diffusion.modes import sample
+from diffusion.util import RunError
+from tests.galleries import encoded, fill, noise
+from tests.runs import QUICK, ROOT, flags, make_run, quick, random_params
+
+SAMPLE = {'sample.num_images': 5, 'sample.num_steps': 3, 'sample.batch_size': 5, 'sample.eta': 1.0}
+
+
+def asking(**changes):
+    """A config that asks for five images in three steps; the names of `changes` are keys of config.sample."""
+    return quick(SAMPLE | {f'sample.{key}': value for key, value in changes.items()})
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A workdir with a checkpoint of step 12."""
+    config = asking()
+    params, ema = random_params(config, 1), random_params(config, 2)
+    return make_run(tmp_path_factory.mktemp('run'), config, 12, params=params, ema=ema)
+
+
+def draw(path, config):
+    """Run --mode=sample. Returns the images, the record and the one folder that it wrote, which is then moved away."""
+    assert sample.run(config, str(path)) == 0
+    (folder,) = (written for written in (path / 'samples').iterdir() if written.name != 'progress')
+    folder = folder.rename(path / f'{len(list(path.iterdir()))}-{folder.name}')
+    with np.load(folder / 'samples.npz') as arrays:
+        assert arrays.files == ['arr_0']
+        return arrays['arr_0'], json.loads((folder / 'record.json').read_text(encoding='utf-8')), folder
+
+
+@pytest.fixture(scope='module')
+def five(trained):
+    """Five images of DDPM: with noise at each step."""
+    return draw(trained, asking())
+
+
+def test_images_a_grid_and_a_record_are_written(five):
+    images, _, folder = five
+    assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8
+    assert len({image.tobytes() for image in images}) == 5
+    assert images.std() > 10
+    assert sorted(path.name for path in folder.iterdir()) == ['grid.png', 'record.json', 'samples.npz']
+    with Image.open(folder / 'grid.png') as picture:
+        grid = np.asarray(picture)
+    corners = []
+    for image in images:
+        enlarged = image[:, :, 0].repeat(6, 0).repeat(6, 1)  # to 48 pixels
+        there = (np.lib.stride_tricks.sliding_window_view(grid, enlarged.shape) == enlarged).all((2, 3))
+        ((top, left),) = np.argwhere(there)
+        corners.append((int(top), int(left)))
+    tops, lefts = (sorted(set(side)) for side in zip(*corners, strict=True))
+    assert corners == [(top, left) for top in tops for left in lefts][:5]  # row by row
+    assert (len(tops), len(lefts)) == (2, 3) and min(np.diff(tops).min(), np.diff(lefts).min()) > 48
+
+
+def test_the_record_describes_the_images(five):
+    _, record, folder = five
+    expected = {
+        'checkpoint_step': 12,
+        'weights': 'ema',
+        'eta': 1.0,
+        'num_steps': 3,
+        'spacing': 'trailing',
+        'variance': 'small',
+        'clip': True,
+        'seed': 0,
+        'count': 5,
+    }
+    assert {key: record[key] for key in expected} == expected
+    assert record['wall_seconds'] > 0
+    assert record['versions']['python'] == platform.python_version()
+    for package in ('jax', 'flax', 'numpy'):
+        assert record['versions'][package] == importlib.metadata.version(package)
+    assert record['model']['kind'] == 'eps' and len(record['params_sha256']) == 64
+    assert record['schedule']['T'] == 4 and record['schedule']['name'] == 'linear'
+    for fact in ('step12', 'ema', 'eta1', '3trailing', 'small'):
+        assert fact in folder.name
+
+
+def test_the_distance_is_that_of_the_written_images(five):
+    images, record, _ = five
+    real = build.load_images(asking()).images
+    expected = frechet.distance(frechet.moments(images / 127.5 - 1), frechet.moments(real / 127.5 - 1))
+    assert record['quality']['value'] == pytest.approx(expected, rel=1e-4)
+    assert 'not an FID' in record['quality']['metric'] and 'pixels' in record['quality']['metric']
+    assert '1498' in record['quality']['reference'] and 'digits' in record['quality']['reference']
+
+
+def test_the_reason_is_recorded_where_there_is_no_distance():
+    one = sample.distance_from_data(asking(), np.zeros((1, 8, 8, 1), np.uint8), None)
+    assert one['value'] is None and 'one image' in one['why']
+    large = sample.distance_from_data(asking(), np.zeros((4, 64, 64, 3), np.uint8), None)
+    assert large['value'] is None and '12288' in large['why'] and '4096' in large['why']
+    nowhere = quick({'data.source': 'nowhere'})
+    absent = sample.distance_from_data(nowhere, np.zeros((4, 8, 8, 1), np.uint8), None)
+    assert absent['value'] is None and 'nowhere' in absent['why']
+
+
+def test_the_distance_is_from_the_training_images_only(tmp_path, monkeypatch, capsys):
+    """There is one from a copy of them in another folder, and none from other images of the same size."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    config = asking()
+    own = {f'{i}.png': encoded(image) for i, image in enumerate(noise(4, 8, 8, 1))}
+    config.data.source = f'folder:{fill(tmp_path / "own", own)}'
+    run, params = tmp_path / 'run', random_params(config, 1)
+    make_run(run, config, 1, params=params, ema=params)
+    workdir.write_config(config, str(run), build.load_images(config))
+    config.data.source = f'folder:{fill(tmp_path / "copy", own)}'
+    assert draw(run, config)[1]['quality']['value'] > 0
+    others = {f'{i}.png': encoded(image) for i, image in enumerate(noise(5, 8, 8, 1, seed=1))}
+    config.data.source = f'folder:{fill(tmp_path / "others", others)}'
+    capsys.readouterr()
+    quality = draw(run, config)[1]['quality']
+    assert quality['value'] is None and quality['why'] in capsys.readouterr().out
+    for words in ('5 images', str(tmp_path / 'others'), 'not the 4 that the run was trained on'):
+        assert words in quality['why']
+
+
+@pytest.fixture
+def drawing_fails(monkeypatch):
+    """The test fails if images are drawn."""
+    monkeypatch.setattr(sample, 'make_sampler', lambda *_, **__: pytest.fail('images are drawn'))
+
+
+def test_a_workdir_in_which_samples_cannot_be_written_is_refused_before_they_are_drawn(trained, drawing_fails):
+    (trained / 'samples').rename(trained / 'before')
+    (trained / 'samples').write_text('not a folder')
+    with pytest.raises(RunError, match=r'run.*/samples cannot be written .*--workdir'):
+        sample.run(asking(), str(trained))
+    (trained / 'samples').unlink()
+    (trained / 'before').rename(trained / 'samples')
+
+
+def test_a_failed_write_at_the_end_is_reported_in_one_line(trained, five):
+    """As on a disk that fills up while images are drawn: here a folder has the name of the file."""
+    name = five[2].name.partition('-')[2]
+    in_the_way = trained / 'samples' / name / 'record.json.new'
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(RunError, match=rf'{name} cannot be written .*free some space'):
+        sample.run(asking(), str(trained))
+    in_the_way.parent.rename(trained / 'given-up')
+
+
+def test_an_impossible_chain_is_refused_before_the_checkpoint_is_read(trained, monkeypatch):
+    monkeypatch.setattr(workdir, 'load_params', lambda *_: pytest.fail('a checkpoint is read'))
+    with pytest.raises(RunError, match=r'config.sample: num_steps is 5.*T=4'):
+        sample.run(asking(num_steps=5), str(trained))
+
+
+def test_reading_parameters_does_not_move_the_compile_cache(trained):
+    config = asking()
+    before = jax.config.jax_compilation_cache_dir
+    config.compile_cache = str(trained / 'elsewhere')
+    workdir.load_params(build.build(config).abstract_state(), config, str(trained), 'ema')
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_images_are_drawn_ends_the_run_with_one_line(trained, number, tmp_path):
+    asked = flags(trained, QUICK, sample__num_images=1_000_000, sample__batch_size=8, sample__num_steps=4)
+    with open(tmp_path / 'errors', 'w', encoding='utf-8') as errors:
+        command = [sys.executable, 'main.py', *asked, '--mode=sample']
+        process = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
+    try:
+        deadline = time.monotonic() + 120
+        while 'image/s' not in (printed := (tmp_path / 'errors').read_text()) and process.poll() is None:
+            assert time.monotonic() < deadline, printed
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 75
+    finally:
+        process.kill()
+    printed = (tmp_path / 'errors').read_text()
+    assert printed.splitlines()[-1] == 'interrupted: nothing is written yet; the same command starts over', printed
+    assert 'Traceback' not in printed and not list((trained / 'samples').iterdir())
+
+
+def test_an_image_depends_on_its_seed_and_index_alone(trained, five):
+    """Not on how many are drawn, nor on how many at a time."""
+    images, record, _ = draw(trained, asking(num_images=3, batch_size=2))
+    assert record['count'] == len(images) == 3
+    np.testing.assert_array_equal(images, five[0][:3])
+
+
+def test_one_program_draws_any_images_of_any_seed(trained, five):
+    config = asking()
+    exp = build.build(config)
+    _, params = workdir.load_params(exp.abstract_state(), config, str(trained), 'ema')
+    draw_floats = sample.make_sampler(
+        exp,
+        params,
+        (8, 8, 1),
+        batch_size=3,
+        timesteps=schedule.timesteps(4, 3),
+        kind='eps',
+        eta=1.0,
+    )
+
+    def images(*which):
+        return data.to_uint8(draw_floats(params, *which))
+
+    np.testing.assert_array_equal(images(0, 0, 3), five[0][:3])
+    np.testing.assert_array_equal(images(0, 3, 5), five[0][3:])
+    others = images(1, 0, 3)
+    assert not any((one == other).all() for one in others for other in five[0])
+
+
+def test_the_weights_that_are_asked_for_are_used(tmp_path):
+    """A network that returns x̂_0 = 0.5 everywhere draws the grey level 191.25; −0.5 is 63.75."""
+    config = quick(SAMPLE | {'model.kind': 'x0', 'sample.eta': 0.0})
+    nothing = jax.tree.map(np.zeros_like, random_params(config, 0))
+    params, ema = (nothing | {'conv_out': nothing['conv_out'] | {'bias': np.float32([b])}} for b in (-0.5, 0.5))
+    make_run(tmp_path, config, 1, params=params, ema=ema)
+    folders = []
+    for weights, grey in (('ema', 191), ('raw', 64)):
+        config.sample.weights = weights
+        images, record, folder = draw(tmp_path, config)
+        np.testing.assert_array_equal(images, np.full((5, 8, 8, 1), grey))
+        assert record['weights'] == weights
+        assert weights in folder.name
+        folders.append(folder.name.partition('-')[2])
+    assert folders[0] != folders[1]  # neither overwrites the other
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'), [('eta', 0.0), ('clip', False), ('variance', 'large'), ('spacing', 'leading')]
+)
+def test_each_setting_makes_other_images_in_a_folder_of_their_own(trained, five, key, value):
+    images, record, folder = draw(trained, asking(**{key: value}))
+    ours, theirs = record, five[1]
+    assert record[key] == value
+    assert {name for name in ours if ours[name] != theirs[name]} <= {key, 'quality', 'wall_seconds', 'compile_seconds'}
+    assert folder.name.partition('-')[2] != five[2].name.partition('-')[2]
+    assert (images != five[0]).any()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'spacing': 'even'}, ('spacing', "'even'", 'trailing', 'quad')),
+        ({'eta': 1.5}, ('eta', '1.5')),
+        ({'eta': -0.1}, ('eta', '-0.1')),
+        ({'variance': 'huge'}, ('variance', "'huge'", 'small', 'large')),
+        ({'variance': 'large', 'eta': 0.0}, ('variance', 'eta=0')),
+        ({'num_steps': 5}, ('num_steps', '5', 'T=4')),
+        ({'num_steps': 0}, ('num_steps', '0')),
+        ({'num_images': 0}, ('num_images', '0')),
+        ({'batch_size': 0}, ('batch_size', '0')),
+        ({'weights': 'average'}, ('weights', "'average'", 'ema', 'raw')),
+        ({'seed': -1}, ('seed', '-1')),
+        ({'compat': 'Ho'}, ('compat', "'Ho'", "'ho'", "'diffusers'")),
+        ({'rule': 'euler'}, ('rule', "'euler'", "'kernel'")),
+    ],
+)
+def test_a_wrong_sample_setting_is_named(trained, changes, words):
+    before = sorted(trained.iterdir())
+    with pytest.raises(RunError) as error:
+        sample.run(asking(**changes), str(trained))
+    for word in ('config.sample', *words):
+        assert word in str(error.value)
+    assert sorted(trained.iterdir()) == before
+
+
+def test_a_sampler_rule_of_the_table_is_used_and_named(trained, five, monkeypatch):
+    """The rule that jumps to x̂_0 at once; its images are others, in a folder with its name."""
+
+    def jump(state, x_t, t, s, std, *, schedule, predict, noise, eta):
+        return state, predict(x_t, t).x0
+
+    monkeypatch.setitem(sampler.RULES, 'jump', sampler.Rule(init=lambda x_T: (), step=jump))
+    images, record, folder = draw(trained, asking(rule='jump'))
+    assert record['rule'] == 'jump' and 'jump' in folder.name
+    assert (images != five[0]).any()
+
+
+def test_a_run_of_another_network_is_refused(trained):
+    config = asking()
+    config.model.channels = 16
+    with pytest.raises(RunError, match=r'config\.model\.channels: 8 there, 16 asked'):
+        sample.run(config, str(trained))
+
+
+def test_a_workdir_without_a_checkpoint_is_refused_and_left_alone(tmp_path):
+    with pytest.raises(RunError, match=r'no run in .*empty'):
+        sample.run(asking(), str(tmp_path / 'empty'))
+    assert not (tmp_path / 'empty').exists()
+    (tmp_path / 'begun' / 'checkpoints').mkdir(parents=True)
+    with pytest.raises(RunError, match=r'no complete checkpoint in .*begun'):
+        sample.run(asking(), str(tmp_path / 'begun'))

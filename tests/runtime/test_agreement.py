@@ -1,0 +1,59 @@
+"""All hosts react in the same way to what only one of them meets: two real processes, failures on one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.runtime.common import ROOT
+
+
+@pytest.fixture(scope='module')
+def seen(tmp_path_factory):
+    """What each of the two hosts of tests/runtime/two_hosts.py saw."""
+    folder = tmp_path_factory.mktemp('shared')
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-m', 'tests.runtime.two_hosts', str(port), str(process_id), str(folder)],
+            cwd=ROOT,
+            env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process_id in range(2)
+    ]
+    try:
+        while any(process.poll() is None for process in processes):  # a host whose peer failed would wait for it
+            if any(process.poll() for process in processes):
+                break
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.mark.parametrize(
+    ('what', 'found'),
+    [
+        ('any host', [False, False, True, False]),  # one call late, on the host that asked as well
+        ('differences', {'other': 'process 0 has 0, process 1 has 1'}),
+        ('a write that failed on one host', 'OSError'),
+        ('a read that failed on one host', [2, 2.0]),
+        ('put aside', [1]),
+        ('saved again', [2, 1]),
+        ('folders that are not shared', 'DamagedError'),
+    ],
+)
+def test_hosts_agree(seen, what, found):
+    assert [of_host[what] for of_host in seen] == [found, found]

@@ -1,0 +1,10 @@
+"""XLA's flags for processes whose programs run for a moment: they compile in a third of the time, and run slowly."""
+
+import importlib.metadata
+
+FAST_TO_COMPILE = (
+    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
+    '--xla_cpu_parallel_codegen_split_count=1'
+)
+if int(importlib.metadata.version('jaxlib').split('.')[1]) < 12:  # a process ends if it does not know a flag
+    FAST_TO_COMPILE += ' --xla_cpu_use_fusion_emitters=false'
