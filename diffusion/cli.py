@@ -4,6 +4,7 @@ Nothing heavy is imported before the flags are known to be good.
 """
 
 import ast
+import contextlib
 import glob
 import importlib
 import io
@@ -101,8 +102,9 @@ def parse(argv: Sequence[str]) -> list[str]:
     """Parse the flags. Exit with one line about the flag that is wrong, or after printing the help."""
     text = '\n'.join(argv)
     if re.search(r'^--?(help\w*|h|\?)$', text, re.MULTILINE):
-        print(help_text())
-        sys.exit(0)
+        with contextlib.suppress(BrokenPipeError):  # a pager that has read enough
+            print(help_text(), flush=True)
+        os._exit(0)  # without flushing stdout once more
     argv, path = find_config(argv)
     file = path.partition(':')[0]
     if path and not (os.path.isfile(file) and file.endswith('.py')):

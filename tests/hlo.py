@@ -1,4 +1,4 @@
-"""What a compiled program does between devices, read from its HLO."""
+"""Read from the HLO text of a compiled program what it does."""
 
 import math
 import re
@@ -7,7 +7,7 @@ COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'coll
 
 
 def collectives(text):
-    """[kind, [elements of each array that comes out of it], executed in a loop], for each in a program's text."""
+    """[kind, [elements of each array that it returns], whether it is in a loop] for each collective of a program."""
     bodies = set(re.findall(r'body=%?([\w.\-]+)', text))
     found, computation = [], ''
     for line in text.splitlines():
@@ -21,7 +21,7 @@ def collectives(text):
 
 
 def left_to_eigen(text, largest=1000):
-    """The convolutions and matrix products of a program for CPUs with more than `largest` results, but YNNPACK's."""
+    """The convolutions and matrix products of a program for CPUs that are not YNNPACK's, above `largest` elements."""
     of_ynnpack = set(re.findall(r' calls=%?([\w.\-]+),.*__ynn_fusion', text))
     found, computation = [], ''
     for line in text.splitlines():
@@ -33,11 +33,11 @@ def left_to_eigen(text, largest=1000):
 
 
 def _header(line):
-    """The name of the computation that begins here, or ''."""
+    """The name of the computation that starts at this line, or ''."""
     header = re.match(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$', line)
     return header[1] if header else ''
 
 
 def talks_to_host(text):
-    """Whether the program calls Python, or sends and receives, while it runs."""
+    """Whether the program calls Python, sends or receives while it runs."""
     return bool(re.search(r'callback|\b(?:infeed|outfeed|send|recv)\(', text))

@@ -111,6 +111,12 @@ def test_pairs_that_meet_are_a_chain(eta):
     np.testing.assert_array_equal(*program(KEYS))
 
 
+def test_diffusers_ddim_steps_by_a_fixed_stride_and_ends_at_clean_data():
+    """Its `prev_timestep` is t − T//S, and below 0 it takes ᾱ = 1 (`set_alpha_to_one`)."""
+    pairs = compat.resolve('diffusers-ddim', T, **ASKED | {'num_steps': 4, 'spacing': 'leading'})['timesteps']
+    assert pairs.tolist() == [[751, 501], [501, 251], [251, 1], [1, 0]]
+
+
 def test_a_codebase_added_to_the_table(monkeypatch):
     monkeypatch.setitem(compat.COMPAT, 'mine', lambda T, **asked: compat.ddim(T, **asked | {'num_steps': 5}))
     assert compat.resolve('mine', T, **ASKED)['timesteps'].tolist() == [801, 601, 401, 201, 1, 0]

@@ -2,7 +2,7 @@
 
 import jax
 
-DOMAINS = ('init', 'batches', 'noise', 'dropout', 'flips', 'sampling', 'likelihood')
+DOMAINS = ('init', 'noise', 'dropout', 'flips', 'sampling', 'likelihood')  # data.Order draws batches with NumPy
 
 
 def domain_key(seed: int | jax.Array, domain: str) -> jax.Array:

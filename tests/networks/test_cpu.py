@@ -1,6 +1,9 @@
 """What only the implementation for CPUs does: the norm by its definition, and a backward pass that keeps little."""
 
+import functools
+import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,10 @@ from flax import nnx
 
 from diffusion.networks.cpu import unet
 from diffusion.networks.cpu.unet import Attention, GroupNorm, ResBlock, UNet
+from tests.xla_flags import FAST_TO_COMPILE
 
+QUICK = {name: json.loads(value) for name, value in re.findall(r'--(\w+)=(\w+)', FAST_TO_COMPILE)}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 PARTS = dict(groups=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
@@ -18,7 +24,7 @@ def block(*channels, dropout=0.0):
     """A residual block of random parameters."""
     graph, state = nnx.split(ResBlock(*channels, 16, dropout=dropout, **PARTS))
     draw = np.random.default_rng(0)
-    return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.float32(draw.normal(size=leaf.shape) * 0.3), state))
+    return nnx.merge(graph, jax.tree.map(lambda leaf: np.float32(draw.normal(size=leaf.shape) * 0.3), state))
 
 
 @pytest.mark.parametrize(('shape', 'groups'), [((3, 8, 8, 32), 8), ((2, 5, 7, 12), 12), ((1, 1, 1, 6), 1)])
@@ -39,9 +45,9 @@ def test_norms_of_half_precision_are_computed_in_float32():
     norm = GroupNorm(8, 2, rngs=nnx.Rngs(0))
     x, weight = (jnp.asarray(draw.normal(size=(2, 8, 8, 8)) + 3, jnp.bfloat16) for _ in range(2))
     single = x.astype(jnp.float32)
-    assert norm(x).dtype == jnp.float32
-    np.testing.assert_array_equal(norm(x), norm(single))
-    found, exact = (jax.grad(lambda x: (norm(x) * weight).sum())(x) for x in (x, single))
+    assert jit(norm)(x).dtype == jnp.float32
+    np.testing.assert_array_equal(jit(norm)(x), jit(norm)(single))
+    found, exact = (jit(jax.grad(lambda x: (norm(x) * weight).sum()))(x) for x in (x, single))
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
 
 
@@ -56,7 +62,7 @@ def test_gradients_of_half_precision_are_rounded_once(monkeypatch, large):
         def loss(x):
             return (unet._activated_conv(layers.norm1, layers.conv1, x, training=True) * weight).sum()
 
-        return jax.grad(loss)(x)
+        return jit(jax.grad(loss))(x)
 
     np.testing.assert_array_equal(gradient(x), gradient(x.astype(jnp.float32)).astype(jnp.bfloat16))
 
@@ -67,7 +73,7 @@ def test_the_key_bias_has_no_gradient():
     graph, state = nnx.split(Attention(16, **PARTS))
     state = jax.tree.map(lambda leaf: jnp.float32(draw.normal(size=leaf.shape)), state)
     x = jnp.float32(draw.normal(size=(3, 4, 2, 16)))
-    gradient = jax.grad(lambda state: (nnx.merge(graph, state)(x) ** 2).sum())(state)
+    gradient = jit(jax.grad(lambda state: (nnx.merge(graph, state)(x) ** 2).sum()))(state)
     assert not gradient['key']['bias'][...].any()
     assert gradient['query']['bias'][...].any()
 
@@ -79,7 +85,7 @@ def test_little_is_kept_of_large_activations(monkeypatch):
         """Bytes an element, of each array of an activation's size that the backward pass needs."""
         monkeypatch.setattr(unet, 'LARGE', large)
         layers, x = block(8, 8, dropout=dropout), jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
-        _, vjp = jax.vjp(lambda x: layers(x, jnp.ones((2, 16)), jax.random.key(0)), x)
+        _, vjp = jit(functools.partial(jax.vjp, lambda x: layers(x, jnp.ones((2, 16)), jax.random.key(0))))(x)
         leaves = [leaf for leaf in map(np.asarray, jax.tree.leaves(vjp)) if leaf.shape[:1] == (2,)]
         return sorted(len(array) / x.size for array in {leaf.tobytes() for leaf in leaves if leaf.size >= x.size / 8})
 

@@ -1,5 +1,7 @@
-"""Winograd's algorithms against jax.lax's convolution in float64, with derivatives in both modes."""
+"""Winograd's algorithms against the definition of a convolution in float64, with derivatives in both modes."""
 
+import functools
+import json
 import re
 
 import jax
@@ -9,22 +11,45 @@ import pytest
 
 from diffusion.networks.cpu import conv as module
 from diffusion.networks.cpu.conv import conv, winograd_p
+from tests.xla_flags import FAST_TO_COMPILE
 
 HOW = {'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
 ALGORITHMS = [*module.ALGORITHMS, 'whole']
 ON_CPUS = pytest.mark.skipif(jax.default_backend() != 'cpu', reason='about XLA:CPU')
+QUICK = {name: json.loads(value) for name, value in re.findall(r'--(\w+)=(\w+)', FAST_TO_COMPILE)}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+
+def double(x):
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def halve(x):
+    return sum(x[:, i::2, j::2] for i in range(2) for j in range(2))
+
+
+def windows(x):
+    """(i, j, what the kernel's place (i, j) sees of zero-padded images)."""
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    _, height, width, _ = x.shape
+    return [(i, j, padded[:, i : i + height, j : j + width]) for i in range(3) for j in range(3)]
 
 
 def direct(x, kernel, algorithm):
     """What the algorithm computes, as a sum over the places of the kernel."""
-    if algorithm == 'doubled':
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-    _, height, width, _ = x.shape
-    padded = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-    y = sum(padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3))
-    if algorithm == 'halved':
-        y = sum(y[:, i::2, j::2] for i in range(2) for j in range(2))
-    return y
+    y = sum(seen @ kernel[i, j] for i, j, seen in windows(double(x) if algorithm == 'doubled' else x))
+    return halve(y) if algorithm == 'halved' else y
+
+
+def direct_vjp(x, kernel, algorithm, gradient):
+    """(gradient of x, gradient of the kernel) for a gradient of `direct`: its transposes."""
+    x = double(x) if algorithm == 'doubled' else x
+    gradient = double(gradient) if algorithm == 'halved' else gradient
+    of_x = sum(seen @ kernel[2 - i, 2 - j].T for i, j, seen in windows(gradient))
+    of_kernel = np.zeros_like(kernel)
+    for i, j, seen in windows(x):
+        of_kernel[i, j] = np.tensordot(seen, gradient, axes=([0, 1, 2], [0, 1, 2]))
+    return halve(of_x) if algorithm == 'doubled' else of_x, of_kernel
 
 
 def arrays(inputs=5, outputs=7, height=6, width=8, batch=3):
@@ -51,54 +76,66 @@ def close(ours, theirs, tolerance=1e-5):
 @pytest.mark.parametrize('algorithm', ALGORITHMS)
 def test_values_and_derivatives_are_those_of_the_convolution(algorithm):
     x, kernel, dx, dkernel = small(algorithm)
-    ours, theirs = bound(algorithm), lambda x, kernel: direct(x, kernel, algorithm)
-    single = [jnp.float32(a) for a in (x, kernel, dx, dkernel)]
-    with jax.enable_x64(True):
-        value, vjp = jax.vjp(theirs, x, kernel)
-        gradient = np.random.default_rng(1).normal(size=value.shape)
-        expected = value, vjp(gradient), jax.jvp(theirs, (x, kernel), (dx, dkernel))[1]
-    value, vjp = jax.vjp(jax.jit(ours), *single[:2])
-    close((value, vjp(jnp.float32(gradient)), jax.jvp(jax.jit(ours), single[:2], single[2:])[1]), expected)
-    np.testing.assert_allclose(ours(*single[:2]), value, atol=1e-5)
+    value = direct(x, kernel, algorithm)
+    gradient = np.random.default_rng(1).normal(size=value.shape)
+    forward = direct(dx, kernel, algorithm) + direct(x, dkernel, algorithm)
+
+    @jit
+    def results(x, kernel, dx, dkernel, gradient):
+        value, vjp = jax.vjp(bound(algorithm), x, kernel)
+        return value, vjp(gradient), jax.jvp(bound(algorithm), (x, kernel), (dx, dkernel))[1]
+
+    found = results(*map(np.float32, (x, kernel, dx, dkernel, gradient)))
+    close(found, (value, direct_vjp(x, kernel, algorithm, gradient), forward))
+    np.testing.assert_allclose(found[0], value, atol=1e-5)
 
 
 @pytest.mark.parametrize('algorithm', ALGORITHMS)
 @pytest.mark.parametrize('which', [0, 1])
 def test_each_argument_alone_vectorized_and_twice(algorithm, which):
-    """As the probability flow and second derivatives need it."""
-    primals = [jnp.float32(a) for a in small(algorithm)[:2]]
-    several = jnp.stack([primals[which], 2 * primals[which], primals[which] - 1])
+    """As the probability flow and second derivatives need it. In one argument a convolution is linear, a ↦ J·a."""
+    arguments = small(algorithm)[:2]
+    several = np.stack([arguments[which], 2 * arguments[which], arguments[which] - 1])
 
-    def results(f, several):
-        def of(a):
-            return f(*(a if i == which else primals[i] for i in range(2)))
+    def convolve(f, a):
+        return f(*(a if i == which else arguments[i] for i in range(2)), algorithm)
 
-        derivative = jax.linearize(of, primals[which])[1]
-        total = jax.vmap(jax.grad(lambda a: (of(a) ** 2).sum()))
-        twice = jax.grad(lambda a: (jax.grad(lambda a: (of(a) ** 2).sum())(a) ** 2).sum())(primals[which])
-        return jax.vmap(derivative)(several), jax.vmap(of)(several), total(several), twice
+    def normal(a):
+        """JᵀJ·a."""
+        pair = [a if i == which else arguments[i] for i in range(2)]
+        return direct_vjp(*pair, algorithm, direct(*pair, algorithm))[which]
 
-    def theirs(x, kernel):
-        return direct(x, kernel, algorithm)
+    @jit
+    def results(several):
+        def f(a):
+            return bound(algorithm)(*(a if i == which else jnp.float32(arguments[i]) for i in range(2)))
 
-    close(*(jax.jit(results, static_argnums=0)(f, several) for f in (bound(algorithm), theirs)))
+        def square(a):
+            return (f(a) ** 2).sum()
+
+        derivative = jax.linearize(f, several[0])[1]
+        twice = jax.grad(lambda a: (jax.grad(square)(a) ** 2).sum())(several[0])
+        return jax.vmap(derivative)(several), jax.vmap(f)(several), jax.vmap(jax.grad(square))(several), twice
+
+    values = np.stack([convolve(direct, a) for a in several])
+    gradients = np.stack([2 * normal(a) for a in several])
+    close(results(np.float32(several)), (values, values, gradients, 8 * normal(normal(several[0]))))
 
 
 @pytest.mark.parametrize('algorithm, size, factor', [('same', 16, 3), ('whole', 4, 6)])
 def test_rounding_is_little_more_than_that_of_a_convolution(algorithm, size, factor):
     """With channels of the CIFAR-10 network: values and both gradients, against float64."""
-    x, kernel, *_ = arrays(256, 128, size, size, batch=32)
-    gradient = np.random.default_rng(1).normal(size=(32, size, size, 128))
-
-    def results(f, x, kernel, gradient):
-        value, vjp = jax.vjp(f, x, kernel)
-        return [np.asarray(a, np.float64) for a in (value, *vjp(gradient))]
-
-    with jax.enable_x64(True):
-        exact = results(lambda x, kernel: direct(x, kernel, algorithm), x, kernel, gradient)
+    x, kernel, *_ = arrays(256, 128, size, size, batch=64 // size)
+    value = direct(x, kernel, algorithm)
+    gradient = np.random.default_rng(1).normal(size=value.shape)
+    exact = value, *direct_vjp(x, kernel, algorithm, gradient)
 
     def errors(f):
-        found = results(f, *(jnp.float32(a) for a in (x, kernel, gradient)))
+        def results(x, kernel, gradient):
+            value, vjp = jax.vjp(f, x, kernel)
+            return value, *vjp(gradient)
+
+        found = jit(results)(*map(np.float32, (x, kernel, gradient)))
         return [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(found, exact, strict=True)]
 
     theirs = errors(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', **HOW))
@@ -111,6 +148,7 @@ def test_rounding_is_little_more_than_that_of_a_convolution(algorithm, size, fac
 def test_an_image_that_is_not_finite_affects_no_other(algorithm, bad):
     x, kernel, *_ = (jnp.float32(a) for a in small(algorithm))
 
+    @jit
     def results(x):
         value, vjp = jax.vjp(bound(algorithm), x, kernel)
         return value, vjp(value)[0]
@@ -132,7 +170,7 @@ def test_large_convolutions_are_winograds(doubled, channels, size):
         return conv(x, kernel, (1, 1), 'SAME', doubled=doubled, **HOW)
 
     assert primitives(ours, x, kernel) == {'winograd'}
-    close(ours(x, kernel), direct(x, kernel, 'doubled' if doubled else 'same'))
+    close(jit(ours)(x, kernel), direct(np.asarray(x), np.asarray(kernel), 'doubled' if doubled else 'same'))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +206,22 @@ def test_other_convolutions_are_those_of_jax(change):
     if not doubled:
         expected = jax.lax.conv_general_dilated(x, kernel, *asked, **HOW)
         np.testing.assert_array_equal(conv(x, kernel, *asked, **HOW), expected)
+
+
+def test_convolutions_of_single_pixels_are_matrix_products():
+    x, kernel, *_ = (jnp.float32(a) for a in arrays())
+    kernel = kernel[1:2, 1:2]
+
+    def ours(x, kernel, strides=(1, 1), padding='SAME'):
+        return conv(x, kernel, strides, padding, **HOW)
+
+    assert 'conv_general_dilated' not in primitives(ours, x, kernel)
+    for how in [(1, 1), 'SAME'], [(2, 2), 'SAME'], [(1, 1), ((1, 1), (0, 2))]:
+        np.testing.assert_allclose(
+            ours(x, kernel, *how), jax.lax.conv_general_dilated(x, kernel, *how, **HOW), atol=1e-5
+        )
+    doubled = conv(x, kernel, (1, 1), 'SAME', doubled=True, **HOW)
+    np.testing.assert_allclose(doubled, ours(x, kernel).repeat(2, axis=1).repeat(2, axis=2), atol=1e-5)
 
 
 @pytest.mark.parametrize('size', [1, 3])

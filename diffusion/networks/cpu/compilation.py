@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 
-from diffusion.networks.cpu.order import after
+from diffusion.networks.cpu.order import LARGE, after
 
-LARGE = 2**19  # elements of an activation from which on memory decides about speed
 LEAST_MEMORY = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
 
 

@@ -94,6 +94,9 @@ def conv(
     Returns:
         Images with O channels.
     """
+    if kernel.shape[:2] == strides == (1, 1) and padding == 'SAME' and not doubled:
+        # A matrix product, because XLA computes the kernel's gradient by a slow convolution with windows of H×W.
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
     algorithm = _fastest(x, kernel, strides, padding, doubled)
     if algorithm:
         return winograd_p.bind(x, kernel, algorithm=algorithm)
@@ -237,6 +240,15 @@ def _interleave(images, axis):
     return jnp.stack(images, axis + 1).reshape(shape)
 
 
+def _abstract(x, kernel, *, algorithm):
+    """The shape of the result."""
+    batch, height, width, _ = x.shape
+    if algorithm != 'whole':
+        outputs, inputs = len(ALGORITHMS[algorithm].a), ALGORITHMS[algorithm].stride  # of a tile, along one axis
+        height, width = height * outputs // inputs, width * outputs // inputs
+    return x.update(shape=(batch, height, width, kernel.shape[-1]))
+
+
 def _vmap(args, dims, *, algorithm):
     return jax.vmap(functools.partial(winograd, algorithm=algorithm), dims)(*args), 0
 
@@ -244,11 +256,7 @@ def _vmap(args, dims, *, algorithm):
 # A primitive instead of a jax.custom_vjp, because likelihoods need forward-mode derivatives and vmap.
 winograd_p = Primitive('winograd')
 winograd_p.def_impl(jax.jit(winograd, static_argnames='algorithm'))
-winograd_p.def_abstract_eval(
-    lambda x, kernel, *, algorithm: jax.typeof(
-        jax.eval_shape(functools.partial(winograd, algorithm=algorithm), x, kernel)
-    )
-)
+winograd_p.def_abstract_eval(_abstract)
 ad.defbilinear(winograd_p, _image_gradient, _kernel_gradient)
 batching.primitive_batchers[winograd_p] = _vmap
 mlir.register_lowering(winograd_p, mlir.lower_fun(winograd, multiple_results=False))

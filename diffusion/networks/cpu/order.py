@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
+LARGE = 2**19  # elements of an activation: more are faster to compute again than to fetch from memory
+
 
 def after(value: Array, x: Array) -> Array:
     """Return x, which XLA cannot compute before it has `value`.

@@ -12,10 +12,8 @@ from flax import nnx
 from diffusion.networks import unet
 from diffusion.networks.cpu.conv import conv
 from diffusion.networks.cpu.norm import GroupNorm
-from diffusion.networks.cpu.order import in_order, recomputed
+from diffusion.networks.cpu.order import LARGE, in_order, recomputed
 from diffusion.networks.unet import DropoutKey, Embedding, Images
-
-LARGE = 2**19  # elements of an activation that is faster to compute again than to fetch from memory
 
 
 class Conv(nnx.Conv):
