@@ -90,8 +90,9 @@ def run(config: ConfigDict, path: str) -> int:
             file.write(table)
     say(f'{len(pixels)} images of the {asked.split} split of {config.data.source}, each counted once\n\n{table}')
     for quantity, error in record['error_of_the_draws'].items():
-        divergence = f'the divergence ({record["solver"]["divergence"]})' if quantity == 'flow' else ''
-        say(f'{quantity}: ± {error:.3f} nats by the draws of {divergence or "levels and noise, at most"}')
+        flow = quantity == 'flow'
+        source = f'the divergence ({record["solver"]["divergence"]})' if flow else 'levels and noise (an upper bound)'
+        say(f'{quantity}: standard error from the draws of {source}: {error:.3f} nats')
     for written in ['ledger.json', 'ledger.md', *plot_terms(folder, consistency, asked, exp)]:
         say(os.path.join(folder, written))
     return 0

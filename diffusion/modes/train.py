@@ -73,6 +73,7 @@ def run(config: ConfigDict, path: str) -> int:
         flops = exp.implementation.flops(step_fn, config.train.accumulate)
         say(f'{describe(exp, state, flops)}; compiled in {time.perf_counter() - began:.1f} s')
 
+        checkpoints.reserve(**state.trees())
         log = stack.enter_context(Log(os.path.join(path, 'logs'), config, exp, flops, start))
         saver = Saver(config, path, images, checkpoints, lock, log, start)
         preview = Preview(config, exp, path, images.record['channel_means'])
