@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
     config.train.grad_clip = 1.0  # largest global norm of the gradient of the mean-over-pixels loss; 0 does not clip
     config.train.ema_decay = 0.9999  # per step; smaller at first: min(ema_decay, (1 + step)/(10 + step))
     config.train.max_bad_steps = 10  # end after so many steps in a row whose loss or gradient is not finite
+    config.train.begin_again = False  # begin at step 0 in a workdir whose checkpoints are all gone
     config.train.checkpoint_every = 5000  # steps
     config.train.keep_checkpoints = 3  # number of checkpoints that are kept, the newest ones
     config.train.log_every = 100  # steps

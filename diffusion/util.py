@@ -1,14 +1,16 @@
 """Helpers that several parts of the project share: files, locks, errors, output."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import socket
+import stat
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import jax
 
@@ -24,6 +26,46 @@ def say(message: str = '') -> None:
         print(message, flush=True)
 
 
+def open_regular(path: str | os.PathLike, mode: str = 'r') -> IO[Any]:
+    """Open a regular file for reading; a pipe or a device, which could block for ever, is an error.
+
+    Args:
+        path: the file.
+        mode: 'r' for text in UTF-8, 'rb' for bytes.
+
+    Raises:
+        OSError: it does not exist, or is something else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK a pipe blocks here
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, 'not a regular file', os.fspath(path))
+    return open(descriptor, mode, encoding=None if 'b' in mode else 'utf-8')
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        OSError: the file does not exist or cannot be read.
+        ValueError: it does not hold JSON, or JSON that is nested too deeply.
+    """
+    with open_regular(path) as file:
+        return parse_json(file.read())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError('it is nested too deeply') from error
+
+
 def write_json(path: str, value: Any) -> None:
     """Write indented JSON atomically: a reader sees the old file or the new one, never a part.
 
@@ -35,6 +77,8 @@ def write_json(path: str, value: Any) -> None:
         OSError: the file cannot be written.
     """
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path + '.new')  # it may be a link or a pipe
     # File names that are not valid Unicode contain lone surrogates; as \udc80 they survive a round trip through JSON.
     with open(path + '.new', 'w', encoding='utf-8', errors='backslashreplace') as file:
         json.dump(value, file, indent=2, ensure_ascii=False)

@@ -2,7 +2,8 @@
 
 workdir/
   config.json          what was asked, and which images it was trained on
-  checkpoints/<step>/  written by Orbax
+  checkpoints/<step>/  written by Orbax; each holds a copy of config.json
+  saved.json           the step of the checkpoint that was saved last, by which it is noticed if all are gone
   logs/  samples/  likelihood/  data/  export/
 """
 
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,11 +21,12 @@ from ml_collections import ConfigDict
 from diffusion import autoconfig, data, limits
 from diffusion.configs import default
 from diffusion.runtime import hosts, mesh
-from diffusion.runtime.checkpoints import Checkpoints, DamagedError
+from diffusion.runtime.checkpoints import Checkpoints, DamagedError, OtherArraysError, newest_record
 from diffusion.runtime.compilation import cache_programs
-from diffusion.util import FileLock, RunError, first_line, say, write_json
+from diffusion.util import FileLock, RunError, first_line, read_json, say, write_json
 
-# A run keeps its data, network and schedule; where the images lie, how they are read, and the precision may change.
+# A run keeps its data, network and schedule; where the images lie, how they are read, the precision, and what one
+# command is allowed may change.
 IDENTITY = ('data', 'model', 'schedule')
 INCIDENTAL = (
     'source',
@@ -36,6 +38,7 @@ INCIDENTAL = (
     'implementation',
     'dtype',
     'remat',
+    'begin_again',
 )
 INTERVALS = ('num_steps', 'checkpoint_every', 'keep_checkpoints', 'log_every', 'sample_every')  # change no parameter
 
@@ -73,22 +76,21 @@ def check(config: ConfigDict) -> None:
 
 
 def read_config(workdir: str) -> dict[str, Any] | None:
-    """Return what config.json holds, or None if `workdir` has none.
+    """Return what config.json holds; if it is missing, the copy in the newest checkpoint; None if there is none.
 
     Raises:
         RunError: config.json is damaged.
     """
     try:
-        with open(os.path.join(workdir, 'config.json'), encoding='utf-8') as file:
-            stored = json.load(file)
-        _require_types(stored, {part: kind for part, kind in STORED.items() if part in stored})
-        if 'images' in stored:
-            _require_types(stored['images'], STORED_IMAGES)
-            if not all(isinstance(mean, (int, float)) for mean in stored['images']['channel_means']):
-                raise ValueError('channel_means are not numbers')
+        stored = read_json(os.path.join(workdir, 'config.json'))
+        _require_config(stored)
     except FileNotFoundError:
+        stored = newest_record(os.path.join(workdir, 'checkpoints'))
+        with contextlib.suppress(ValueError):
+            _require_config(stored)
+            return stored if 'model' in stored else None
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(workdir, error) from error
     return stored
 
@@ -107,16 +109,7 @@ def check_config(config: ConfigDict, workdir: str, images: data.Images | None = 
     stored = read_config(workdir)
     if stored is None:
         return
-    asked, defaults = _plain(config), _plain(default.get_config())
-    differences = []
-    for part in IDENTITY:
-        # A run from before a key existed has the key's default.
-        before = {key: defaults[part].get(key) for key in asked[part]} | stored.get(part, {})
-        differences += [
-            f'    config.{part}.{key}: {before.get(key)!r} there, {asked[part].get(key)!r} asked'
-            for key in sorted(asked[part].keys() | before.keys())
-            if key not in INCIDENTAL and before.get(key) != asked[part].get(key)
-        ]
+    differences = _differences(config, stored)
     trained_on = stored.get('images', {})
     if images is not None and trained_on and trained_on['sha256'] != images.record['sha256']:
         differences.append(
@@ -128,7 +121,27 @@ def check_config(config: ConfigDict, workdir: str, images: data.Images | None = 
         raise RunError(f'{workdir} holds another run:\n{lines}\nAsk for the same, or choose another --workdir.')
 
 
-def write_config(config: ConfigDict, workdir: str, images: data.Images | None = None, step: int = 0) -> None:
+def require_same_run(config: ConfigDict, workdir: str) -> Callable[[int, dict[str, Any]], None]:
+    """Return a function that raises RunError for a checkpoint of another network, schedule or data.
+
+    It takes the step of the checkpoint and the record that was saved with it, as `Checkpoints.restore` passes them.
+    """
+
+    def accept(step: int, record: dict[str, Any]) -> None:
+        path = os.path.join(workdir, 'checkpoints', str(step))
+        try:
+            _require_config(record)
+        except ValueError as error:
+            raise DamagedError(f'{path} is damaged (its record: {error})') from error
+        differences = _differences(config, record) if 'model' in record else ()
+        if differences:
+            lines = '\n'.join(differences)
+            raise RunError(f'{path} was saved by another run:\n{lines}\nAsk for the same, or choose another --workdir.')
+
+    return accept
+
+
+def write_config(config: ConfigDict, workdir: str, images: data.Images | None = None, step: int = 0) -> dict[str, Any]:
     """Write config.json, against which later commands are checked.
 
     If `workdir` has one already, settings of training that differ from `step` on are printed and recorded in it.
@@ -138,13 +151,16 @@ def write_config(config: ConfigDict, workdir: str, images: data.Images | None = 
         workdir: the folder of the run.
         images: the training images, if there are any.
         step: the number of training steps that the run has done.
+
+    Returns:
+        What config.json holds now; each checkpoint keeps a copy.
     """
-    stored, asked = read_config(workdir) or {}, _plain(config)
-    changes = stored.get('changes', [])
+    stored, asked = read_config(workdir) or {}, plain(config)
+    changes = stored.get('changes', []) if step else []
     if stored and step:
         before, now = ({'seed': c.get('seed')} | c.get('train', {}) for c in (stored, asked))
         for key in now:
-            if before.get(key) == now[key]:
+            if key in INCIDENTAL or before.get(key) == now[key]:
                 continue
             name = 'config.seed' if key == 'seed' else f'config.train.{key}'
             changes.append({'step': step, 'key': name, 'before': before.get(key), 'after': now[key]})
@@ -152,13 +168,39 @@ def write_config(config: ConfigDict, workdir: str, images: data.Images | None = 
                 say(f'{name} is {now[key]!r} from step {step} on; it was {before.get(key)!r}')
     if images is not None:
         asked['images'] = images.record
+    asked |= {'changes': changes} if changes else {}
     if hosts.is_first():
-        write_json(os.path.join(workdir, 'config.json'), asked | ({'changes': changes} if changes else {}))
+        write_json(os.path.join(workdir, 'config.json'), asked)
+    return asked
 
 
-def _plain(config):
-    """The config as JSON would give it back."""
+def _differences(config: ConfigDict, stored: dict[str, Any]) -> list[str]:
+    """A line for each key in which a config differs from that of a run."""
+    asked, defaults = plain(config), plain(default.get_config())
+    lines = []
+    for part in IDENTITY:
+        # A run from before a key existed has the key's default.
+        before = {key: defaults[part].get(key) for key in asked[part]} | stored.get(part, {})
+        lines += [
+            f'    config.{part}.{key}: {before.get(key)!r} there, {asked[part].get(key)!r} asked'
+            for key in sorted(asked[part].keys() | before.keys())
+            if key not in INCIDENTAL and before.get(key) != asked[part].get(key)
+        ]
+    return lines
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """Return a config as JSON gives it back, as config.json and checkpoints hold it."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def _require_config(stored):
+    """Raise ValueError unless `stored` is what a config.json may hold, as far as it is read."""
+    _require_types(stored, {part: kind for part, kind in STORED.items() if isinstance(stored, dict) and part in stored})
+    if 'images' in stored:
+        _require_types(stored['images'], STORED_IMAGES)
+        if not all(isinstance(mean, (int, float)) for mean in stored['images']['channel_means']):
+            raise ValueError('channel_means are not numbers')
 
 
 def _require_types(found, types):
@@ -238,15 +280,47 @@ def open_checkpoints(config: ConfigDict, workdir: str, *, writing: bool = False)
         RunError: the folder cannot be written.
     """
     folder = make_folder(workdir, 'checkpoints') if writing else os.path.join(workdir, 'checkpoints')
-    return Checkpoints(folder, keep=config.train.keep_checkpoints, writing=writing)
+
+    def record_step(step):
+        # The workdir may have been moved meanwhile, and a full disk is no reason to stop.
+        if hosts.is_first() and os.path.isdir(os.path.join(folder, str(step))):
+            with contextlib.suppress(OSError):
+                write_json(_saved_json(workdir), {'step': int(step)})
+
+    return Checkpoints(folder, keep=config.train.keep_checkpoints, writing=writing, written=record_step)
+
+
+def last_saved(workdir: str) -> int | None:
+    """Return the step of the checkpoint that was saved last, whether or not it is still there; None if none was."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(read_json(_saved_json(workdir))['step'])
+    return None
+
+
+def require_no_history(config: ConfigDict, workdir: str) -> None:
+    """Raise RunError if a run whose checkpoints are all gone would begin again at step 0 without being asked to."""
+    saved = last_saved(workdir)
+    if saved is None:
+        return
+    lost = f'{workdir} holds a run that was saved at step {saved}, but none of its checkpoints is left'
+    if not config.train.begin_again:
+        raise RunError(
+            f'{lost}: restore checkpoints/ from a copy, choose another --workdir, or begin again at step 0, with new '
+            'logs, by --config.train.begin_again=True'
+        )
+    say(f'{lost}: beginning again at step 0, as train.begin_again asks')
+
+
+def _saved_json(workdir):
+    return os.path.join(workdir, 'saved.json')
 
 
 @contextlib.contextmanager
 def intact() -> Iterator[None]:
-    """Turn the DamagedError of checkpoints that are all damaged into a RunError."""
+    """Turn errors about checkpoints, all damaged or with other arrays, into a RunError."""
     try:
         yield
-    except DamagedError as error:
+    except (DamagedError, OtherArraysError) as error:
         raise RunError(str(error)) from error
 
 
@@ -265,14 +339,19 @@ def load_params(abstract: Any, config: ConfigDict, workdir: str, weights: str) -
     Raises:
         RunError: there is no run, no checkpoint, no intact one, or the run is of another network, schedule or data.
     """
-    if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
+    if not os.path.isdir(os.path.join(workdir, 'checkpoints')) and last_saved(workdir) is None:
         raise RunError(f'there is no run in {workdir} (it has no folder checkpoints/): train one with --mode=train')
     check_config(config, workdir)
     name = {'ema': 'ema', 'raw': 'params'}[weights]
     with open_checkpoints(config, workdir) as checkpoints, intact():
-        found = checkpoints.restore_newest(say, **{name: getattr(abstract, name)})
+        trees = {name: getattr(abstract, name)}
+        found = checkpoints.restore_newest(say, require_same_run(config, workdir), **trees)
     if found is None:
-        raise RunError(f'there is no complete checkpoint in {workdir}/checkpoints yet: train on with --mode=train')
+        saved = last_saved(workdir)
+        why = 'yet: train on with --mode=train'
+        if saved is not None:
+            why = f'any more, although step {saved} was saved: restore it from a copy'
+        raise RunError(f'there is no complete checkpoint in {workdir}/checkpoints {why}')
     step, (params,) = found
     return step, params
 

@@ -131,8 +131,8 @@ def random_params(config, seed):
 
 def make_run(path, config, step, *, params, ema):
     """A workdir whose checkpoint holds these weights, as training would leave it."""
-    workdir.write_config(config, str(path))
+    stored = workdir.write_config(config, str(path))
     with workdir.open_checkpoints(config, str(path)) as checkpoints:
         zero = np.zeros((), np.int32)
-        checkpoints.save(step, params=params, ema=ema, skipped=Skipped(zero, zero))
+        checkpoints.save(step, stored, params=params, ema=ema, skipped=Skipped(zero, zero))
     return path

@@ -1,6 +1,8 @@
 """The workdir: config.json and what it refuses, the lock, and the folder of compiled programs."""
 
 import json
+import os
+import shutil
 
 import jax
 import pytest
@@ -8,6 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from diffusion import autoconfig, build, workdir
 from diffusion.configs import default, folder
+from diffusion.modes import train
 from diffusion.util import RunError
 from tests.runs import make_run, quick, random_params, saved
 
@@ -111,6 +114,99 @@ def test_parameters_are_read_by_their_name_and_identified_by_their_values(tmp_pa
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found[weights], expected))
         assert workdir.digest(found[weights]) == workdir.digest(expected)
     assert workdir.digest(params) != workdir.digest(ema)
+
+
+# What a checkpoint says of itself, if config.json is gone or another run's.
+
+
+@pytest.fixture(scope='module')
+def two_layers(tmp_path_factory):
+    """(workdir, params) of a run whose checkpoint records what it was trained as."""
+    path, params = tmp_path_factory.mktemp('recorded'), random_params(quick(), 1)
+    make_run(path, quick(), 5, params=params, ema=params)
+    return path, params
+
+
+def load(path, changes=None):
+    config = quick(changes)
+    return workdir.load_params(build.build(config).abstract_state(), config, str(path), 'ema')
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [{'schedule.name': 'cosine', 'model.kind': 'v'}, {'model.channels': 16}, {'data.crop': 'center'}],
+    ids=lambda changes: ' '.join(changes),
+)
+@pytest.mark.parametrize('config_json', ['deleted', 'of another run'])
+def test_another_identity_is_refused_by_the_checkpoint_alone(two_layers, tmp_path, changes, config_json):
+    """Also a width, whose arrays would not fit, is refused by its key and not called damage."""
+    path = shutil.copytree(two_layers[0], tmp_path / 'run')
+    (path / 'config.json').unlink()
+    if config_json == 'of another run':
+        workdir.write_config(quick(changes), str(tmp_path / 'other'))
+        shutil.copy(tmp_path / 'other' / 'config.json', path)
+    with pytest.raises(RunError) as error:
+        load(path, changes)
+    for key, value in changes.items():
+        part, _, name = key.partition('.')
+        assert f'config.{key}: {quick()[part][name]!r} there, {value!r} asked' in str(error.value)
+    assert 'damaged' not in str(error.value)
+
+
+def test_a_run_whose_config_is_deleted_is_read_and_resumed_as_what_it_was(two_layers, tmp_path):
+    path = shutil.copytree(two_layers[0], tmp_path / 'run')
+    stored = workdir.read_config(str(path))
+    (path / 'config.json').unlink()
+    assert workdir.read_config(str(path)) == stored
+    step, params = load(path)
+    assert step == 5 and workdir.digest(params) == workdir.digest(two_layers[1])
+    workdir.write_config(quick(), str(path), step=5)
+    assert workdir.read_config(str(path)) == stored
+
+
+def test_arrays_of_another_network_under_the_same_keys_are_not_called_damaged(two_layers):
+    """As when the code of a network changes: the first arrays are named, with both shapes."""
+    abstract = build.build(quick()).abstract_state()
+    wider = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype), abstract)
+    with pytest.raises(
+        RunError, match=r"/5 holds another network .*\['conv_in'\]\['bias'\] is \[8\] there, \[8, 2\] here"
+    ):
+        workdir.load_params(wider, quick(), str(two_layers[0]), 'raw')
+
+
+@pytest.mark.parametrize('content', [b'null', b'[1]', b'{"record": 3}', b'[' * 100_000, None])
+def test_a_checkpoint_with_a_damaged_record_is_damaged(two_layers, tmp_path, content):
+    """None is a pipe, which must not block."""
+    path = shutil.copytree(two_layers[0], tmp_path / 'run')
+    file = path / 'checkpoints' / '5' / 'about' / 'metadata'
+    if content is None:
+        file.unlink()
+        os.mkfifo(file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(RunError, match=r'no intact checkpoint.*\n.*/5 is damaged'):
+        load(path)
+
+
+# A run whose checkpoints are gone.
+
+
+def test_without_checkpoints_a_run_is_not_begun_again_unasked(two_layers, tmp_path):
+    path = shutil.copytree(two_layers[0], tmp_path / 'run')
+    config = quick({'train.num_steps': 1})
+    before = {file: file.read_bytes() for file in path.glob('*.json')}
+    for gone in ('checkpoints/5', 'checkpoints'):
+        shutil.rmtree(path / gone)
+        with pytest.raises(RunError, match=r'saved at step 5, but none .*--config\.train\.begin_again=True'):
+            train.run(config, str(path))
+        with pytest.raises(RunError, match='step 5 was saved'):
+            load(path)
+    assert {file: file.read_bytes() for file in path.glob('*.json')} == before and not (path / 'logs').exists()
+    config.train.begin_again = True
+    assert train.run(config, str(path)) == 0
+    assert saved(path) == [1] and workdir.last_saved(str(path)) == 1
+    assert train.run(config, str(path)) == 0  # the key is no order to start over
+    assert saved(path) == [1]
 
 
 # Compiled programs.

@@ -207,7 +207,7 @@ def save(config: ConfigDict, path: str, state: TrainState) -> None:
     """
     try:
         with workdir.open_checkpoints(config, path, writing=True) as checkpoints:
-            checkpoints.save(0, **state.trees())
+            checkpoints.save(0, workdir.plain(config), **state.trees())
             checkpoints.wait()
     except (OSError, ValueError) as error:
         raise RunError(

@@ -29,7 +29,7 @@ from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
 from diffusion.runtime.logs import Writer
 from diffusion.schedule import timesteps
-from diffusion.util import FileLock, RunError, first_line, naming, say
+from diffusion.util import FileLock, RunError, first_line, naming, say, write_json
 
 PREVIEW_IMAGES, PREVIEW_STEPS = 64, 20
 
@@ -58,12 +58,12 @@ def run(config: ConfigDict, path: str) -> int:
         workdir.check_config(config, path, images)  # once more: now no other process can change it
         workdir.use_compile_cache(config, path)
         checkpoints = stack.enter_context(workdir.open_checkpoints(config, path, writing=True))
-        state = restore(exp, checkpoints, seed=config.seed)
+        state = restore(config, exp, path, checkpoints)
         start, num_steps = int(state.step), config.train.num_steps
         if start >= num_steps:
             say(f'complete: {start} steps of train.num_steps={num_steps}; checkpoints in {checkpoints.directory}')
             return 0
-        workdir.write_config(config, path, images, start)
+        stored = workdir.write_config(config, path, images, start)
 
         say(f'{len(images)} images of {config.data.source}; step {start} of {num_steps}; compiling …')
         batches = feed(config, exp, images, start)
@@ -75,7 +75,7 @@ def run(config: ConfigDict, path: str) -> int:
 
         checkpoints.reserve(**state.trees())
         log = stack.enter_context(Log(os.path.join(path, 'logs'), config, exp, flops, start))
-        saver = Saver(config, path, images, checkpoints, lock, log, start)
+        saver = Saver(config, path, stored, checkpoints, lock, log, start)
         preview = Preview(config, exp, path, images.record['channel_means'])
         stopped = hosts.AnyHost(exp.mesh)
         state = loop(
@@ -260,14 +260,24 @@ def compile_step(config: ConfigDict, exp: Experiment, state: TrainState, images:
         )
 
 
-def restore(exp: Experiment, checkpoints: Checkpoints, *, seed: int) -> TrainState:
-    """Return the TrainState of the newest intact checkpoint, or the initial one if there is no checkpoint."""
+def restore(config: ConfigDict, exp: Experiment, path: str, checkpoints: Checkpoints) -> TrainState:
+    """Return the TrainState of the newest intact checkpoint, or the initial one if no checkpoint was ever saved.
+
+    Raises:
+        RunError: the checkpoint is of another run, all are damaged, or all are gone.
+    """
     abstract = exp.abstract_state()
     with workdir.intact():
-        found = checkpoints.restore_newest(say, **abstract.trees())
+        there, saved = checkpoints.steps(), workdir.last_saved(path)
+        found = checkpoints.restore_newest(say, workdir.require_same_run(config, path), **abstract.trees())
     if found is None:
-        return jax.jit(exp.init, out_shardings=_shardings(abstract))(domain_key(seed, 'init'))
+        workdir.require_no_history(config, path)
+        if os.path.exists(os.path.join(path, 'logs', 'metrics.jsonl')):
+            say(f'no checkpoint was saved: beginning at step 0, with new logs in {path}/logs')
+        return jax.jit(exp.init, out_shardings=_shardings(abstract))(domain_key(config.seed, 'init'))
     step, trees = found
+    if saved is not None and saved > there[0]:
+        warn(f'step {saved} was saved, but its checkpoint is gone: the steps after {there[0]} are done again')
     checkpoints.put_aside(step)
     return TrainState(mesh.put_whole(np.int32(step), abstract.step.sharding), *trees)
 
@@ -417,16 +427,15 @@ class Saver:
         self,
         config: ConfigDict,
         path: str,
-        images: data.Images,
+        stored: dict[str, Any],
         checkpoints: Checkpoints,
         lock: FileLock | None,
         log: Log,
         start: int,
     ):
-        self._config, self._path, self._images = config, path, images
+        self._path, self._stored = path, stored  # what config.json holds; each checkpoint keeps a copy
         self._checkpoints, self._lock, self._log = checkpoints, lock, log
         self._every, self._log_every = config.train.checkpoint_every, config.train.log_every
-        self._record = {'images': {key: images.record[key] for key in ('count', 'sha256', 'fingerprint')}}
         self._saved = self._retry = start
 
     def due(self, step: int) -> bool:
@@ -442,7 +451,7 @@ class Saver:
         try:
             if self._moved():
                 self._recreate(step)
-            self._checkpoints.save(step, self._record, **state.trees())
+            self._checkpoints.save(step, self._stored, **state.trees())
             self._saved = step
         except (OSError, ValueError) as error:
             self._saved = max(self._checkpoints.steps(), default=0)
@@ -460,7 +469,8 @@ class Saver:
                 self._lock.acquire()
         except BlockingIOError as error:
             raise RunError(f'{self._path} was removed or moved during this run, and now {error}') from error
-        workdir.write_config(self._config, self._path, self._images, step)
+        if hosts.is_first():
+            write_json(os.path.join(self._path, 'config.json'), self._stored)
         self._log.reopen(step)
         warn(f'{self._path} was removed or moved during the run; it was created again, and continues at step {step}')
 

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from diffusion.runtime import hosts
-from diffusion.util import first_line
+from diffusion.util import first_line, read_json
 
 T = TypeVar('T')
 CHUNK = 2**16  # elements that a checksum reads at a time, so that they fit a core's cache
@@ -24,14 +25,26 @@ class DamagedError(Exception):
     """A checkpoint that cannot be used; the message names it and says what was found."""
 
 
+class OtherArraysError(Exception):
+    """An intact checkpoint of other arrays than those that are asked for; the message names it and some of them."""
+
+
 class Checkpoints:
     """Context manager for the checkpoints below one folder; on exit it waits for the last write.
 
     Orbax's own checks miss some damage: a flipped bit in an array that is stored uncompressed, or two files that are
-    exchanged. Therefore a checkpoint also holds its step and a checksum of each array, and `restore` compares them.
+    exchanged. Therefore a checkpoint also holds its step and the shape and a checksum of each array, and `restore`
+    compares them.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int | None = None, writing: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep: int | None = None,
+        writing: bool = False,
+        written: Callable[[int], object] = lambda step: None,
+    ):
         """Open the folder.
 
         Args:
@@ -39,7 +52,9 @@ class Checkpoints:
             keep: how many of the newest checkpoints are kept; None for all.
             writing: create the folder, and remove what an interrupted save left in it. Only one process, or the hosts
                 of one run, may write at a time.
+            written: called with the step of each checkpoint once it is complete, in the thread that wrote it.
         """
+        self._written = written
         self.directory = os.path.abspath(directory)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -56,6 +71,7 @@ class Checkpoints:
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._writing: concurrent.futures.Future | None = None
         self._copies: concurrent.futures.Future | None = None
+        self._incomplete: int | None = None  # the step that several hosts are writing
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -133,6 +149,9 @@ class Checkpoints:
             writing.result()
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
+        incomplete, self._incomplete = self._incomplete, None
+        if incomplete is not None:
+            self._written(incomplete)
 
     def _check_room(self, nbytes: int) -> None:
         """Raise OSError if the disk has no room, before TensorStore runs out of it array by array."""
@@ -143,12 +162,16 @@ class Checkpoints:
 
     def _write(self, step: int, record: dict[str, Any] | None, trees: dict[str, Any]) -> None:
         sums = {name: checksums(tree) for name, tree in trees.items()}
-        about = {'step': int(step), 'checksums': sums, 'record': record or {}}
+        shapes = {name: _shapes(tree) for name, tree in trees.items()}
+        about = {'step': int(step), 'checksums': sums, 'shapes': shapes, 'record': record or {}}
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         with self._on_all_hosts():
             self._manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
             if jax.process_count() == 1:
                 self._manager.wait_until_finished()
+                self._written(step)
+            else:
+                self._incomplete = step
 
     @contextlib.contextmanager
     def _on_all_hosts(self) -> Iterator[None]:
@@ -170,11 +193,15 @@ class Checkpoints:
                 if name.endswith('.orbax-checkpoint-tmp'):
                     shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)
 
-    def restore(self, step: int, **trees: Any) -> tuple[Any, ...]:
+    def restore(
+        self, step: int, accept: Callable[[int, dict[str, Any]], object] = lambda step, record: None, **trees: Any
+    ) -> tuple[Any, ...]:
         """Read trees of a checkpoint. Trees that are not named are not read.
 
         Args:
             step: of the checkpoint.
+            accept: called with the step and the record that was saved with it, before arrays are read. It raises
+                DamagedError if the record is damaged, and anything else to refuse the checkpoint.
             trees: by name, ShapeDtypeStructs whose shardings say where the arrays are to lie.
 
         Returns:
@@ -182,10 +209,15 @@ class Checkpoints:
 
         Raises:
             DamagedError: the checkpoint is not what was written. If one of several hosts finds that, all raise.
+            OtherArraysError: it holds other arrays than those asked for.
         """
         with self._intact(step):
+            require_regular(self.path(step))
+            about = read_about(self.path(step))
+        accept(step, about['record'])
+        self._require_arrays(step, about.get('shapes', {}), trees)
+        with self._intact(step):
             folder = epath.Path(self.path(step))
-            about = ocp.JsonCheckpointHandler().restore(folder / 'about')
             restored = {
                 name: self._trees.restore(
                     folder / name,
@@ -206,6 +238,20 @@ class Checkpoints:
                     )
         return tuple(restored[name] for name in trees)
 
+    def _require_arrays(self, step: int, shapes: dict[str, dict[str, list[int]]], trees: dict[str, Any]) -> None:
+        """Raise OtherArraysError unless the checkpoint holds arrays of the shapes that are asked for."""
+        for name, tree in trees.items():
+            asked, there = _shapes(tree), shapes.get(name, _shapes(tree))
+            wrong = [path for path in {**there, **asked} if asked.get(path) != there.get(path)]
+            if wrong:
+                first = '; '.join(
+                    f'{name}{path} is {there.get(path, "missing")} there, {asked.get(path, "missing")} here'
+                    for path in wrong[:3]
+                )
+                raise OtherArraysError(
+                    f'{self.path(step)} holds another network or optimizer: {len(wrong)} arrays differ ({first})'
+                )
+
     @contextlib.contextmanager
     def _intact(self, step: int) -> Iterator[None]:
         """Turn any exception in the context, on any host, into a DamagedError on all of them."""
@@ -220,18 +266,24 @@ class Checkpoints:
                 f'{self.path(step)} is damaged ({type(failure).__name__}: {first_line(failure, 400)})'
             ) from failure
 
-    def restore_newest(self, warn: Callable[[str], object], **trees: Any) -> tuple[int, tuple[Any, ...]] | None:
+    def restore_newest(
+        self,
+        warn: Callable[[str], object],
+        accept: Callable[[int, dict[str, Any]], object] = lambda step, record: None,
+        **trees: Any,
+    ) -> tuple[int, tuple[Any, ...]] | None:
         """Read trees of the newest checkpoint that is intact.
 
         Args:
             warn: called with a message for each damaged checkpoint that is skipped.
-            trees: as for `restore`.
+            accept, trees: as for `restore`.
 
         Returns:
             The step and the restored trees, or None if there is no checkpoint at all.
 
         Raises:
             DamagedError: all checkpoints are damaged, or the hosts do not see the same ones.
+            OtherArraysError: the newest intact one holds other arrays than those asked for.
         """
         messages, steps = [], self.steps()
         seen = np.array([len(steps), sum(steps)])
@@ -239,7 +291,7 @@ class Checkpoints:
             raise DamagedError(f'the hosts do not see the same checkpoints in {self.directory}: is the folder shared?')
         for step in steps:
             try:
-                found = self.restore(step, **trees)
+                found = self.restore(step, accept, **trees)
             except DamagedError as error:
                 messages.append(str(error))
                 continue
@@ -263,6 +315,40 @@ class Checkpoints:
                         target += '-again'
                     os.rename(self.path(step), target)
         self._manager.reload()
+
+
+def newest_record(directory: str) -> dict[str, Any]:
+    """Return the record of the newest checkpoint below a folder whose record can be read; {} if there is none.
+
+    Unlike `Checkpoints.restore` it reads no arrays, and hosts need not call it together.
+    """
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            return read_about(os.path.join(directory, str(step)))['record']
+    return {}
+
+
+def read_about(checkpoint: str) -> dict[str, Any]:
+    """Return what a checkpoint says of itself: step, checksums, shapes, record.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it holds something else.
+    """
+    about = read_json(os.path.join(checkpoint, 'about', 'metadata'))  # where Orbax's JsonSave puts it
+    described = isinstance(about, dict) and isinstance(about.get('record'), dict)
+    if not described or not all(isinstance(part, dict) for part in about.get('shapes', {}).values()):
+        raise ValueError('its folder about/ does not describe a checkpoint')
+    return about
+
+
+def require_regular(folder: str) -> None:
+    """Raise OSError if anything below a folder is no folder and no regular file: reading a pipe would block."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            if not stat.S_ISREG(os.stat(os.path.join(parent, name)).st_mode):
+                raise OSError(f'{os.path.join(parent, name)} is not a regular file')
 
 
 class _ArrayReader(ocp.type_handlers.ArrayHandler):
@@ -310,6 +396,11 @@ def checksums(tree: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = hosts.sum_over_hosts(np.array([_sum(leaf) for _, leaf in leaves], np.uint32))
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    """{path of an array in the tree: its shape}."""
+    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _sum(array: np.ndarray | jax.Array) -> int:
