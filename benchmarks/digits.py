@@ -27,7 +27,7 @@ def quality(images: np.ndarray) -> tuple[float, np.ndarray]:
     digits = load_digits()
     real = data.to_float(np.round(digits.images * (255 / 16)).astype(np.uint8))
     fake = data.to_float(images)
-    distance = frechet.distance(frechet.moments(fake), frechet.moments(real))
+    distance = frechet.distance(frechet.moments([fake]), frechet.moments([real]))
     classifier = SVC().fit(real.reshape(-1, 64), digits.target)
     counts = np.bincount(classifier.predict(fake.reshape(-1, 64)), minlength=10)
     return distance, counts / len(images)

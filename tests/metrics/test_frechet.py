@@ -1,5 +1,7 @@
 """The Fréchet distance where a closed form is known, and where scipy's matrix root is accurate."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -84,22 +86,65 @@ def test_the_distance_from_a_point_is_the_mean_squared_distance():
 
 def test_moments_flatten_the_vectors_and_are_float64():
     images = np.array([[[1, 5]], [[3, 5]], [[8, 5]]], np.uint8)  # one pixel varies, one is constant
-    mean, covariance = frechet.moments(images)
+    mean, covariance = frechet.moments([images])
     assert mean.dtype == covariance.dtype == np.float64
     np.testing.assert_allclose(mean, [4, 5])
     np.testing.assert_allclose(covariance, [[(9 + 1 + 16) / 2, 0], [0, 0]])
-    mean, covariance = frechet.moments(np.array([0.0, 2.0]))
+    mean, covariance = frechet.moments([np.array([0.0, 2.0])])
     assert mean.shape == (1,) and covariance.shape == (1, 1) and covariance[0, 0] == pytest.approx(2)
 
 
 def test_moments_of_float32_vectors_keep_their_digits():
     vectors = (10_000 + np.random.default_rng(0).choice([-0.5, 0.5], size=(4000, 1))).astype(np.float32)
-    assert frechet.moments(vectors)[1][0, 0] == pytest.approx(0.25, rel=1e-2)
+    assert frechet.moments([vectors])[1][0, 0] == pytest.approx(0.25, rel=1e-2)
 
 
 def test_one_vector_is_an_error():
     with pytest.raises(ValueError, match='at least 2 vectors, but there are 1'):
-        frechet.moments(np.zeros((1, 4)))
+        frechet.moments([np.zeros((1, 4))])
+
+
+@given(seeds, dimensions, st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_moments_do_not_depend_on_how_the_vectors_are_split(seed, d, sizes):
+    """numpy's mean and covariance of all vectors at once, far from 0, where sums of squares would lose their digits."""
+    rng = np.random.default_rng(seed)
+    batches = [1e4 + rng.normal(size=(n, d)) for n in sizes]
+    vectors = np.concatenate([*batches, batch := 1e4 + 3 * rng.normal(size=(2, d))])
+    mean, covariance = frechet.moments(iter([*batches, batch]))
+    np.testing.assert_allclose(mean, vectors.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(covariance, np.atleast_2d(np.cov(vectors, rowvar=False)), rtol=1e-9, atol=1e-9)
+
+
+def test_sums_of_parts_merge_in_any_order():
+    """Hosts that each saw a part of the vectors put their sums together."""
+    parts = [np.random.default_rng(i).normal(size=(i + 2, 3)) for i in range(3)]
+    first, second, third = map(frechet.sums, parts)
+    merged = frechet.merge(frechet.merge(third, first), second)
+    for ours, expected in zip(merged.moments(), frechet.moments([np.concatenate(parts)]), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-12)
+
+
+def test_memory_does_not_grow_with_the_number_of_vectors():
+    """40,000 vectors of 32 values are 10 MB in float64; the covariance is 8 kB, a batch 51 kB."""
+    batches = (np.full((200, 32), i % 2, np.float32) for i in range(200))
+    tracemalloc.start()
+    try:
+        mean, covariance = frechet.moments(batches)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(mean, 0.5)
+    np.testing.assert_allclose(covariance, 0.25 * 40_000 / 39_999)
+    assert peak < 500_000
+
+
+def test_what_is_no_stream_of_equal_vectors_is_an_error():
+    with pytest.raises(TypeError, match=r'moments\(\[array\]\)'):
+        frechet.moments(np.zeros((5, 4)))
+    with pytest.raises(ValueError, match='vectors of 4 and of 1 values'):
+        frechet.moments([np.zeros((5, 4)), np.zeros((5, 1))])
+    with pytest.raises(ValueError, match='at least 2 vectors, but there are 0'):
+        frechet.moments([])
 
 
 @pytest.fixture(scope='module')
@@ -114,7 +159,7 @@ def test_constant_pixels_and_few_vectors_need_no_special_treatment(digits):
     """The corners of the digits are always black; 10 images span at most 9 of 64 dimensions."""
     images = digits['train']
     assert (images.reshape(len(images), -1).std(0) == 0).any()
-    all_of_them, few, none = (frechet.moments(part) for part in (images, images[:10], images[:2] * 0))
+    all_of_them, few, none = (frechet.moments([part]) for part in (images, images[:10], images[:2] * 0))
     assert frechet.distance(all_of_them, all_of_them) == pytest.approx(0, abs=1e-6)
     assert frechet.distance(few, few) == pytest.approx(0, abs=1e-5)
     distances = [frechet.distance(all_of_them, few), frechet.distance(few, all_of_them)]
@@ -126,5 +171,5 @@ def test_the_distance_between_random_halves_of_the_digits(digits):
     """0.34, as measured independently."""
     images = np.concatenate([digits['train'], digits['test']])
     order = np.random.default_rng(0).permutation(len(images))
-    halves = (frechet.moments(images[half]) for half in np.array_split(order, 2))
+    halves = (frechet.moments([images[half]]) for half in np.array_split(order, 2))
     assert frechet.distance(*halves) == pytest.approx(0.34, abs=0.05)
