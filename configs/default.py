@@ -13,12 +13,14 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.source = 'tfds:cifar10'  # 'digits', 'folder:PATH' (a folder or a zip file), or 'tfds:NAME'
+    config.data.split = 'train'  # what is trained on; of a folder, also the path of any folder in it, or '.' for all
     config.data.data_dir = ''  # root of the TFDS datasets; '' is $TFDS_DATA_DIR, or ~/tensorflow_datasets
     config.data.image_size = 32  # height and width in pixels; 0 chooses it from the pictures
     config.data.channels = 3  # 1 for grey, 3 for colour; 0 chooses it from the pictures
     config.data.crop = ''  # the square that is cut out before resizing; '' requires square pictures
     config.data.flip = True  # mirror each image with probability 1/2, drawn anew at each step
     config.data.max_bad_fraction = 0.01  # fraction of pictures that may be left out because they cannot be decoded
+    config.data.max_pixels = 89_478_485  # of a picture; larger ones are left out, because decoding takes much memory
     config.data.cache = True  # keep the decoded images on disk; False decodes them for each batch
     config.data.cache_dir = ''  # folder of the decoded images; '' is $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion
     config.data.placement = 'auto'  # where training images are kept: device memory, or the host; auto: where they fit

@@ -27,7 +27,8 @@ def complete(config: ConfigDict) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     with naming('config.data'):
-        seen = data.survey(config.data.source, crop=config.data.crop, data_dir=config.data.data_dir)
+        asked = {key: config.data[key] for key in ('split', 'crop', 'data_dir', 'max_pixels')}
+        seen = data.survey(config.data.source, **asked)
         if not seen.sizes:
             first = ''.join(f'\n    {name!r} {reason}' for name, reason in seen.bad[:5])
             raise ValueError(f'none of {seen.seen} pictures can be decoded. The first:{first}')

@@ -155,19 +155,19 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     return optax.chain(clip, optax.adam(learning_rate)), learning_rate
 
 
-def load_images(config: ConfigDict, split: str = 'train') -> data.Images:
-    """Load one split of the images that config.data describes.
+def load_images(config: ConfigDict, split: str = '') -> data.Images:
+    """Load one split of the images that config.data describes; '' is config.data.split, the training images.
 
     Raises:
         RunError: there are no such images.
     """
-    keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction')
-    asked = 'config.data' if split == 'train' else f'config.data, config.likelihood.split={split!r}'
+    keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction', 'max_pixels')
+    asked = f'config.data, config.likelihood.split={split!r}' if split else 'config.data'
     with naming(asked):
-        return data.load(config.data.source, split, **{key: config.data[key] for key in keys})
+        return data.load(config.data.source, split or config.data.split, **{key: config.data[key] for key in keys})
 
 
-def load_same_images(config: ConfigDict, split: str = 'train') -> data.Images:
+def load_same_images(config: ConfigDict, split: str = '') -> data.Images:
     """Load one split of the images on all hosts, and check that they are the same everywhere.
 
     Raises:

@@ -30,11 +30,13 @@ from diffusion.util import FileLock, RunError, first_line, read_json, say, write
 IDENTITY = ('data', 'model', 'schedule')
 INCIDENTAL = (
     'source',
+    'split',
     'data_dir',
     'cache',
     'cache_dir',
     'placement',
     'max_bad_fraction',
+    'max_pixels',
     'implementation',
     'dtype',
     'remat',

@@ -1,19 +1,38 @@
 """Decode and preprocess pictures: from the bytes of a file to the uint8 image that a network is trained on."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
+import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import PIL
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from PIL.Image import Resampling
 
-MAX_PIXELS = 89_478_485  # the number from which Pillow warns of decompression bombs
+MAX_PIXELS = 89_478_485  # the number from which Pillow warns
+
+# The formats that are read, with the suffixes of their files. Pillow decodes these within the process; for others, it
+# would start programs, as Ghostscript for EPS.
+FORMATS = {
+    'JPEG': ('.jpg', '.jpeg', '.jpe', '.jfif', '.jif', '.pjpeg', '.mpo'),
+    'PNG': ('.png', '.apng'),
+    'WEBP': ('.webp',),
+    'GIF': ('.gif',),
+    'BMP': ('.bmp',),
+    'TIFF': ('.tif', '.tiff'),
+    'PPM': ('.ppm', '.pgm', '.pbm', '.pnm'),
+    'JPEG2000': ('.jp2', '.j2k', '.j2c', '.jpc', '.jpf', '.jpx'),
+    'AVIF': ('.avif', '.avifs'),
+    'QOI': ('.qoi',),
+    'ICO': ('.ico',),
+    'SGI': ('.sgi', '.rgb', '.rgba', '.bw'),
+}
 
 
 class Region(NamedTuple):
@@ -132,23 +151,23 @@ class Preprocessing:
             raise ValueError(
                 f'is {width}×{height}, smaller than data.image_size={self.image_size}; pictures are not enlarged'
             )
-        image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+        square = picture[top : top + size, left : left + size]
+        image = Image.fromarray(square[..., 0] if picture.shape[2] == 1 else square)
         image = image.convert('L' if self.channels == 1 else 'RGB')
-        if (size, size) != image.size:
-            image = image.crop((left, top, left + size, top + size))
         if size != self.image_size:
             image = image.resize((self.image_size, self.image_size), crop.resampling)
         return np.asarray(image).reshape(self.shape)
 
 
-def decode(content: bytes) -> UInt8[np.ndarray, 'H W C']:
+def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, 'H W C']:
     """Decode the bytes of a picture file.
 
     The EXIF orientation is applied. Of an animation, the first frame is taken. 16-bit values are rounded to 8 bits,
     transparent pixels are blended with white, palettes and CMYK are converted to RGB.
 
     Args:
-        content: the whole file, in any format that Pillow reads.
+        content: the whole file, in one of FORMATS, whatever its name.
+        max_pixels: a picture with more pixels is not decoded.
 
     Returns:
         The picture, (H, W, 1) in grey or (H, W, 3) in RGB, values in 0 … 255.
@@ -157,7 +176,7 @@ def decode(content: bytes) -> UInt8[np.ndarray, 'H W C']:
         ValueError: the content is not a picture, is damaged, has too many pixels or floating-point values. The
             message is a predicate, such as 'is empty'; the caller puts the picture's name before it.
     """
-    image = _load(content)
+    image = _load(content, max_pixels)
     if image.mode.startswith('I'):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -174,22 +193,56 @@ def decode(content: bytes) -> UInt8[np.ndarray, 'H W C']:
     return pixels if image.mode == 'RGB' else pixels[..., None]
 
 
-def _load(content: bytes) -> Image.Image:
+def is_picture(file: IO[bytes]) -> bool:
+    """Return whether an open file starts with the header of a picture."""
+    try:
+        with _open(file):
+            return True
+    except Exception:  # as in `_load`
+        return False
+
+
+def _load(content: bytes, max_pixels: int) -> Image.Image:
     """Decode with Pillow, upright."""
     try:
-        with Image.open(io.BytesIO(content)) as image:  # reads the header
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            image.load()
-            return _upright(image)
+        with _open(io.BytesIO(content)) as image:
+            (width, height), too_large = image.size, image.width * image.height > max_pixels
+            if not too_large:
+                image.load()
+                return _upright(image)
     except PIL.UnidentifiedImageError as error:
         raise ValueError('is not a picture in a known format' if content else 'is empty') from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f'has more than {MAX_PIXELS:,} pixels: its header is damaged, or it is a decompression bomb'
-        ) from error
     except Exception as error:  # Pillow's decoders raise exceptions of many types for damaged files
         raise ValueError(f'cannot be decoded ({type(error).__name__}: {str(error)[:200]})') from error
+    raise ValueError(
+        f'is {width}×{height}, which is more than {max_pixels:,} pixels: if that is its true size, reduce the picture, '
+        f'or allow it by --config.data.max_pixels={width * height}'
+    )
+
+
+def _open(file: IO[bytes]) -> ImageFile.ImageFile:
+    """Read the header, as Image.open does, but in FORMATS alone and without a limit on the size.
+
+    Raises:
+        Exception: of many types; UnidentifiedImageError if it is in none of FORMATS.
+    """
+    prefix = file.read(16)
+    for factory, accept in _readers():
+        if accept(prefix) is True:
+            file.seek(0)
+            try:
+                return factory(file, '')
+            except (SyntaxError, IndexError, TypeError, struct.error):  # of another format, as Image.open has it
+                continue
+    raise PIL.UnidentifiedImageError
+
+
+@functools.cache
+def _readers() -> list[tuple[Callable, Callable]]:
+    """Return Pillow's readers of FORMATS, and what recognizes the first 16 bytes; older versions lack some."""
+    Image.init()
+    readers = [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
+    return [(factory, accept) for factory, accept in readers if accept]
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
-from diffusion.data.pictures import Preprocessing
+from diffusion.data.pictures import MAX_PIXELS, Preprocessing
 from diffusion.data.sources import open_source
 
 
@@ -23,6 +24,7 @@ class Survey:
         bad: (name, reason) of those in the sample that cannot be decoded or preprocessed.
         sizes: number of pictures of each (height, width), before preprocessing.
         grey: number of pictures without colour.
+        about: what the source found and left out, in lines for the user.
         images: (n, H, W, C) uint8, the sample after preprocessing; None if it was not asked for or all are bad.
     """
 
@@ -31,6 +33,7 @@ class Survey:
     bad: list[tuple[str, str]]
     sizes: collections.Counter[tuple[int, int]]
     grey: int
+    about: Sequence[str]
     images: UInt8[np.ndarray, 'n H W C'] | None
 
 
@@ -51,12 +54,13 @@ def survey(
     channels: int = 0,
     crop: str = '',
     data_dir: str = '',
+    max_pixels: int = MAX_PIXELS,
     most: int = 1000,
 ) -> Survey:
     """Look at up to `most` pictures of a source, within seconds and without its cache.
 
     Args:
-        source: as in `load`, and so are split, channels, crop and data_dir.
+        source: as in `load`, and so are split, channels, crop, data_dir and max_pixels.
         image_size: height and width of the images, in pixels; 0 leaves out the preprocessing.
         most: the largest size of the sample.
 
@@ -67,7 +71,7 @@ def survey(
         ValueError: as `load`.
     """
     preprocess = Preprocessing(crop, image_size, channels) if image_size else None
-    pictures = open_source(source, split, data_dir)
+    pictures = open_source(source, split, data_dir, max_pixels)
 
     def look(i: int) -> _Look:
         try:
@@ -90,5 +94,6 @@ def survey(
         bad=[(pictures.names[i], found.reason) for i, found in zip(numbers, looks, strict=True) if found.reason],
         sizes=collections.Counter(found.size for found in looks if found.size),
         grey=sum(found.grey for found in looks),
+        about=pictures.about,
         images=np.asarray(images) if images else None,
     )

@@ -35,7 +35,9 @@ def run(config: ConfigDict, path: str) -> int:
     with naming('config.data'):
         seen = data.survey(
             asked.source,
+            asked.split,
             data_dir=asked.data_dir,
+            max_pixels=asked.max_pixels,
             image_size=asked.image_size,
             channels=asked.channels,
             crop=asked.crop,
@@ -51,6 +53,8 @@ def run(config: ConfigDict, path: str) -> int:
     # Record.
     record = {
         'source': asked.source,
+        'split': asked.split,
+        'about': list(seen.about),
         'count': seen.count,
         'looked_at': seen.seen,
         'bad': len(seen.bad),
@@ -77,6 +81,8 @@ def run(config: ConfigDict, path: str) -> int:
 
 def describe(seen: data.Survey, asked: ConfigDict) -> None:
     """Print what the pictures are like before preprocessing, and which cannot be used."""
+    for line in seen.about:
+        say(line)
     sizes = ', '.join(f'{width}×{height}' for (height, width), _ in seen.sizes.most_common(5))
     say(f'{seen.count} pictures in {asked.source}; {seen.seen} were examined: {seen.grey} are grey')
     say(f'{len(seen.sizes)} sizes: {sizes}{" …" * (len(seen.sizes) > 5)}')

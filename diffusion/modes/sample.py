@@ -181,7 +181,7 @@ def distance_from_data(config: ConfigDict, images: np.ndarray, trained_on: dict[
     return {
         'metric': METRIC,
         'value': frechet.distance(moments(images), moments(real)),
-        'reference': f'{config.data.source}, train split, {len(real)} images',
+        'reference': f'{config.data.source}, {config.data.split} split, {len(real)} images',
     }
 
 

@@ -1,14 +1,17 @@
 """Folders and zip files: which files are read, in which split and class, and clear messages about the others."""
 
 import os
+import stat
+import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion import data
 from diffusion.data.sources import open_source
-from diffusion.data.sources.folder import SUFFIXES
+from diffusion.data.sources.files import SUFFIXES
 from tests.galleries import encoded, fill, noise, zipped
 
 IMAGES = noise(12, 8, 8, 3)
@@ -134,15 +137,15 @@ def test_names_that_are_not_valid_unicode_are_read(tmp_path):
     assert bad_lines(tmp_path) == ['\\udcff/\\udc80bad.png is empty']
 
 
-def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
+def test_links_are_followed_except_to_a_folder_above_them(tmp_path):
     root = fill(tmp_path / 'p', {'a/1.png': PNG[0]})
     fill(tmp_path / 'elsewhere', {'2.png': PNG[1], 'deeper/3.png': PNG[2]})
     (root / 'b').symlink_to(tmp_path / 'elsewhere')
     (root / 'a' / 'up').symlink_to(root)  # a loop
     (root / 'a' / 'self').symlink_to(root / 'a' / 'self')
-    (root / 'c').symlink_to(root / 'a')  # the same folder again
+    (root / 'c').symlink_to(root / 'a')  # the same folder again: it may be another class, or another split
     (root / 'linked.png').symlink_to(root / 'a' / '1.png')
-    assert names(root) == ['a/1.png', 'b/2.png', 'b/deeper/3.png', 'linked.png']
+    assert names(root) == ['a/1.png', 'b/2.png', 'b/deeper/3.png', 'c/1.png', 'linked.png']
 
 
 def test_broken_links_are_bad_pictures_and_other_things_are_ignored(tmp_path):
@@ -197,12 +200,60 @@ def test_hidden_and_other_files_are_ignored(tmp_path):
     assert names(zipped(tmp_path / 'p.zip', files)) == visible
 
 
-def test_pictures_are_chosen_by_suffix(tmp_path):
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+def test_pictures_are_chosen_by_suffix_and_the_others_are_counted(tmp_path, kind):
     files = {}
     for suffix in SUFFIXES:
         files |= {f'1{suffix}': PNG[0], f'2{suffix.upper()}': PNG[1], f'3{suffix}.part': PNG[2]}
-    found = names(fill(tmp_path / 'p', files))
-    assert found == sorted(name for name in files if not name.endswith('.part'))
+    files |= {'a.heic': PNG[3], 'b.HEIC': PNG[4], 'list.txt': b'', 'c/list.txt': b''}
+    root = fill(tmp_path / 'p', files) if kind == 'folder' else zipped(tmp_path / 'p.zip', files)
+    source = open_source(f'folder:{root}', 'train')
+    assert list(source.names) == sorted(name for name in files if name.lower().endswith(SUFFIXES))
+    assert f'left out, as files of kinds that are not read: {len(SUFFIXES)} .part, 2 .heic, 2 .txt' in source.about
+
+
+@pytest.mark.parametrize('suffix', ['.jfif', '.avif', '.jpe', '.apng', '.j2k', '.pnm', '.ico', '.sgi'])
+def test_pictures_that_pillow_opens_are_read(tmp_path, suffix):
+    """Whatever the case of their suffix."""
+    Image.init()
+    content = encoded(noise(1, 16, 16)[0], Image.registered_extensions()[suffix])
+    root = fill(tmp_path / 'p', {f'a{suffix.upper()}': content})
+    assert open_source(f'folder:{root}', 'train').read(0).shape[:2] == (16, 16)
+
+
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+def test_files_without_a_suffix_are_chosen_by_content(tmp_path, kind):
+    """A number after a dot is no suffix, and neither is a part of a sentence."""
+    pictures = {'a/0001': PNG[0], 'a/frame.0002': encoded(IMAGES[1], 'jpeg'), 'a/Dr. No': encoded(IMAGES[2], 'webp')}
+    others = {'README': b'Pictures of cats', 'LICENSE': b'P5 and more', 'empty': b'', 'Makefile': b'all:\n'}
+    files = pictures | others
+    root = fill(tmp_path / 'p', files) if kind == 'folder' else zipped(tmp_path / 'p.zip', files)
+    source = open_source(f'folder:{root}', 'train')
+    assert list(source.names) == sorted(pictures) and source.read(0).shape == (8, 8, 3)
+    assert 'left out, as files of kinds that are not read: 4 without a suffix' in source.about
+
+
+def test_both_files_of_the_same_name_in_a_zip_file_are_read(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / 'p.zip', 'w') as archive, pytest.warns(UserWarning, match='Duplicate name'):
+        for name, content in (('a.png', PNG[0]), ('b.png', PNG[1]), ('a.png', PNG[2])):
+            archive.writestr(name, content)
+    images = load(tmp_path / 'p.zip').images
+    assert {image.tobytes() for image in images} == {image.tobytes() for image in IMAGES[:3]}
+    assert 'have the same name' in capsys.readouterr().out
+
+
+def test_links_and_pipes_are_counted(tmp_path):
+    root = fill(tmp_path / 'p', {'1.png': PNG[0]})
+    (root / 'cats').symlink_to(root / 'missing')
+    os.mkfifo(root / 'pipe.png')
+    (line,) = open_source(f'folder:{root}', 'train').about[1:]
+    assert line.endswith(': 1 broken link, 1 pipe or device')
+    with zipfile.ZipFile(tmp_path / 'p.zip', 'w') as archive:
+        archive.writestr('1.png', PNG[0])
+        link = zipfile.ZipInfo('2.png')
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, '1.png')
+    assert open_source(f'folder:{tmp_path / "p.zip"}', 'train').about[1].endswith(': 1 link')
 
 
 # Missing and damaged files.
@@ -250,6 +301,29 @@ def test_damaged_and_encrypted_members_are_bad_pictures(tmp_path):
     reasons = dict(line.split(' ', 1) for line in bad_lines(tmp_path))
     assert sorted(reasons) == ['1.png', '3.png']
     assert 'CRC' in reasons['1.png'] and 'encrypted' in reasons['3.png']
+
+
+def test_a_member_that_is_too_large_for_a_picture_is_not_read(tmp_path):
+    """Zeros take a thousandth of their size in the file."""
+    path = tmp_path / 'p.zip'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('1.png', PNG[0])
+        with archive.open('2.png', 'w', force_zip64=True) as member:
+            for _ in range(2):
+                member.write(bytes(2**20))
+    source = open_source(f'folder:{path}', 'train', max_pixels=100_000)
+    np.testing.assert_array_equal(source.read(0), IMAGES[0])
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r'has 2,097,152 bytes, more than .* data.max_pixels=100000'):
+        source.read(1)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_a_pipe_in_place_of_a_zip_file_is_named(tmp_path):
+    """Opening it would wait for ever."""
+    os.mkfifo(tmp_path / 'p.zip')
+    assert 'neither a folder nor a complete zip file' in error_of(tmp_path / 'p.zip')
 
 
 def test_nothing_is_written_by_a_zip_file(tmp_path):

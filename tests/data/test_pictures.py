@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion.data import pictures
 from diffusion.data.pictures import CROPS, Preprocessing, decode
 from tests.galleries import encoded, noise
 
@@ -253,17 +252,35 @@ def test_a_decompression_bomb_is_not_decoded(side, filters):
     bomb = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b'')
     with warnings.catch_warnings():
         warnings.simplefilter(filters)
-        with pytest.raises(ValueError, match=r'more than 89,478,485 pixels: .* decompression bomb'):
+        with pytest.raises(
+            ValueError, match=rf'{side}×{side}, .* more than 89,478,485 pixels.*--config.data.max_pixels={side**2}'
+        ):
             decode(bomb)
 
 
-def test_the_largest_number_of_pixels_is_allowed(monkeypatch):
+def test_the_largest_number_of_pixels_is_allowed():
     picture = places(5, 20)
-    monkeypatch.setattr(pictures, 'MAX_PIXELS', 100)
-    np.testing.assert_array_equal(decode(encoded(picture)), picture)
-    monkeypatch.setattr(pictures, 'MAX_PIXELS', 99)
+    np.testing.assert_array_equal(decode(encoded(picture), max_pixels=100), picture)
     with pytest.raises(ValueError, match='more than 99 pixels'):
-        decode(encoded(picture))
+        decode(encoded(picture), max_pixels=99)
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_larger_picture_than_pillow_allows_can_be_allowed(monkeypatch):
+    """Pillow warns of, or refuses, more pixels than its own limit, wherever it looks."""
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50)
+    picture = places(10, 20)
+    preprocess = Preprocessing('center', 10, 3)
+    np.testing.assert_array_equal(preprocess(decode(encoded(picture))), picture[:, 5:15])
+
+
+def test_only_formats_that_are_decoded_within_the_process_are_opened():
+    """Pillow recognizes EPS by its content, whatever its name, and would start Ghostscript."""
+    postscript = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n'
+    with Image.open(io.BytesIO(postscript)) as image:
+        assert image.format == 'EPS'
+    with pytest.raises(ValueError, match='not a picture in a known format'):
+        decode(postscript)
 
 
 # What cannot be preprocessed.

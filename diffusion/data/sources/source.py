@@ -24,6 +24,7 @@ class Source:
         label: returns an index into `classes`, or None.
         classes: the names of the labels; None if there are no labels.
         encoded: returns the bytes of the picture's file, for sources that have files. Raises ValueError as `read`.
+        about: lines for the user on what was found and left out.
     """
 
     names: Sequence[str]
@@ -32,6 +33,7 @@ class Source:
     label: Callable[[int], int | None] = unlabelled
     classes: Sequence[str] | None = None
     encoded: Callable[[int], bytes] | None = None
+    about: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,4 +1,131 @@
-"""The names of splits."""
+"""Which split a folder belongs to, guessed from its name and from the folders beside it."""
 
-# The names under which folders and datasets keep a split, in the order in which they are looked for.
-SPLIT_NAMES = {'test': ('test', 'val', 'valid', 'validation'), 'validation': ('validation', 'valid', 'val')}
+import collections
+import itertools
+import re
+from collections.abc import Collection
+from typing import NamedTuple
+
+# The words that name a split. Other words in a name must be FILLERS, so that a class 'bullet train' is not a split.
+WORDS = {
+    'train': ('train', 'training', 'trn'),
+    'test': ('test', 'testing', 'tst', 'eval', 'evaluation', 'heldout', 'holdout'),
+    'validation': ('validation', 'validate', 'valid', 'val', 'dev', 'development'),
+}
+FILLERS = {
+    *('set', 'sets', 'data', 'dataset', 'split', 'part', 'folder', 'seg', 'cropped', 'resized', 'bounding', 'box'),
+    *('image', 'images', 'img', 'imgs', 'picture', 'pictures', 'photo', 'photos', 'sample', 'samples'),
+}
+HELD_OUT = ('test', 'validation')
+# The split that is used in place of one that a source does not have.
+FALLBACKS = {'test': 'validation'}
+
+
+class Place(NamedTuple):
+    """Where the pictures of a folder belong."""
+
+    split: str | None  # None: outside of all splits
+    root: str  # the folder that is the split
+    label: str | None  # the class; None for a picture that is in no class folder
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a name stands for, or None: 'Training_Set', 'trainA' and 'train2017' are 'train'."""
+    words = re.findall('[A-Z]?[a-z]+|[A-Z]+', name)
+    word = ''.join(word.lower() for word in words if len(word) > 1 and word.lower() not in FILLERS)
+    word = re.sub('(set|data)$', '', word)
+    return next((split for split, known in WORDS.items() if word in known), None)
+
+
+def named(wanted: str, known: Collection[str]) -> str | None:
+    """Return which of the known splits is the wanted one: that of this name, of a similar one, or its fallback."""
+    if wanted in known:
+        return wanted
+    for split in (wanted, FALLBACKS.get(wanted)):
+        similar = [name for name in known if split is not None and split_of(name) == split]
+        if len(similar) == 1:
+            return similar[0]
+    return None
+
+
+def guess(folders: Collection[str]) -> dict[str, Place]:
+    """Guess the split of each folder that contains pictures, from the names of the folders.
+
+    Folders are splits if one that is named as training data lies beside one that is named as held-out data, at any
+    depth and in any number of places; what lies beside them is outside. Without such a pair, folders that are named
+    as held-out data are held out, and everything else is for training: a class may be called 'train'.
+
+    Args:
+        folders: paths relative to the source, '/'-separated; '' is the source itself.
+
+    Returns:
+        {folder: its place}.
+    """
+    paths = {folder: _parts(folder) for folder in folders}
+    children = collections.defaultdict(set)
+    for path in paths.values():
+        for depth, child in enumerate(path):
+            children[path[:depth]].add(child)
+
+    def is_pair(parent: tuple[str, ...]) -> bool:
+        found = {split_of(child) for child in children[parent]}
+        return 'train' in found and not found.isdisjoint(HELD_OUT)
+
+    pairs = {parent for parent in list(children) if is_pair(parent)}
+    if not pairs:
+        return _without_pairs(paths)
+    outer = _common(pairs)
+    places = {}
+    for folder, path in paths.items():
+        depth = next((depth for depth in range(len(path)) if path[:depth] in pairs), -1)
+        if depth == -1:
+            places[folder] = Place(None, '', None)
+            continue
+        split = split_of(path[depth])
+        inner = depth + 1
+        while inner < len(path) and children[path[:inner]] == {path[inner]} and split_of(path[inner]) == split:
+            inner += 1  # training_set/training_set/…
+        classes = path[len(outer) : depth] + path[inner:]
+        places[folder] = Place(split, '/'.join(path[: depth + 1]), classes[0] if classes else None)
+    return places
+
+
+def below(folders: Collection[str], path: str) -> dict[str, Place]:
+    """Make one split, called `path`, of a folder and those below it; of all folders if the path is '.'."""
+    top = tuple(part for part in path.split('/') if part not in ('', '.'))
+    paths = {folder: _parts(folder) for folder in folders}
+    return _whole({folder: parts for folder, parts in paths.items() if parts[: len(top)] == top}, path)
+
+
+def _whole(paths: dict[str, tuple[str, ...]], split: str) -> dict[str, Place]:
+    """Place all folders in one split."""
+    outer = _common(paths.values())
+    return {folder: _place(split, outer, path) for folder, path in paths.items()}
+
+
+def _without_pairs(paths: dict[str, tuple[str, ...]]) -> dict[str, Place]:
+    outer = _common(paths.values())
+    only = next(filter(None, map(split_of, reversed(outer))), None)
+    if only:  # all pictures are in one folder of this name
+        return _whole(paths, only)
+    places = {}
+    for folder, path in paths.items():
+        split = split_of(path[len(outer)]) if len(path) > len(outer) else None
+        held_out = split in HELD_OUT
+        places[folder] = _place(split if held_out else 'train', path[: len(outer) + held_out], path)
+    return places
+
+
+def _place(split: str | None, root: tuple[str, ...], path: tuple[str, ...]) -> Place:
+    """The place of a folder below the split's; the first folder on the way is the class."""
+    return Place(split, '/'.join(root), path[len(root)] if len(path) > len(root) else None)
+
+
+def _parts(folder: str) -> tuple[str, ...]:
+    return tuple(filter(None, folder.split('/')))
+
+
+def _common(paths: Collection[tuple[str, ...]]) -> tuple[str, ...]:
+    """The folders that all paths start with."""
+    first, last = min(paths, default=()), max(paths, default=())
+    return tuple(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))

@@ -1,21 +1,52 @@
-"""Datasets that tensorflow-datasets has prepared as array_record files; reading them needs no TensorFlow."""
+"""Datasets that tensorflow-datasets has prepared as array_record files.
+
+The files are read here, and not by `tfds.builder_from_directory`, which imports modules that the dataset's files name.
+Reading needs neither TensorFlow nor the dataset's code.
+"""
 
 import functools
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from diffusion.data import pictures
 from diffusion.data.sources.source import Source, unlabelled
-from diffusion.data.sources.splits import SPLIT_NAMES
+from diffusion.data.sources.splits import named
+from diffusion.util import open_regular, read_json
+
+MOST_CLASSES = 10**6
 
 
-def open_tfds(place: str, split: str, data_dir: str = '') -> Source:
+class _Shard(NamedTuple):
+    """All examples of an array_record file, as array_record's data source takes it."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class _Names(Sequence):
+    """The names of the examples; a data set may have billions."""
+
+    def __init__(self, start: str, count: int):
+        self._start, self._count = start, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> str:
+        return f'{self._start} {range(self._count)[i]}'
+
+
+def open_tfds(place: str, split: str, data_dir: str = '', max_pixels: int = pictures.MAX_PIXELS) -> Source:
     """Open one split of a prepared dataset.
 
     Args:
         place: 'NAME', 'NAME/CONFIG' or 'NAME[/CONFIG]:VERSION'; without a version, the newest one is used.
         split: a split of the dataset; 'test' and 'validation' are also found under similar names.
         data_dir: the folder that contains the datasets; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        max_pixels: larger pictures cannot be read.
 
     Returns:
         The pictures of the split.
@@ -30,30 +61,42 @@ def open_tfds(place: str, split: str, data_dir: str = '') -> Source:
         )
     name, _, version = place.partition(':')
     folder = _find(name, version, data_dir)
-    builder = _builder(folder, name)
-    image, classes = _features(builder, folder)
-    split = _split_name(builder, split, folder)
-    examples, files = _examples(builder, split, folder, name)
+    info = _info(folder, name)
+    image, classes = _features(folder, name)
+    known = {entry['name']: entry for entry in info['splits']}
+    found = named(split, known)
+    if found is None:
+        raise ValueError(f'the dataset in {folder} has no split {split!r}; it has {", ".join(known)}')
+    shards, files = _shards(folder, name, info['name'], known[found])
+    examples, count = _examples(shards), sum(shard.take for shard in shards)
+    counts = ', '.join(f'{entry["name"]} {sum(map(int, entry["shardLengths"]))}' for entry in info['splits'])
 
     # `label` follows `read` for each picture, from several threads; the example is read only once.
     @functools.lru_cache(maxsize=64)
     def example(i: int) -> Any:
         try:
-            return examples[i]
+            return examples(i)
         except Exception as error:  # array_record and protobuf raise several types for damaged files
             raise ValueError(f'cannot be read ({type(error).__name__}: {str(error)[:200]})') from error
 
     def encoded(i: int) -> bytes:
-        return bytes(example(i)[image])
+        values = example(i)[image].bytes_list.value
+        if len(values) != 1:
+            raise ValueError(f'has {len(values)} values of the feature {image!r}')
+        return bytes(values[0])
 
-    info, version = builder.info.splits[split], os.path.basename(folder)
+    def label(i: int) -> int | None:
+        values = example(i)['label'].int64_list.value
+        return int(values[0]) if len(values) == 1 and 0 <= values[0] < len(classes or ()) else None
+
     return Source(
-        names=[f'{name}, {split}, example {i}' for i in range(len(examples))],
-        read=lambda i: pictures.decode(encoded(i)),
-        identity=[name, version, split, len(examples), list(info.shard_lengths), info.num_bytes, files],
-        label=(lambda i: int(example(i)['label'])) if classes else unlabelled,
+        names=_Names(f'{name}, {found}, example', count),
+        read=lambda i: pictures.decode(encoded(i), max_pixels),
+        identity=[name, os.path.basename(folder), found, max_pixels, [shard.take for shard in shards], files],
+        label=label if classes else unlabelled,
         classes=classes,
         encoded=encoded,
+        about=[f'splits of {folder}: {counts} pictures'],
     )
 
 
@@ -81,72 +124,84 @@ def _versions(folder: str) -> list[str]:
     return sorted(names, key=lambda name: [int(part) for part in name.split('.')])
 
 
-def _builder(folder: str, name: str) -> Any:
-    """Return the TFDS builder of a prepared dataset in array_record files."""
-    import tensorflow_datasets as tfds  # slow to import
-
+def _info(folder: str, name: str) -> dict[str, Any]:
+    """Return the description of a dataset in array_record files: 'name' and 'splits'."""
     try:
-        builder = tfds.builder_from_directory(folder)
-    except Exception as error:  # the parsers of its JSON files raise several types
-        raise ValueError(
-            f'the dataset in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})\n'
-            f'    remove that folder and prepare it again:  make prepare DATASET={name}'
-        ) from error
-    file_format = builder.info.file_format and builder.info.file_format.value
-    if file_format != 'array_record':
-        raise ValueError(
-            f'the dataset in {folder} has {file_format} files, which only TensorFlow can read\n'
-            f'    prepare it as array_record files:  make prepare DATASET={name} DATA_DIR=/another/place'
-        )
-    return builder
+        info = read_json(os.path.join(folder, 'dataset_info.json'))
+        file_format = info.get('fileFormat')
+        if file_format == 'array_record':
+            if not isinstance(info['name'], str) or '/' in info['name']:
+                raise ValueError(f'name is {info["name"]!r}')
+            for entry in info['splits']:
+                if not isinstance(entry['name'], str) or any(int(length) < 0 for length in entry['shardLengths']):
+                    raise ValueError(f'a split is {str(entry)[:100]}')
+            return info
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(f'the dataset in {folder}', error, name) from error
+    raise ValueError(
+        f'the dataset in {folder} has {file_format} files, which only TensorFlow can read\n'
+        f'    prepare it as array_record files:  make prepare DATASET={name} DATA_DIR=/another/place'
+    )
 
 
-def _features(builder: Any, folder: str) -> tuple[str, list[str] | None]:
+def _features(folder: str, name: str) -> tuple[str, list[str] | None]:
     """Return the key of the image feature, and the names of the labels."""
-    import tensorflow_datasets as tfds
-
-    features, images = builder.info.features, _image_keys(builder)
+    try:
+        features = read_json(os.path.join(folder, 'features.json'))['featuresDict']['features']
+        # The class of each feature is only compared, never imported.
+        kinds = {key: feature['pythonClassName'].rpartition('.')[2] for key, feature in features.items()}
+        classes = _classes(folder, features['label']) if kinds.get('label') == 'ClassLabel' else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(f'the dataset in {folder}', error, name) from error
+    images = [key for key, kind in kinds.items() if kind == 'Image']
     if not images:
         raise ValueError(f'the dataset in {folder} has no images: its features are {", ".join(features)}')
-    labelled = 'label' in features and isinstance(features['label'], tfds.features.ClassLabel)
-    return 'image' if 'image' in images else images[0], list(features['label'].names) if labelled else None
+    return 'image' if 'image' in images else images[0], classes
 
 
-def _image_keys(builder: Any) -> list[str]:
-    import tensorflow_datasets as tfds
-
-    return [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
-
-
-def _split_name(builder: Any, split: str, folder: str) -> str:
-    """Return the dataset's own name for a split."""
-    for name in SPLIT_NAMES.get(split, (split,)):
-        if name in builder.info.splits:
-            return name
-    raise ValueError(f'the dataset in {folder} has no split {split!r}; it has {", ".join(builder.info.splits)}')
+def _classes(folder: str, feature: dict[str, Any]) -> list[str]:
+    """Return the names of the labels: those of the file, or numbers."""
+    path = os.path.join(folder, 'label.labels.txt')
+    if os.path.exists(path):
+        with open_regular(path) as file:
+            return [line.strip() for line in file if line.strip()]
+    count = int(feature['classLabel']['numClasses'])
+    if count > MOST_CLASSES:
+        raise ValueError(f'{count} classes are more than {MOST_CLASSES}')
+    return [str(i) for i in range(count)]
 
 
-def _examples(builder: Any, split: str, folder: str, name: str) -> tuple[Any, list]:
-    """Return the examples of a split, with encoded images, and (name, size, time) of its files."""
-    import tensorflow_datasets as tfds
-
+def _shards(folder: str, name: str, prefix: str, split: dict[str, Any]) -> tuple[list[_Shard], list[list]]:
+    """Return the files of a split; and [name, size, time of modification] of each."""
+    shards, files = [], []
+    lengths = [int(length) for length in split['shardLengths']]
     try:
-        decoders = {key: tfds.decode.SkipDecoding() for key in _image_keys(builder)}
-        examples = builder.as_data_source(split=split, decoders=decoders)
-        len(examples)  # opens the files
-        files, shards = _files(folder, split), len(builder.info.splits[split].shard_lengths)
-        if len(files) != shards:
-            raise ValueError(f'there are {len(files)} array_record files instead of {shards}')
-    except Exception as error:  # a missing or truncated file
-        raise ValueError(
-            f'split {split!r} of the dataset in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})\n'
-            f'    remove that folder and prepare it again:  make prepare DATASET={name}'
-        ) from error
-    return examples, files
+        for i, length in enumerate(lengths):
+            file = f'{prefix}-{split["name"]}.array_record-{i:05d}-of-{len(lengths):05d}'
+            path = os.path.join(folder, file)
+            status = os.stat(path)
+            if not os.path.isfile(path):
+                raise ValueError(f'{file} is not a file')
+            if length > status.st_size:  # an example takes at least a byte
+                raise ValueError(f'{file} has {status.st_size} bytes, too few for {length} examples')
+            shards.append(_Shard(path, 0, length, length))
+            files.append([file, status.st_size, status.st_mtime_ns])
+    except (OSError, ValueError) as error:
+        raise _damaged(f'split {split["name"]!r} of the dataset in {folder}', error, name) from error
+    return shards, files
 
 
-def _files(folder: str, split: str) -> list[list]:
-    """Return [name, size, time of modification] of each file of a split."""
-    names = sorted(name for name in os.listdir(folder) if f'-{split}.array_record' in name)
-    status = [os.stat(os.path.join(folder, name)) for name in names]
-    return [[name, s.st_size, s.st_mtime_ns] for name, s in zip(names, status, strict=True)]
+def _examples(shards: list[_Shard]) -> Any:
+    """Return a function from the number of an example to its features."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from tensorflow_datasets.proto import tf_example_pb2  # slow to import
+
+    records = ArrayRecordDataSource([shard for shard in shards if shard.take])
+    return lambda i: tf_example_pb2.Example.FromString(records[i]).features.feature
+
+
+def _damaged(what: str, error: Exception, name: str) -> ValueError:
+    return ValueError(
+        f'{what} cannot be read ({type(error).__name__}: {str(error)[:200]})\n'
+        f'    remove that folder and prepare it again:  make prepare DATASET={name}'
+    )
