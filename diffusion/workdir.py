@@ -123,8 +123,8 @@ def check_config(config: ConfigDict, workdir: str, images: data.Images | None = 
         )
         if (trained_on['count'], trained_on['fingerprint']) == (here['count'], here['fingerprint']):
             differences.append(
-                f'        as many, but with the SHA-256 {trained_on["sha256"][:12]}… there, {here["sha256"][:12]}… here: a '
-                'picture was replaced, or renamed (the order is that of the names)'
+                f'        as many, but with SHA-256 {trained_on["sha256"][:12]}… there, {here["sha256"][:12]}… here: '
+                'a picture was replaced, or renamed (the order is that of the names)'
             )
     if differences:
         lines = '\n'.join(differences)
