@@ -3,7 +3,7 @@
 # make lint         style, format and types
 # make test-slow    tests that take longer: the demo's quality, likelihoods of a trained run, lost hosts
 # make chaos        kill a run at random moments, damage its checkpoints, fill its disk; KILLS=100 for the long form
-# make peers        comparisons with PyTorch and diffusers, in an environment of their own
+# make peers        comparisons with other projects, in an environment of their own
 # make bench        the numbers in docs/numbers.md; with VENV=.venv-peers EXTRAS=test,peers also PyTorch's
 # make prepare      a TFDS dataset as array_record files: DATASET=celeb_a [DATA_DIR=…] [MANUAL_DIR=…]; uses TensorFlow
 # make install      the environment alone; EXTRAS=test,cuda12 for NVIDIA GPUs, EXTRAS=test,tpu for TPUs
@@ -69,6 +69,8 @@ test-versions: install
 # In an environment of its own, because PyTorch is large and nothing else needs it.
 peers:
 	$(MAKE) install VENV=.venv-peers EXTRAS=test,peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+	  clean-fid pytorch-fid torch-fidelity  # they need torchvision, but what is compared does not
 	.venv-peers/bin/python -m pytest -m peers
 
 chaos: install

