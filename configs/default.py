@@ -78,6 +78,22 @@ def get_config() -> ConfigDict:
     config.sample.seed = 0  # image i depends on (seed, i) alone
     config.sample.compat = ''  # sample as another codebase does, whatever the keys above say
 
+    config.sample.metrics = ('FID', 'FD-EfficientNetLite0', 'FD-pixels')  # which numbers say how good the images are
+
+    config.metrics = ConfigDict()
+    # File of the weights of Inception 2015-12-05: pytorch-fid's or torch-fidelity's .pth, or its tensors as
+    # .safetensors; '' leaves out FID and its kin.
+    config.metrics.inception = ''
+    config.metrics.efficientnet = ''  # file of EfficientNet-Lite0's weights; '' is that of the extra [features]
+    config.metrics.dialects = ('adm',)  # how images are resized for Inception
+    config.metrics.split = ''  # the images that samples are compared with; '' is data.split, what is trained on
+    config.metrics.flip = False  # compare with their mirror images as well
+    config.metrics.reference = ''  # compare with the moments in this .npz file instead: ours, pytorch-fid's or ADM's
+    config.metrics.batch_size = 64  # images at a time in feature networks
+
+    config.evaluate = ConfigDict()
+    config.evaluate.images = ''  # for --mode=evaluate: a folder or zip file of pictures, samples.npz, or an .npy file
+
     config.likelihood = ConfigDict()
     config.likelihood.quantities = ('posterior', 'transition', 'printed', 'importance', 'flow')  # rows of the ledger
     config.likelihood.num_images = 0  # the first images of the split; 0 takes all

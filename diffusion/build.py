@@ -162,7 +162,7 @@ def load_images(config: ConfigDict, split: str = '') -> data.Images:
         RunError: there are no such images.
     """
     keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction', 'max_pixels')
-    asked = f'config.data, config.likelihood.split={split!r}' if split else 'config.data'
+    asked = f'config.data, split {split!r}' if split else 'config.data'
     with naming(asked):
         return data.load(config.data.source, split or config.data.split, **{key: config.data[key] for key in keys})
 
@@ -188,7 +188,7 @@ def load_same_images(config: ConfigDict, split: str = '') -> data.Images:
 def join_hosts(config: ConfigDict, mode: str) -> None:
     """Join the other hosts of the run, before anything touches a device, and check that all were asked for the same.
 
-    On a lone CPU, --mode=sample makes each core a device, so that the cores share a batch.
+    On a lone CPU, the modes that draw or measure images make each core a device, so that the cores share a batch.
 
     Raises:
         RunError: the settings do not fit together, or the hosts differ in settings, versions or mode.
@@ -198,6 +198,8 @@ def join_hosts(config: ConfigDict, mode: str) -> None:
         hosts.connect(**config.distributed)
     if mode == 'sample':
         mesh.use_cores(min(config.sample.batch_size, config.sample.num_images))
+    if mode in ('evaluate', 'reference'):
+        mesh.use_cores(config.metrics.batch_size)
     if jax.distributed.is_initialized():
         asked = {f'config.{key}': repr(value) for key, value in _flat(config.to_dict()) if key not in PER_HOST}
         versions = {f'the version of {name}': importlib.metadata.version(name) for name in LIBRARIES}

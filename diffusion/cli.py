@@ -25,6 +25,8 @@ MODES = {
     'train': 'train, or resume training',
     'sample': 'draw images, and measure how good they are',
     'likelihood': 'compute every likelihood, term by term',
+    'evaluate': 'measure how good images are that were made elsewhere',
+    'reference': 'compute the features of the data, with which samples are compared',
     'data': 'show what the network will see',
     'import_weights': "make a workdir from another project's weights",
     'export': 'write a folder for diffusers',
@@ -179,7 +181,7 @@ def help_text() -> str:
     keys = []
     for key, value, comment in documented_keys():
         limit = limits.LIMITS.get(key)
-        allowed = f' ({limit.without_imports()})' if isinstance(limit, limits.OneOf) else ''
+        allowed = f' ({limit.without_imports()})' if isinstance(limit, (limits.OneOf, limits.SomeOf)) else ''
         keys.append(f'  --config.{key}={value}\n      {comment}{allowed}\n')
     return HELP.format(configs=', '.join(config_names()), modes=modes, keys=''.join(keys))
 

@@ -112,6 +112,23 @@ class Sizes:
         return 'at most 16 positive whole numbers'
 
 
+class SomeOf:
+    """Any number of different values, each one of a few."""
+
+    def __init__(self, *values: Any, table: str = ''):
+        self._one = OneOf(*values, table=table)
+
+    def accepts(self, value):
+        return isinstance(value, (tuple, list)) and all(map(self._one.accepts, value)) and len(set(value)) == len(value)
+
+    def __str__(self):
+        return str(self._one).replace('one of', 'a tuple of some of', 1)
+
+    def without_imports(self) -> str:
+        """The same as `str`, from the source of the table's module."""
+        return self._one.without_imports().replace('one of', 'a tuple of some of', 1)
+
+
 WEIGHTS = OneOf('ema', 'raw')
 VARIANCE = OneOf('small', 'large')
 
@@ -163,6 +180,9 @@ LIMITS: dict[str, Limit] = {
     'sample.batch_size': Integers(1),
     'sample.seed': Integers(0),
     'sample.compat': OneOf(table='diffusion.compat:COMPAT'),
+    'sample.metrics': SomeOf(table='diffusion.metrics.tables:METRICS'),
+    'metrics.dialects': SomeOf(table='diffusion.metrics.resize:DIALECTS'),
+    'metrics.batch_size': Integers(1),
     'likelihood.num_images': Integers(0),
     'likelihood.samples': Integers(1),
     'likelihood.num_steps': Integers(0),

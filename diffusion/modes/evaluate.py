@@ -1,0 +1,309 @@
+"""--mode=evaluate: how good images are that were made elsewhere; and what all modes do that measure images."""
+
+import hashlib
+import os
+import zipfile
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion import build, workdir
+from diffusion.data.sources import open_source
+from diffusion.metrics.tables import METRICS, Comparison
+from diffusion.modes.reference import (
+    Network,
+    Reference,
+    extractor,
+    grouped,
+    make_mesh,
+    networks,
+    read_statistics,
+    reference,
+)
+from diffusion.runtime import hosts
+from diffusion.util import RunError, naming, say, versions, write_json
+
+
+def run(config: ConfigDict, path: str) -> int:
+    """Measure the images of config.evaluate.images, and write evaluations/<name>/.
+
+    Args:
+        config: what is asked.
+        path: the workdir.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        RunError: there are no such images, or the folder cannot be written.
+    """
+    # Resolve.
+    config = workdir.resolve(config, path)
+    place = os.path.abspath(os.path.expanduser(config.evaluate.images))
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    with naming('config.evaluate.images'):
+        images = open_images(config.evaluate.images, shape)
+    workdir.make_folder(path, 'evaluations')
+    devices = make_mesh(config)
+    plan = prepare(config, shape)
+
+    # Compute.
+    digest = sha256(images)
+    folder = os.path.join(path, 'evaluations', f'{os.path.splitext(os.path.basename(place))[0]}-{digest[:8]}')
+    found = measure(config, plan, images, len(images), devices)
+    if not hosts.is_first():
+        return 0
+
+    # Record and report.
+    record = {'images': {'place': place, 'count': len(images), 'sha256': digest, 'shape': list(shape)}}
+    with workdir.writing(folder):
+        write_json(os.path.join(folder, 'record.json'), record | found | {'versions': versions()})
+    say(f'{len(images)} images of {place}')
+    tell(found)
+    say(os.path.join(folder, 'record.json'))
+    return 0
+
+
+# Images.
+
+
+def open_images(place: str, shape: tuple[int, ...]) -> Any:
+    """Open images of one shape: (N, H, W, C) uint8, read as they are indexed.
+
+    Args:
+        place: an .npz file with arr_0, an .npy file, or a folder or zip file of pictures.
+        shape: (H, W, C).
+
+    Raises:
+        ValueError: there are no images of that shape.
+    """
+    path = os.path.expanduser(place)
+    if not place or not os.path.exists(path):
+        raise ValueError(f'there is no file or folder {place!r}: name a folder of pictures, or samples.npz')
+    if not path.endswith(('.npz', '.npy')):
+        return Pictures(path, shape)
+    try:
+        images = open_npz(path) if path.endswith('.npz') else np.load(path, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f'{place} cannot be read as an array of images ({error})') from error
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        raise ValueError(
+            f'{place} holds {images.dtype} {images.shape}, but uint8 (N, {", ".join(map(str, shape))}) was expected, '
+            'as config.data.image_size and config.data.channels say'
+        )
+    return images
+
+
+def open_npz(path: str, name: str = 'arr_0') -> np.ndarray:
+    """Open an array of an .npz file without reading it, if it is not compressed."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f'{name}.npy')
+        if member.compress_type != zipfile.ZIP_STORED:
+            with np.load(path, allow_pickle=False) as file:
+                return file[name]
+    with open(path, 'rb') as file:
+        file.seek(member.header_offset + 26)  # the lengths of the name and of the extra field
+        lengths = np.frombuffer(file.read(4), '<u2')
+        file.seek(member.header_offset + 30 + int(lengths.sum()))
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        return np.memmap(path, dtype, 'r', file.tell(), shape, 'F' if fortran else 'C')
+
+
+class Pictures:
+    """Pictures of one shape in a folder or zip file, decoded as they are indexed.
+
+    Args:
+        path: of the folder or zip file.
+        shape: (H, W, C) of every picture; a grey picture becomes one of three equal channels where C is 3.
+
+    Raises:
+        ValueError: there are no pictures.
+    """
+
+    def __init__(self, path: str, shape: tuple[int, ...]):
+        self._source = open_source(f'folder:{os.path.abspath(path)}', '.')
+        self.shape = (len(self._source), *shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: Any) -> np.ndarray:
+        rows = np.atleast_1d(np.arange(len(self))[indices])
+        return np.stack([self._read(int(row)) for row in rows])
+
+    def _read(self, row):
+        name = self._source.names[row]
+        with naming(f'config.evaluate.images: {name}'):
+            picture = self._source.read(row)
+            if picture.shape[:2] != self.shape[1:3] or picture.shape[2] > self.shape[3]:
+                raise ValueError(
+                    f'is {picture.shape}, but {self.shape[1:]} was expected: samples are measured as they are, and '
+                    'config.data.image_size and config.data.channels are those of the data'
+                )
+        return np.broadcast_to(picture, self.shape[1:])
+
+
+def sha256(images: Any) -> str:
+    """Return a SHA-256 of the pixels of all images."""
+    result = hashlib.sha256()
+    for start in range(0, len(images), 1000):
+        result.update(np.ascontiguousarray(images[start : start + 1000]).data)
+    return result.hexdigest()
+
+
+# Measuring.
+
+
+class Plan(NamedTuple):
+    """What is measured, found out before anything is computed.
+
+    Attributes:
+        networks: the feature networks that are at hand.
+        statistics: {network: the moments in config.metrics.reference} for those that the file is of.
+        left_out: {metric: why it is left out}.
+    """
+
+    networks: list[Network]
+    statistics: dict[str, Reference]
+    left_out: dict[str, str]
+
+
+def prepare(config: ConfigDict, shape: tuple[int, ...]) -> Plan:
+    """Load what the metrics of config.sample.metrics need.
+
+    Args:
+        config: what is asked.
+        shape: of an image, (H, W, C).
+
+    Raises:
+        RunError: a file that the config names is not what it should be.
+    """
+    found, left_out = networks(config, tuple(config.sample.metrics), shape)
+    if not config.metrics.reference:
+        return Plan(found, {}, left_out)
+    with naming('config.metrics.reference'):
+        file = read_statistics(config.metrics.reference)
+        mine = [network for network in found if network.features == file.features]
+        if not mine:
+            raise ValueError(f'{file.path} holds statistics of {file.features}, which no metric that can be had uses')
+        return Plan(found, {str(network): file.reference(network, shape) for network in mine}, left_out)
+
+
+def measure(
+    config: ConfigDict, plan: Plan, images: Any, count: int, devices: Mesh, wrong_data: str = ''
+) -> dict[str, Any]:
+    """Measure images. All hosts have to call it; the first one gets the results.
+
+    Args:
+        config: config.sample.metrics names the metrics.
+        plan: as of `prepare`.
+        images: (N, H, W, C) uint8, or an object that is indexed in the same way; only the first host needs it.
+        count: N.
+        devices: over which batches are split.
+        wrong_data: why config.data cannot be the reference; '' if it can.
+
+    Returns:
+        {'metrics': [{'name', 'features', 'dialect', 'value', 'standard_error', 'n', 'reference', …}],
+        'left_out': {metric: why}}.
+    """
+    metrics: list[dict[str, Any]] = []
+    left_out = dict(plan.left_out)
+    for network in plan.networks:
+        rows = {
+            name: row
+            for name in config.sample.metrics
+            if (row := METRICS[name]).features == network.features
+            and (not row.dialects or network.dialect in row.dialects)
+        }
+        compared: Reference | str = 'it has no reference'
+        if any(row.needs for row in rows.values()):
+            compared = plan.statistics.get(str(network)) or _data(config, network, devices, wrong_data)
+        outputs = tuple(dict.fromkeys(row.output for row in rows.values()))
+        found = extract_all(config, network, images, count, devices, outputs)
+        if not hosts.is_first():
+            continue
+        for output in outputs:
+            comparison = compare_features(found.pop(output), compared, output, network.dialect)
+            for name in (name for name, row in rows.items() if row.output == output):
+                try:
+                    if rows[name].needs and isinstance(compared, str):
+                        raise ValueError(compared)
+                    value = rows[name].compute(comparison)
+                except ValueError as error:
+                    left_out[name] = str(error)
+                    continue
+                entry = {'name': name, 'features': network.features, 'dialect': network.dialect, **value, 'n': count}
+                if rows[name].needs and isinstance(compared, Reference):
+                    entry['reference'] = compared.record
+                metrics.append(entry | {'weights_sha256': network.weights_sha256})
+    order = list(config.sample.metrics)
+    for name in set(order) - left_out.keys() - {entry['name'] for entry in metrics}:
+        left_out[name] = f'it is defined for the dialects {", ".join(METRICS[name].dialects)} alone'
+    return {'metrics': sorted(metrics, key=lambda entry: order.index(entry['name'])), 'left_out': left_out}
+
+
+def compare_features(samples: np.ndarray, compared: Reference | str, output: str, dialect: str) -> Comparison:
+    """Return the comparison of the samples' features with a reference, or with none if a text says why."""
+    if isinstance(compared, str):
+        return Comparison(samples, None, None, dialect)
+    return Comparison(samples, compared.vectors.get(output), compared.moments.get(output), dialect)
+
+
+def _data(config, network, devices, wrong_data):
+    """The reference that config.data describes, or why there is none."""
+    if wrong_data:
+        return wrong_data
+    try:
+        images = build.load_same_images(config, config.metrics.split)
+    except RunError as error:
+        return str(error)
+    return reference(config, network, images, devices)
+
+
+def extract_all(
+    config: ConfigDict, network: Network, images: Any, count: int, devices: Mesh, outputs: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+    """Compute the features of images, (N, D) float32 by output. All hosts have to call it; the first one reads images.
+
+    Returns:
+        {output: (N, D)} on the first host, {} on the others.
+    """
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    size = min(config.metrics.batch_size, count)
+    extract = extractor(network, devices, shape, outputs, size)
+    found: dict[str, np.ndarray] = {}
+    show = dict(desc=f'features ({network})', unit='image', dynamic_ncols=True, disable=not hosts.is_first())
+    with tqdm(total=count, **show) as bar:
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            batch = images[start:stop] if hosts.is_first() else np.zeros((stop - start, *shape), np.uint8)
+            for output, values in extract(hosts.from_first(np.asarray(batch))).items():
+                if hosts.is_first():
+                    found.setdefault(output, np.empty((count, values.shape[1]), np.float32))[start:stop] = values
+            bar.update(stop - start)
+    return found
+
+
+def tell(found: dict[str, Any]) -> None:
+    """Print what `measure` found, one line a metric, and what is left out."""
+    for entry in found['metrics']:
+        bias = f' (biased {entry["bias"]})' if 'bias' in entry else ''
+        against = f', against {_name(entry["reference"])}' if 'reference' in entry else ''
+        say(
+            f'{entry["name"]} ({entry["features"]}, {entry["dialect"]}): {entry["value"]:.4f} ± '
+            f'{entry["standard_error"]:.4f}{bias}, n = {entry["n"]}{against}'
+        )
+    for names, why in grouped(found['left_out']).items():
+        say(f'{names}: left out, because {why}')
+
+
+def _name(reference):
+    """A reference in a few words."""
+    count = '' if reference.get('count') is None else f'{reference["count"]} images of '
+    flips = ', mirrored ones included' if reference.get('flip') else ''
+    return reference.get('file') or f'{count}{reference["source"]}, {reference["split"]} split{flips}'

