@@ -4,9 +4,9 @@
 
 Image size, channels and network are chosen from the pictures and printed; --mode=data shows what the network will see.
 Pictures that are not square are cropped to their largest central square. If the pictures differ in size, image_size is
-the largest power of two that 99 of 100 of them reach, at most 64. Each choice can be made by hand, for example
---config.data.image_size=128 --config.model.channels=64. The choices of the first command are stored in config.json in
-the workdir, and later commands use them.
+the largest power of two that 99 of 100 of them reach, at most 64; a few that are far smaller are left out. Each choice
+can be made by hand, for example --config.data.image_size=128 --config.model.channels=64. The choices of the first
+command are stored in config.json in the workdir, and later commands use them.
 """
 
 from diffusion.configs import default

@@ -1,5 +1,6 @@
 """Choose what a config leaves open (0 in data.image_size, data.channels or model.channels) from the pictures."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -33,9 +34,15 @@ def complete(config: ConfigDict) -> ConfigDict:
             first = ''.join(f'\n    {name!r} {reason}' for name, reason in seen.bad[:5])
             raise ValueError(f'none of {seen.seen} pictures can be decoded. The first:{first}')
     if not config.data.image_size:
-        config.data.image_size = choose_size(seen.sizes)
+        with naming('config.data.image_size'):
+            config.data.image_size = choose_size(seen.sizes)
+            require_similar(config.data.image_size, seen.sizes)
+        leave_out(config, seen.sizes)
     if not config.data.channels:
-        config.data.channels = 1 if seen.grey == sum(seen.sizes.values()) else 3
+        total = seen.sizes.total()
+        config.data.channels = 1 if seen.grey == total else 3
+        if 0 < total - seen.grey <= total // 20:
+            say(f'only {total - seen.grey} of {total} pictures have colour; --config.data.channels=1 makes them grey')
     if not config.model.channels:
         config.model.update(choose_network(config.data.image_size, seen.count))
     network = ' '.join(f'model.{key}={config.model[key]}' for key in CHOSEN).replace(', ', ',')
@@ -49,8 +56,9 @@ def complete(config: ConfigDict) -> ConfigDict:
 def choose_size(sizes: Counter, most: int = LARGEST_SIZE) -> int:
     """Choose an image size for pictures of the given sizes.
 
-    If all pictures are squares of one size that the network can halve twice, it is that size. Otherwise it is the
-    largest power of two that 99 of 100 pictures reach. It is never more than `most`.
+    If the pictures are squares of one size that the network can halve twice, it is that size. Otherwise it is the
+    largest power of two that the pictures reach. A few pictures do not count: outliers, and of the others one in a
+    hundred, or one if there are fewer but at least 20. It is never more than `most`.
 
     Args:
         sizes: how many pictures have each (height, width), in pixels.
@@ -59,9 +67,57 @@ def choose_size(sizes: Counter, most: int = LARGEST_SIZE) -> int:
     Returns:
         Height and width in pixels.
     """
-    shorter = np.sort(np.repeat([min(size) for size in sizes], list(sizes.values())))
-    one_size = len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 and shorter[0] <= most and shorter[0] % 4 == 0
-    return int(shorter[0] if one_size else min(most, 2 ** int(np.log2(shorter[len(shorter) // 100]))))
+    sizes = sizes - outliers(sizes)
+    total = sizes.total()
+    few = total // 100 or int(total >= 20)
+    (height, width), count = sizes.most_common(1)[0]
+    if height == width <= most and height % 4 == 0 and total - count <= few:
+        return height
+    return min(most, 2 ** int(np.log2(_shorter_sides(sizes)[few])))
+
+
+def outliers(sizes: Counter) -> Counter:
+    """Return the sizes whose shorter side is less than a quarter of the median, if they are at most one in 20."""
+    shorter = _shorter_sides(sizes)
+    median = shorter[(len(shorter) - 1) // 2]
+    found = Counter({size: count for size, count in sizes.items() if 4 * min(size) < median})
+    return found if found.total() <= max(1, len(shorter) // 20) else Counter()
+
+
+def require_similar(size: int, sizes: Counter, most: int = LARGEST_SIZE) -> None:
+    """Raise ValueError if many pictures would be made far smaller than they are, for the sake of a few."""
+    shorter = _shorter_sides(sizes)
+    common = min(most, 2 ** int(np.log2(shorter[(len(shorter) - 1) // 2])))
+    if 4 * size < common:
+        smaller = int((shorter < common).sum())
+        fraction = math.ceil(100 * smaller / len(shorter)) / 100
+        raise ValueError(
+            f'the pictures differ too much in size to choose one: half of them reach {common}×{common}, but {smaller} '
+            f'of {len(shorter)} are smaller, down to less than {2 * size}×{2 * size}. Remove those, or choose by hand, '
+            f'such as --config.data.image_size={common} --config.data.max_bad_fraction={fraction}'
+        )
+
+
+def leave_out(config: ConfigDict, sizes: Counter) -> None:
+    """Allow that pictures smaller than the chosen image size are left out, and say how many there are."""
+    size = config.data.image_size
+    smaller = {found: count for found, count in sizes.items() if min(found) < size}
+    if not smaller:
+        return
+    count, total = sum(smaller.values()), sizes.total()
+    # What pictures that cannot be decoded are allowed is left to them.
+    allowed = config.data.max_bad_fraction + math.ceil(1000 * count / total) / 1000
+    config.data.max_bad_fraction = round(min(1.0, allowed), 3)
+    some = ', '.join(f'{width}×{height}' for height, width in list(smaller)[:5])
+    say(
+        f'{count} of {total} pictures are left out, because they are smaller than {size}×{size} ({some}'
+        f'{" …" * (len(smaller) > 5)}); chosen for that: data.max_bad_fraction={config.data.max_bad_fraction:g}'
+    )
+
+
+def _shorter_sides(sizes: Counter) -> np.ndarray:
+    """The shorter side of each picture, the shortest first."""
+    return np.sort(np.repeat([min(size) for size in sizes], list(sizes.values())))
 
 
 def choose_network(image_size: int, num_images: int) -> dict[str, Any]:

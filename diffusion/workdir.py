@@ -62,6 +62,8 @@ def resolve(config: ConfigDict, workdir: str) -> ConfigDict:
         try:
             for key in ('image_size', 'channels'):
                 config.data[key] = config.data[key] or stored['data'][key]
+            allowed = stored['data'].get('max_bad_fraction', 0.0)  # chosen with the image size
+            config.data.max_bad_fraction = max(config.data.max_bad_fraction, allowed)
             if not config.model.channels:
                 config.model.update({key: stored['model'][key] for key in autoconfig.CHOSEN})
         except (KeyError, TypeError) as error:
@@ -114,10 +116,16 @@ def check_config(config: ConfigDict, workdir: str, images: data.Images | None = 
     differences = _differences(config, stored)
     trained_on = stored.get('images', {})
     if images is not None and trained_on and trained_on['sha256'] != images.record['sha256']:
+        here = images.record
         differences.append(
             f'    the images: {trained_on["count"]}, preprocessing {trained_on["fingerprint"]} there; '
-            f'{images.record["count"]}, preprocessing {images.record["fingerprint"]} in {config.data.source}'
+            f'{here["count"]}, preprocessing {here["fingerprint"]} in {config.data.source}'
         )
+        if (trained_on['count'], trained_on['fingerprint']) == (here['count'], here['fingerprint']):
+            differences.append(
+                f'        as many, but with SHA-256 {trained_on["sha256"][:12]}… there, {here["sha256"][:12]}… here: '
+                'a picture was replaced, or renamed (the order is that of the names)'
+            )
     if differences:
         lines = '\n'.join(differences)
         raise RunError(f'{workdir} holds another run:\n{lines}\nAsk for the same, or choose another --workdir.')

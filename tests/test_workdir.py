@@ -12,6 +12,7 @@ from diffusion import autoconfig, build, workdir
 from diffusion.configs import default, folder
 from diffusion.modes import train
 from diffusion.util import RunError
+from tests.galleries import encoded, fill, noise
 from tests.runs import make_run, quick, random_params, saved
 
 # What config.json is checked for.
@@ -56,6 +57,20 @@ def test_a_run_from_before_a_key_existed_has_its_default(tmp_path):
     workdir.check_config(quick(), str(tmp_path))
     with pytest.raises(RunError, match=r'config\.model\.first_level: 1 there, 0 asked'):
         workdir.check_config(quick({'model.first_level': 0}), str(tmp_path))
+
+
+def test_a_renamed_picture_is_told_from_a_run_on_other_images(tmp_path):
+    """The number of images and the preprocessing are the same on both sides."""
+    root = fill(tmp_path / 'p', {f'{i}.png': encoded(noise(1, 8, 8, seed=i)[0]) for i in range(3)})
+    config = quick({'data.source': f'folder:{root}', 'data.cache_dir': str(tmp_path / 'cache')})
+    before = build.load_images(config)
+    workdir.write_config(config, str(tmp_path / 'run'), before)
+    (root / '0.png').rename(root / '5.png')
+    after = build.load_images(config)
+    with pytest.raises(RunError, match='renamed') as error:
+        workdir.check_config(config, str(tmp_path / 'run'), after)
+    for images in (before, after):
+        assert images.record['sha256'][:12] in str(error.value)
 
 
 def test_a_run_on_other_images_is_refused(tmp_path):

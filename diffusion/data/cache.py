@@ -216,14 +216,16 @@ def _summary(bad: int, source: Source, listed: str) -> str:
 
 def _check_bad(bad: int, source: Source, listed: str, max_bad_fraction: float) -> None:
     """Raise ValueError if too many pictures cannot be used."""
-    if bad > max_bad_fraction * len(source):
+    if bad > max_bad_fraction * len(source) or 0 < bad == len(source):
         with open(listed, encoding='utf-8') as file:
             first = ''.join(f'\n    {line.rstrip()}' for line in itertools.islice(file, 5))
         enough = math.ceil(1000 * bad / len(source)) / 1000
-        raise ValueError(
-            f'{_summary(bad, source, listed)}. This is more than data.max_bad_fraction={max_bad_fraction:g}: '
-            f'remove or repair them, or allow as many by --config.data.max_bad_fraction={enough}. The first:{first}'
+        allow = (
+            f'. This is more than data.max_bad_fraction={max_bad_fraction:g}: remove or repair them, or allow as many '
+            f'by --config.data.max_bad_fraction={enough}'
         )
+        # If most cannot be used, it is rarely the pictures that are wrong.
+        raise ValueError(f'{_summary(bad, source, listed)}{allow if 2 * bad <= len(source) else ""}. The first:{first}')
 
 
 def _size(nbytes: int) -> str:

@@ -149,7 +149,8 @@ class Preprocessing:
             raise ValueError(f'is {width}×{height}, too small for data.crop={self.crop}')
         if size < self.image_size:
             raise ValueError(
-                f'is {width}×{height}, smaller than data.image_size={self.image_size}; pictures are not enlarged'
+                f'is {width}×{height}, which is smaller than data.image_size={self.image_size}: choose a smaller one, '
+                'because pictures are not enlarged'
             )
         square = picture[top : top + size, left : left + size]
         image = Image.fromarray(square[..., 0] if picture.shape[2] == 1 else square)

@@ -186,6 +186,18 @@ def test_a_smaller_max_bad_fraction_applies_to_an_existing_entry(tmp_path):
     source.decoded(tmp_path, max_bad_fraction=0.01)
 
 
+@pytest.mark.parametrize('count', [2, 3])
+def test_an_image_size_above_most_pictures_is_the_fault_of_the_key(tmp_path, count):
+    """Nobody is advised to allow that nothing is left."""
+    root = fill(tmp_path / 'p', {f'{i}.png': encoded(noise(1, 9, 9)[0]) if i < count else PNG[i] for i in range(3)})
+    with pytest.raises(ValueError, match=rf'{3 - count or 3} of 3 pictures') as error:
+        load(root, tmp_path / 'cache', image_size=9 if count == 2 else 10)
+    assert ('max_bad_fraction=' in str(error.value)) == (count == 2)
+    assert 'data.image_size=' in str(error.value) and 'choose a smaller one' in str(error.value)
+    with pytest.raises(ValueError, match='3 of 3 pictures'):
+        load(root, tmp_path / 'cache', image_size=10, max_bad_fraction=1)
+
+
 @pytest.mark.parametrize('keep', [True, False])
 def test_no_usable_picture_is_an_error(tmp_path, keep):
     root = fill(tmp_path / 'p', {'a.png': b'', 'b.png': b'x'})
