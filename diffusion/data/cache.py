@@ -1,16 +1,19 @@
 """The cache of decoded images: every picture is decoded once, in parallel, into one file that training reads."""
 
 import collections
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float64, Int32, UInt8
@@ -19,9 +22,12 @@ from tqdm import tqdm
 from diffusion.data.images import Images, Undecoded
 from diffusion.data.pictures import Preprocessing
 from diffusion.data.sources import Source
-from diffusion.util import exclusive, say, write_json
+from diffusion.util import exclusive, read_json, say, write_json
 
 CHUNK = 64  # pictures in one task of the thread pool
+CHECKED = 100  # pictures whose contents are compared whenever an entry is used
+FORMAT = 2  # of the entries
+MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)  # what a call that a file system lacks returns
 
 Item = TypeVar('Item')
 Result = TypeVar('Result')
@@ -33,8 +39,10 @@ def decoded(
     """Return the images of a source from its entry in the cache; if there is none, decode the pictures and add it.
 
     Pictures that cannot be used are left out, listed in the entry's bad.txt with the reasons, and counted in one
-    warning. The entry is named after everything that determines its content. It appears complete or not at all. One
-    process builds it while others wait.
+    warning. The entry is named after the preprocessing and the pictures' identity (of files: their names, sizes and
+    times of modification). Whenever it is used, the contents of up to CHECKED files are compared with those that were
+    decoded; if they have changed, all are decoded again. The entry appears complete or not at all. One process builds
+    it while others wait.
 
     Args:
         source: the pictures.
@@ -50,14 +58,22 @@ def decoded(
     Raises:
         ValueError: too many pictures are unusable, the disk is full, or the entry cannot be written or read.
     """
-    described = json.dumps([source.identity, source.classes, preprocess.record(), keep], sort_keys=True)
+    described = json.dumps([FORMAT, source.identity, source.classes, preprocess.record(), keep], sort_keys=True)
     entry = os.path.join(directory, hashlib.sha256(described.encode()).hexdigest()[:16])
     try:
-        if not os.path.exists(entry):
+        changed = _changed(entry, source)
+        if changed:
+            say(
+                f'warning: pictures have other contents than when they were decoded, such as {changed[0]!r}, but the '
+                'same name, size and time: all are decoded again'
+            )
+        if changed or not os.path.exists(entry):
             os.makedirs(directory, exist_ok=True)
-            with exclusive(entry + '.lock', 'another process is decoding the same images; waiting for it …'):
+            with _alone(entry) as new:
+                if _changed(entry, source):
+                    shutil.rmtree(entry)
                 if not os.path.exists(entry):
-                    _build(entry, source, preprocess, max_bad_fraction, keep)
+                    _build(entry, new, source, preprocess, max_bad_fraction, keep)
         return _open(entry, source, preprocess, max_bad_fraction, keep)
     except OSError as error:
         raise ValueError(
@@ -70,8 +86,7 @@ def _open(entry: str, source: Source, preprocess: Preprocessing, max_bad_fractio
     """Return the images of a complete entry."""
     listed = os.path.join(entry, 'bad.txt')
     try:
-        with open(os.path.join(entry, 'index.json'), encoding='utf-8') as file:
-            record = json.load(file)
+        record = read_json(os.path.join(entry, 'index.json'))
         good = np.load(os.path.join(entry, 'good.npy'), allow_pickle=False)
         labels = np.load(os.path.join(entry, 'labels.npy'), allow_pickle=False)
         shape = (record['count'], *preprocess.shape)
@@ -80,7 +95,7 @@ def _open(entry: str, source: Source, preprocess: Preprocessing, max_bad_fractio
             images = np.memmap(os.path.join(entry, 'images.bin'), np.uint8, 'r', shape=shape)
         os.stat(listed)
     except (FileNotFoundError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f'the decoded images in {entry} are damaged ({error}): remove that folder') from error
+        raise _damaged(entry, error) from error
     bad = len(source) - record['count']
     _check_bad(bad, source, listed, max_bad_fraction)
     if bad:
@@ -88,14 +103,54 @@ def _open(entry: str, source: Source, preprocess: Preprocessing, max_bad_fractio
     return Images(images, labels if source.classes else None, record)
 
 
-def _build(entry: str, source: Source, preprocess: Preprocessing, max_bad_fraction: float, keep: bool) -> None:
-    """Decode everything into a folder beside `entry`; rename the folder when it is complete."""
-    new = entry + '.new'
+@contextlib.contextmanager
+def _alone(entry: str) -> Iterator[str]:
+    """Keep other processes from building an entry, and return the folder to build it in."""
+    with contextlib.ExitStack() as stack:
+        new = entry + '.new'
+        try:
+            waiting = 'another process is decoding the same images; waiting for it …'
+            stack.enter_context(exclusive(entry + '.lock', waiting))
+        except OSError as error:
+            if error.errno not in MISSING:
+                raise
+            say(f'the file system of {entry} has no locks: processes that need the same images all decode them')
+            new = f'{entry}.{socket.gethostname()}.{os.getpid()}.new'
+        yield new
+
+
+def _changed(entry: str, source: Source) -> list[str]:
+    """Return the names of pictures whose files do not have the contents of those that an entry was built from."""
+    path = os.path.join(entry, 'contents.json')
+    if not os.path.exists(path):
+        return []
+    try:
+        known = dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise _damaged(entry, error) from error
+    return [name for name, content in _contents(source).items() if known.get(name, content) != content]
+
+
+def _contents(source: Source) -> dict[str, str]:
+    """Return {name: SHA-256} of some files, evenly spaced; nothing of those that cannot be read, now or at all."""
+    found: dict[str, str] = {}
+    if source.encoded is not None and len(source):
+        for i in np.unique(np.linspace(0, len(source) - 1, min(CHECKED, len(source))).round().astype(int)).tolist():
+            with contextlib.suppress(ValueError):
+                found[source.names[i]] = hashlib.sha256(source.encoded(i)).hexdigest()
+    return found
+
+
+def _build(
+    entry: str, new: str, source: Source, preprocess: Preprocessing, max_bad_fraction: float, keep: bool
+) -> None:
+    """Decode everything into the folder `new` beside `entry`; rename it when it is complete."""
     shutil.rmtree(new, ignore_errors=True)  # left by a process that was killed
     os.makedirs(new)
     try:
         path = os.path.join(new, 'images.bin')
         images = _allocate(path, len(source), preprocess.shape) if keep and len(source) else None
+        contents = _contents(source)  # before decoding: what changes meanwhile is noticed later
         outcome = _decode(source, preprocess, images)
 
         listed = entry + '.bad.txt'  # outside the folder, so that it outlives an error
@@ -119,7 +174,13 @@ def _build(entry: str, source: Source, preprocess: Preprocessing, max_bad_fracti
             'sha256': outcome.sha256,  # of the pixels of all images
         }
         write_json(os.path.join(new, 'index.json'), record)
-        os.replace(new, entry)
+        write_json(os.path.join(new, 'contents.json'), contents)
+        try:
+            os.replace(new, entry)
+        except OSError:
+            if not os.path.exists(entry):
+                raise
+            shutil.rmtree(new)  # without locks, another process was faster
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -135,8 +196,23 @@ def _allocate(path: str, count: int, shape: tuple[int, int, int]) -> UInt8[np.me
             'they are needed by --config.data.cache=False'
         )
     with open(path, 'wb') as file:
-        os.posix_fallocate(file.fileno(), 0, need)  # writing to a mapped file on a full disk kills the process
+        _reserve(file, need)
     return np.memmap(path, np.uint8, 'r+', shape=(count, *shape))
+
+
+def _reserve(file: BinaryIO, nbytes: int) -> None:
+    """Allocate the disk space of an empty file: writing to a mapped file on a full disk kills the process."""
+    allocate = getattr(os, 'posix_fallocate', None)  # macOS has none
+    if allocate:
+        try:
+            allocate(file.fileno(), 0, nbytes)
+            return
+        except OSError as error:
+            if error.errno not in MISSING:
+                raise
+    zeros = bytes(2**20)
+    for start in range(0, nbytes, len(zeros)):
+        file.write(zeros[: nbytes - start])
 
 
 def _compact(path: str, images: UInt8[np.memmap, 'N H W C'], good: np.ndarray) -> None:
@@ -226,6 +302,10 @@ def _check_bad(bad: int, source: Source, listed: str, max_bad_fraction: float) -
         )
         # If most cannot be used, it is rarely the pictures that are wrong.
         raise ValueError(f'{_summary(bad, source, listed)}{allow if 2 * bad <= len(source) else ""}. The first:{first}')
+
+
+def _damaged(entry: str, error: Exception) -> ValueError:
+    return ValueError(f'the decoded images in {entry} are damaged ({error}): remove that folder')
 
 
 def _size(nbytes: int) -> str:

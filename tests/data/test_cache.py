@@ -1,7 +1,10 @@
 """The cache of decoded images: what it keeps, when it is built again, and its behaviour under kills, bad pictures and
 full disks."""
 
+import dataclasses
 import errno
+import fcntl
+import itertools
 import os
 import pathlib
 import re
@@ -122,6 +125,37 @@ def test_an_entry_depends_on_the_files_and_the_preprocessing(tmp_path, change):
     assert len(entries(tmp_path / 'cache')) == (1 if change == 'place' else 2)
     if change == 'content':
         np.testing.assert_array_equal(images.images, IMAGES[[0, 5, 2]])
+
+
+@pytest.mark.parametrize('keep', [True, False])
+def test_other_contents_of_the_same_name_size_and_time_are_noticed(tmp_path, capsys, keep):
+    """As an archive leaves them that restores times; an uncompressed format always has the same size."""
+    bmp = [encoded(image, 'bmp') for image in IMAGES]
+    root = fill(tmp_path / 'p', {f'{i}.bmp': bmp[i] for i in range(5)})
+    before = load(root, tmp_path / 'cache', cache=keep)
+    np.testing.assert_array_equal(before[:], IMAGES[:5])
+    status = (root / '3.bmp').stat()
+    (root / '3.bmp').write_bytes(bmp[7])
+    os.utime(root / '3.bmp', ns=(status.st_atime_ns, status.st_mtime_ns))
+    capsys.readouterr()
+    after = load(root, tmp_path / 'cache', cache=keep)
+    np.testing.assert_array_equal(after[:], IMAGES[[0, 1, 2, 7, 4]])
+    assert after.record['sha256'] != before.record['sha256']
+    assert "other contents than when they were decoded, such as '3.bmp'" in capsys.readouterr().out
+    load(root, tmp_path / 'cache', cache=keep)
+    assert 'other contents' not in capsys.readouterr().out and len(entries(tmp_path / 'cache')) == 1
+
+
+def test_pictures_that_cannot_be_read_for_a_while_are_not_decoded_again(tmp_path):
+    source = dataclasses.replace(Counted(PNG).source, encoded=PNG.__getitem__)
+    arguments = dict(directory=str(tmp_path), max_bad_fraction=0.0)
+    decoded(source, PLAIN, **arguments)
+
+    def fail(i):
+        raise ValueError('cannot be read (Stale file handle)')
+
+    again = decoded(dataclasses.replace(source, encoded=fail, read=fail), PLAIN, **arguments)
+    np.testing.assert_array_equal(again.images, IMAGES)
 
 
 def test_a_changed_zip_file_is_decoded_again(tmp_path):
@@ -252,15 +286,54 @@ def test_a_full_disk_is_reported_before_any_picture_is_read(tmp_path, monkeypatc
     [(os, 'posix_fallocate', errno.ENOSPC), (os, 'makedirs', errno.EROFS), (os, 'replace', errno.EDQUOT)],
 )
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, module, name, code):
-    def refuse(*args, **kwargs):
-        raise OSError(code, os.strerror(code))
-
     with monkeypatch.context() as patched:
-        patched.setattr(module, name, refuse)
+        patched.setattr(module, name, refusal(code))
         with pytest.raises(ValueError, match=os.strerror(code)) as error:
             Counted(PNG).decoded(tmp_path / 'cache')
     assert str(tmp_path / 'cache') in str(error.value) and '--config.data.cache_dir=' in str(error.value)
     np.testing.assert_array_equal(Counted(PNG).decoded(tmp_path / 'cache').images, IMAGES)  # once it can be written
+
+
+@pytest.mark.parametrize('lack', ['call', 'file system'])
+def test_systems_without_reservation_of_disk_space(tmp_path, monkeypatch, lack):
+    """macOS lacks the call, and some file systems refuse it. The whole file is written then."""
+    if lack == 'call':
+        monkeypatch.delattr(os, 'posix_fallocate')
+    else:
+        monkeypatch.setattr(os, 'posix_fallocate', refusal(errno.EOPNOTSUPP))
+    with open(tmp_path / 'file', 'wb') as file:
+        cache._reserve(file, 3 * 2**20 + 5)
+    assert (tmp_path / 'file').stat().st_size == 3 * 2**20 + 5
+    assert (tmp_path / 'file').stat().st_blocks * 512 >= 3 * 2**20
+    np.testing.assert_array_equal(Counted(PNG).decoded(tmp_path / 'cache').images, IMAGES)
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch, capsys):
+    """Of two processes that decode the same images, both succeed."""
+    monkeypatch.setattr(fcntl, 'flock', refusal(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, 'lockf', refusal(errno.ENOLCK))
+    first, second = Counted(PNG), Counted(PNG)
+    read = first.source.read
+
+    def slow(i):
+        if i == 100:
+            second.decoded(tmp_path)
+        return read(i)
+
+    first.source = dataclasses.replace(first.source, read=slow)
+    monkeypatch.setattr(os, 'getpid', itertools.count().__next__)
+    np.testing.assert_array_equal(first.decoded(tmp_path).images, IMAGES)
+    assert len(entries(tmp_path)) == 1 and len(second.reads) == 150
+    assert 'has no locks' in capsys.readouterr().out
+
+
+def refusal(code):
+    """A function that raises an OSError."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    return refuse
 
 
 def test_a_cache_below_a_file_is_named(tmp_path):
