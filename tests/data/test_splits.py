@@ -121,8 +121,8 @@ def test_one_line_counts_each_split_and_what_is_outside(tmp_path, kind):
 
 def test_the_line_says_if_there_are_no_splits(tmp_path):
     (line,) = open_source(source_of(tmp_path, 'folder', files(*CLASSES)), 'train').about
-    assert 'train has 10 pictures, in ./' in line and 'outside of them are 0' in line
-    assert 'train/ is taken for a class: --config.data.split=FOLDER' in line
+    assert 'none is named by a folder, so that train has all 10 pictures' in line
+    assert 'train/ is taken for a class; --config.data.split=train/ trains on it alone' in line
 
 
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
@@ -141,7 +141,9 @@ def test_any_folder_can_be_named_as_the_split(tmp_path, kind):
         assert list(found.names) == expected
         assert f'split {split!r} is the folder of that name, with {len(expected)} pictures' in found.about
     assert open_source(source, 'extra').classes == ['a', 'b']
-    with pytest.raises(ValueError, match=r"no split 'extr' .*train has 8 pictures(.|\n)*--config.data.split=FOLDER"):
+    with pytest.raises(
+        ValueError, match=r"no split 'extr' .*train has all 8 pictures(.|\n)*--config.data.split=FOLDER"
+    ):
         open_source(source, 'extr')
 
 

@@ -22,13 +22,9 @@ LARGE = 64 * 2**20  # bytes; larger files are in memory one at a time
 _one_large = threading.Lock()
 
 
-_Inode = tuple[int, int]  # device and number
-
-
 class _Folder(NamedTuple):
-    path: str
-    name: str  # the path below the root, with '/'
-    inodes: tuple[_Inode, ...]  # of the folders from the root down to it
+    path: str  # below the root; '' is the root
+    inodes: tuple[int, ...]  # of the folders from the root down to it
 
 
 class File(NamedTuple):
@@ -37,7 +33,7 @@ class File(NamedTuple):
     name: str  # path below the folder or in the zip file, with '/'
     size: int  # bytes
     stamp: int  # time of modification in nanoseconds, or the CRC in a zip file
-    inode: _Inode | None  # the same for all links to one file; None in a zip file
+    inode: int | None  # the same for all links to one file; None in a zip file
     key: Any  # by which `Files` opens it
 
     @property
@@ -104,7 +100,7 @@ def find(path: str) -> Files:
     opener: Callable[[Any], IO[bytes]]
     if os.path.isdir(path):
         files, others = _walk(path)
-        opener = functools.partial(open_regular, mode='rb')
+        opener = functools.partial(_open, path)
     else:
         archive = _zip_file(path)  # stays open as long as the source; nothing is unpacked
         files, others = _members(archive)
@@ -132,7 +128,7 @@ def _members(archive: zipfile.ZipFile) -> tuple[list[File], collections.Counter[
     files, others = [], collections.Counter[str]()
     for info in archive.infolist():
         name = _clean(info.filename)
-        if info.filename.endswith(('/', '\\')) or _is_hidden(name):
+        if info.filename.endswith(('/', '\\')) or any(map(_is_hidden, name.split('/'))):
             continue
         kind = 'link' if stat.S_ISLNK(info.external_attr >> 16) else _kind(name)
         if _is_picture(kind, functools.partial(archive.open, info)):
@@ -144,8 +140,8 @@ def _members(archive: zipfile.ZipFile) -> tuple[list[File], collections.Counter[
 
 def _walk(root: str) -> tuple[list[File], collections.Counter[str]]:
     """Return the picture files below a folder, and the kinds of the others."""
-    files, others, visits, left_out = [], collections.Counter[str](), collections.Counter[_Inode](), 0
-    folders: list[_Folder] = [_Folder(root, '', (_inode(os.stat(root)),))]
+    files, others, visits, left_out = [], collections.Counter[str](), collections.Counter[int](), 0
+    folders: list[_Folder] = [_Folder('', (_inode(os.stat(root)),))]
     links: list[_Folder] = []  # those that are reached by one more link; a folder is first read where it lies
     while folders or links:
         if not folders:
@@ -156,28 +152,30 @@ def _walk(root: str) -> tuple[list[File], collections.Counter[str]]:
             left_out += 1
             continue
         try:
-            with os.scandir(folder.path) as scan:
+            with os.scandir(os.path.join(root, folder.path)) as scan:
                 entries = [entry for entry in scan if not _is_hidden(entry.name)]
         except OSError as error:
-            say(f'warning: the folder {folder.path!r} cannot be read ({error.strerror}); its pictures are left out')
+            where = os.path.join(root, folder.path)
+            say(f'warning: the folder {where!r} cannot be read ({error.strerror}); its pictures are left out')
             continue
         for entry in sorted(entries, key=lambda entry: entry.name):
-            name, kind = _clean(f'{folder.name}/{entry.name}'), _kind(entry.name)
+            path, kind = os.path.join(folder.path, entry.name), _kind(entry.name)
+            name = _clean(path) if '\\' in path else path
             try:
                 status = entry.stat()
             except OSError:  # a broken link; reading it reports the reason
                 if kind in SUFFIXES:
-                    files.append(File(name, -1, 0, None, entry.path))
+                    files.append(File(name, -1, 0, None, path))
                 else:
                     others['broken link'] += 1
                 continue
             if stat.S_ISDIR(status.st_mode):
                 if _inode(status) not in folder.inodes:  # a link to a folder above it leads nowhere
-                    below = _Folder(entry.path, name, (*folder.inodes, _inode(status)))
+                    below = _Folder(path, (*folder.inodes, _inode(status)))
                     (links if entry.is_symlink() else folders).append(below)
             elif stat.S_ISREG(status.st_mode):
-                if _is_picture(kind, functools.partial(open_regular, entry.path, 'rb')):
-                    files.append(File(name, status.st_size, status.st_mtime_ns, _inode(status), entry.path))
+                if _is_picture(kind, functools.partial(_open, root, path)):
+                    files.append(File(name, status.st_size, status.st_mtime_ns, _inode(status), path))
                 else:
                     others[kind] += 1
             else:
@@ -209,11 +207,14 @@ def _clean(name: str) -> str:
     return '/'.join(part for part in name.replace('\\', '/').split('/') if part not in ('', '.'))
 
 
-def _is_hidden(name: str) -> bool:
-    return any(
-        part == '__MACOSX' or (part.startswith('.') and part not in ('.', '..')) for part in _clean(name).split('/')
-    )
+def _is_hidden(part: str) -> bool:
+    """Return whether a part of a path is what file managers and archivers leave behind."""
+    return part == '__MACOSX' or (part.startswith('.') and part != '..')
 
 
-def _inode(status: os.stat_result) -> _Inode:
-    return status.st_dev, status.st_ino
+def _open(root: str, path: str) -> IO[bytes]:
+    return open_regular(os.path.join(root, path), 'rb')
+
+
+def _inode(status: os.stat_result) -> int:
+    return status.st_dev << 64 | status.st_ino

@@ -1,6 +1,7 @@
 """Pictures in a folder or in a zip file, their splits and their classes."""
 
 import collections
+import itertools
 import os
 
 from diffusion.data import pictures
@@ -39,7 +40,8 @@ def open_folder(place: str, split: str, data_dir: str = '', max_pixels: int = pi
         others = f', but {_kinds(found.others)}' if found.others else ''
         raise ValueError(f'there are no pictures below {path} (by suffix: {" ".join(SUFFIXES)}){others}')
     guessed = splits.guess({file.folder for file in found.files})
-    counts = collections.Counter(guessed[file.folder].split for file in found.files)
+    guesses = [guessed[file.folder].split for file in found.files]
+    counts = collections.Counter(guesses)
     about = [_about_splits(path, guessed, counts)]
 
     is_path = split == '.' or '/' in split
@@ -50,10 +52,11 @@ def open_folder(place: str, split: str, data_dir: str = '', max_pixels: int = pi
         name, places = split, splits.below(guessed, split)
         if not places:
             raise ValueError(_no_split(split, path, list(filter(None, counts)), about[0]))
-    chosen = [file for file in found.files if file.folder in places and places[file.folder].split == name]
+    folders = {folder for folder, at in places.items() if at.split == name}
+    chosen = [file for file in found.files if file.folder in folders]
     if name not in counts:
         about.append(f'split {split!r} is the folder of that name, with {len(chosen)} pictures')
-    shared = _shared(found.files, guessed)
+    shared = _shared(found.files, guesses)
     if shared:
         about.append(f'warning: {shared} pictures for training are held out as well: links lead to the same files')
     if found.others:
@@ -79,29 +82,29 @@ def open_folder(place: str, split: str, data_dir: str = '', max_pixels: int = pi
 
 def _about_splits(path: str, guessed: dict[str, Place], counts: collections.Counter[str | None]) -> str:
     """Describe the splits that were found, in one line."""
-    described, roots = [], collections.defaultdict(set)
-    for at in guessed.values():
-        roots[at.split].add(at.root)
-    for split in splits.WORDS:
-        if counts[split]:
-            first, *more = sorted(roots[split])
-            folders = f'{first or "."}/{f" and {len(more)} more folders" if more else ""}'
-            described.append(f'{split} has {counts[split]} pictures, in {folders}')
-    used = {part for places in roots.values() for root in places for part in root.split('/')}
-    unused = sorted({part for folder in guessed for part in folder.split('/') if splits.split_of(part)} - used)
+    roots = {split: sorted({at.root for at in guessed.values() if at.split == split}) for split in counts}
+    if any(splits.split_of(part) for split in roots for root in roots[split] for part in root.split('/')):
+        found = '; '.join(
+            f'{split} has {counts[split]} pictures, in {roots[split][0] or "."}/'
+            + f' and {len(roots[split]) - 1} more' * (len(roots[split]) > 1)
+            for split in splits.WORDS
+            if counts[split]
+        )
+        hint = ' (--config.data.split=FOLDER trains on another folder)' if counts[None] else ''
+        return f'splits of {path}: {found}; outside of them are {counts[None]}{hint}'
+    parents = [parent for folder in guessed for parent in itertools.accumulate(folder.split('/'), '{}/{}'.format)]
+    similar = sorted((parent for parent in parents if splits.split_of(parent.rpartition('/')[2])), key=len)
     hint = ''
-    if unused:
-        hint = f'; {unused[0]}/ is taken for a class: --config.data.split=FOLDER names the folder to train on'
-    elif counts[None]:
-        hint = '; --config.data.split=FOLDER names another folder to train on'
-    return f'splits of {path}: {"; ".join(described)}; outside of them are {counts[None]}{hint}'
+    if similar:
+        hint = f' ({similar[0]}/ is taken for a class; --config.data.split={similar[0]}/ trains on it alone)'
+    return f'splits of {path}: none is named by a folder, so that train has all {counts.total()} pictures{hint}'
 
 
-def _shared(files: list[File], guessed: dict[str, Place]) -> int:
+def _shared(files: list[File], guesses: list[str | None]) -> int:
     """Return how many files of the split 'train' are, by links, files of other splits."""
-    held_out = {file.inode for file in files if guessed[file.folder].split in splits.HELD_OUT}
+    held_out = {file.inode for file, split in zip(files, guesses, strict=True) if split in splits.HELD_OUT}
     held_out.discard(None)
-    return sum(file.inode in held_out for file in files if guessed[file.folder].split == 'train')
+    return sum(file.inode in held_out for file, split in zip(files, guesses, strict=True) if split == 'train')
 
 
 def _no_split(split: str, path: str, known: list[str], about: str) -> str:
