@@ -35,6 +35,11 @@ FORMATS = {
 }
 
 
+def suffixes() -> tuple[str, ...]:
+    """Return the suffixes of all FORMATS, in lower case."""
+    return tuple(suffix for known in FORMATS.values() for suffix in known)
+
+
 class Region(NamedTuple):
     """A square of a picture, in pixels."""
 
@@ -228,7 +233,7 @@ def _open(file: IO[bytes]) -> ImageFile.ImageFile:
         Exception: of many types; UnidentifiedImageError if it is in none of FORMATS.
     """
     prefix = file.read(16)
-    for factory, accept in _readers():
+    for factory, accept in _readers(tuple(FORMATS)):
         if accept(prefix) is True:
             file.seek(0)
             try:
@@ -239,10 +244,10 @@ def _open(file: IO[bytes]) -> ImageFile.ImageFile:
 
 
 @functools.cache
-def _readers() -> list[tuple[Callable, Callable]]:
-    """Return Pillow's readers of FORMATS, and what recognizes the first 16 bytes; older versions lack some."""
+def _readers(names: tuple[str, ...]) -> list[tuple[Callable, Callable]]:
+    """Return Pillow's readers of formats, and what recognizes the first 16 bytes; older versions lack some."""
     Image.init()
-    readers = [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
+    readers = [Image.OPEN[name] for name in names if name in Image.OPEN]
     return [(factory, accept) for factory, accept in readers if accept]
 
 

@@ -57,6 +57,8 @@ def prepare_folder(source: str, name: str, data_dir: str | None) -> str:
     import tensorflow_datasets as tfds
 
     splits = {'train': open_source(source, 'train')}
+    for line in splits['train'].about:
+        say(line)
     with contextlib.suppress(ValueError):  # without a test split
         splits['test'] = open_source(source, 'test')
     classes = splits['train'].classes

@@ -7,11 +7,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from diffusion import data
+from diffusion.data import pictures
 from diffusion.data.sources import open_source
-from diffusion.data.sources.files import SUFFIXES
 from tests.galleries import encoded, fill, noise, zipped
 
 IMAGES = noise(12, 8, 8, 3)
@@ -203,13 +203,33 @@ def test_hidden_and_other_files_are_ignored(tmp_path):
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
 def test_pictures_are_chosen_by_suffix_and_the_others_are_counted(tmp_path, kind):
     files = {}
-    for suffix in SUFFIXES:
+    for suffix in pictures.suffixes():
         files |= {f'1{suffix}': PNG[0], f'2{suffix.upper()}': PNG[1], f'3{suffix}.part': PNG[2]}
     files |= {'a.heic': PNG[3], 'b.HEIC': PNG[4], 'list.txt': b'', 'c/list.txt': b''}
     root = fill(tmp_path / 'p', files) if kind == 'folder' else zipped(tmp_path / 'p.zip', files)
     source = open_source(f'folder:{root}', 'train')
-    assert list(source.names) == sorted(name for name in files if name.lower().endswith(SUFFIXES))
-    assert f'left out, as files of kinds that are not read: {len(SUFFIXES)} .part, 2 .heic, 2 .txt' in source.about
+    assert list(source.names) == sorted(name for name in files if name.lower().endswith(pictures.suffixes()))
+    count = len(pictures.suffixes())
+    assert f'left out, as files of kinds that are not read: {count} .part, 2 .heic, 2 .txt' in source.about
+
+
+def test_a_user_can_add_a_format(tmp_path, monkeypatch):
+    """As pillow-heif adds HEIF to Pillow."""
+
+    class Reader(ImageFile.ImageFile):
+        format = 'MINE'
+
+        def _open(self):
+            self._mode, self._size = 'L', (4, 4)
+            self.tile = [ImageFile._Tile('raw', (0, 0, 4, 4), 0, 'L')]
+
+    root = fill(tmp_path / 'p', {'a.MINE': b'mine' + bytes(range(12)), 'b': b'mine' + bytes(12)})
+    assert 'no pictures below' in error_of(root)
+    monkeypatch.setitem(Image.OPEN, 'MINE', (Reader, lambda prefix: prefix.startswith(b'mine')))
+    monkeypatch.setitem(pictures.FORMATS, 'MINE', ('.mine',))
+    source = open_source(f'folder:{root}', 'train')
+    assert list(source.names) == ['a.MINE', 'b']
+    np.testing.assert_array_equal(source.read(0).ravel()[4:], range(12))
 
 
 @pytest.mark.parametrize('suffix', ['.jfif', '.avif', '.jpe', '.apng', '.j2k', '.pnm', '.ico', '.sgi'])

@@ -8,13 +8,12 @@ import re
 import stat
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import IO, Any, NamedTuple
 
 from diffusion.data import pictures
 from diffusion.util import open_regular, say
 
-SUFFIXES = tuple(suffix for suffixes in pictures.FORMATS.values() for suffix in suffixes)
 MOST_VISITS = 16  # how often links may lead to one folder: folders full of links to each other have no end
 BYTES_PER_PIXEL = 8  # of the largest uncompressed pictures: 4 channels of 16 bits
 LARGE = 64 * 2**20  # bytes; larger files are in memory one at a time
@@ -97,13 +96,14 @@ def find(path: str) -> Files:
             f'there is no folder or zip file {path}\n'
             '    unpack the pictures there, or use another folder:  --config.data.source=folder:/path/to/pictures'
         )
+    suffixes = frozenset(pictures.suffixes())
     opener: Callable[[Any], IO[bytes]]
     if os.path.isdir(path):
-        files, others = _walk(path)
+        files, others = _walk(path, suffixes)
         opener = functools.partial(_open, path)
     else:
         archive = _zip_file(path)  # stays open as long as the source; nothing is unpacked
-        files, others = _members(archive)
+        files, others = _members(archive, suffixes)
         opener = archive.open
         if len(files) > len({file.name for file in files}):
             say(f'warning: several files in {path} have the same name; all of them are used')
@@ -123,7 +123,7 @@ def _zip_file(path: str) -> zipfile.ZipFile:
         raise ValueError(f'the zip file {path} is damaged ({error}): download or create it again') from error
 
 
-def _members(archive: zipfile.ZipFile) -> tuple[list[File], collections.Counter[str]]:
+def _members(archive: zipfile.ZipFile, suffixes: Set[str]) -> tuple[list[File], collections.Counter[str]]:
     """Return the picture files in a zip file, and the kinds of the others."""
     files, others = [], collections.Counter[str]()
     for info in archive.infolist():
@@ -131,14 +131,14 @@ def _members(archive: zipfile.ZipFile) -> tuple[list[File], collections.Counter[
         if info.filename.endswith(('/', '\\')) or any(map(_is_hidden, name.split('/'))):
             continue
         kind = 'link' if stat.S_ISLNK(info.external_attr >> 16) else _kind(name)
-        if _is_picture(kind, functools.partial(archive.open, info)):
+        if _is_picture(kind, suffixes, functools.partial(archive.open, info)):
             files.append(File(name, info.file_size, info.CRC, None, info))
         else:
             others[kind] += 1
     return files, others
 
 
-def _walk(root: str) -> tuple[list[File], collections.Counter[str]]:
+def _walk(root: str, suffixes: Set[str]) -> tuple[list[File], collections.Counter[str]]:
     """Return the picture files below a folder, and the kinds of the others."""
     files, others, visits, left_out = [], collections.Counter[str](), collections.Counter[int](), 0
     folders: list[_Folder] = [_Folder('', (_inode(os.stat(root)),))]
@@ -164,7 +164,7 @@ def _walk(root: str) -> tuple[list[File], collections.Counter[str]]:
             try:
                 status = entry.stat()
             except OSError:  # a broken link; reading it reports the reason
-                if kind in SUFFIXES:
+                if kind in suffixes:
                     files.append(File(name, -1, 0, None, path))
                 else:
                     others['broken link'] += 1
@@ -174,7 +174,7 @@ def _walk(root: str) -> tuple[list[File], collections.Counter[str]]:
                     below = _Folder(path, (*folder.inodes, _inode(status)))
                     (links if entry.is_symlink() else folders).append(below)
             elif stat.S_ISREG(status.st_mode):
-                if _is_picture(kind, functools.partial(_open, root, path)):
+                if _is_picture(kind, suffixes, functools.partial(_open, root, path)):
                     files.append(File(name, status.st_size, status.st_mtime_ns, _inode(status), path))
                 else:
                     others[kind] += 1
@@ -185,10 +185,10 @@ def _walk(root: str) -> tuple[list[File], collections.Counter[str]]:
     return files, others
 
 
-def _is_picture(kind: str, opener: Callable[[], IO[bytes]]) -> bool:
+def _is_picture(kind: str, suffixes: Set[str], opener: Callable[[], IO[bytes]]) -> bool:
     """Return whether a file is read as a picture."""
     if kind:
-        return kind in SUFFIXES
+        return kind in suffixes
     try:
         with opener() as file:
             return pictures.is_picture(file)

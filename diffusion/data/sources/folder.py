@@ -6,7 +6,7 @@ import os
 
 from diffusion.data import pictures
 from diffusion.data.sources import splits
-from diffusion.data.sources.files import SUFFIXES, File, find
+from diffusion.data.sources.files import File, find
 from diffusion.data.sources.source import Source
 from diffusion.data.sources.splits import Place
 
@@ -38,7 +38,8 @@ def open_folder(place: str, split: str, data_dir: str = '', max_pixels: int = pi
     found = find(path)
     if not found.files:
         others = f', but {_kinds(found.others)}' if found.others else ''
-        raise ValueError(f'there are no pictures below {path} (by suffix: {" ".join(SUFFIXES)}){others}')
+        suffixes = ' '.join(pictures.suffixes())
+        raise ValueError(f'there are no pictures below {path} (by suffix: {suffixes}){others}')
     guessed = splits.guess({file.folder for file in found.files})
     guesses = [guessed[file.folder].split for file in found.files]
     counts = collections.Counter(guesses)
