@@ -197,11 +197,9 @@ def theirs(task: Task, compiled: bool) -> tuple[Callable[[], Any], Callable[[], 
 
 def layout_of(config: ConfigDict) -> dict[str, Any]:
     """Return the config.json of diffusers' network with our layout."""
-    from diffusion.interop.diffusers_export import network_config
+    from diffusion.modes.export import diffusers_network
 
-    keys = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups', 'dropout')
-    size, channels = config.data.image_size, config.data.channels
-    return network_config(image_size=size, image_channels=channels, **{key: config.model[key] for key in keys})
+    return diffusers_network(config)
 
 
 SIDES = {

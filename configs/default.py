@@ -37,6 +37,11 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.1  # probability
     config.model.remat = False  # recompute activations in the backward pass: a third more work, far less memory
     config.model.first_level = 1  # the network's number for level 1; imported weights have 0
+    config.model.head_channels = 0  # channels of each head of attention; 0 is one head
+    config.model.norm_epsilon = 1e-6  # ε of GroupNorm
+    config.model.downsample_padding = (0, 1)  # pixels of zeros before and after each axis; diffusers also has (1, 1)
+    config.model.embedding_order = 'sin_cos'  # halves of the time embedding
+    config.model.embedding_shift = 1  # frequencies are 10000^(−i/(channels/2 − shift)); diffusers also has 0
     # Of convolutions and matmuls. On accelerators, 'float32' products have JAX's default precision (TF32 on GPUs,
     # bfloat16 passes on TPUs); likelihoods are computed at the highest precision.
     config.model.dtype = 'float32'

@@ -31,7 +31,16 @@ NAMES = {
     'kernel': 'weight',
     'scale': 'weight',
 }
-GROUPS = 32  # of their group norms
+FIXED = {  # in their network, named as in our config
+    'kind': 'eps',
+    'groups': 32,
+    'first_level': 0,
+    'head_channels': 0,
+    'norm_epsilon': 1e-6,
+    'downsample_padding': (0, 1),
+    'embedding_order': 'sin_cos',
+    'embedding_shift': 1,
+}
 SCHEDULE = {'name': 'linear', 'T': 1000, 'beta_start': 1e-4, 'beta_end': 0.02}
 
 
@@ -116,13 +125,11 @@ def network_settings(tensors: Mapping[str, np.ndarray], path: str, image_size: i
     return {
         'data': {'image_size': image_size, 'channels': image_channels},
         'model': {
-            'kind': 'eps',
+            **FIXED,
             'channels': channels,
             'multipliers': tuple(width // channels for width in widths),
             'num_blocks': num_blocks,
             'attention_resolutions': tuple(image_size >> level for level, a in enumerate(attends) if a),
-            'groups': GROUPS,
-            'first_level': 0,
         },
         'schedule': dict(SCHEDULE),
     }

@@ -46,19 +46,22 @@ OLD_NAMES = NAMES | {'query': 'query', 'key': 'key', 'value': 'value', 'out': 'p
 NETWORK_KEYS: dict[str, tuple[Any, tuple]] = {
     'center_input_sample': (False, (False,)),
     'time_embedding_type': ('positional', ('positional',)),
-    'freq_shift': (0, (1,)),
-    'flip_sin_to_cos': (True, (False,)),
     'mid_block_type': ('UNetMidBlock2D', ('UNetMidBlock2D',)),
     'mid_block_scale_factor': (1, (1,)),
-    'downsample_padding': (1, (0,)),
     'downsample_type': ('conv', ('conv',)),
     'upsample_type': ('conv', ('conv',)),
     'act_fn': ('silu', ('silu', 'swish')),
-    'norm_eps': (1e-5, (1e-6,)),
     'resnet_time_scale_shift': ('default', ('default',)),
     'add_attention': (True, (True,)),
     'class_embed_type': (None, (None,)),
     'num_class_embeds': (None, (None,)),
+}
+# Whether a scheduler is DDPM's. The parallel ones step several levels at once, if they are asked to.
+SCHEDULERS = {
+    'DDPMScheduler': True,
+    'DDPMParallelScheduler': True,
+    'DDIMScheduler': False,
+    'DDIMParallelScheduler': False,
 }
 SCHEDULER_KEYS: dict[str, tuple[Any, tuple]] = {
     'rescale_betas_zero_snr': (False, (False,)),
@@ -67,7 +70,10 @@ SCHEDULER_KEYS: dict[str, tuple[Any, tuple]] = {
     'set_alpha_to_one': (True, (True,)),
     'steps_offset': (0, (0,)),
 }
-# Their word → ours.
+# Their value → ours.
+EMBEDDING_ORDERS = {True: 'cos_sin', False: 'sin_cos'}  # flip_sin_to_cos
+EMBEDDING_SHIFTS = {0: 0, 1: 1}  # freq_shift
+DOWNSAMPLE_PADDINGS = {0: (0, 1), 1: (1, 1)}
 SCHEDULES = {
     'linear': 'linear',
     'scaled_linear': 'quadratic',
@@ -90,7 +96,7 @@ def read(place: str, *, image_size: int = 0) -> Found:
 
     Args:
         place: the folder, or a hub id such as 'google/ddpm-cifar10-32'.
-        image_size: ignored, because the files say it.
+        image_size: height and width of the images, used if the files leave it open.
 
     Returns:
         What the files hold. Without a scheduler's file, the settings have no 'schedule' and no 'sample'.
@@ -102,7 +108,7 @@ def read(place: str, *, image_size: int = 0) -> Found:
     folder = place if os.path.isdir(place) else download(place)
     unet = _find(folder, 'unet', 'config.json')
     scheduler = _find(folder, 'scheduler', 'scheduler_config.json')
-    settings, betas = network_settings(_read_json(unet), unet), None
+    settings, betas = network_settings(_read_json(unet), unet, image_size), None
     if os.path.exists(scheduler):
         values = _read_json(scheduler)
         for part, keys in scheduler_settings(values, scheduler).items():
@@ -138,10 +144,10 @@ class _Keys:
     def get(self, key: str, default: Any) -> Any:
         return self._values.pop(key, default)
 
-    def choose(self, key: str, default: str, table: Mapping[str, str]) -> str:
+    def choose(self, key: str, default: Any, table: Mapping[Any, Any]) -> Any:
         """Return the table's entry for a key's value."""
         value = self.get(key, default)
-        if not isinstance(value, str) or value not in table:
+        if type(value) is not type(default) or value not in table:
             raise self.error(key, value, f'must be one of {", ".join(map(repr, table))}')
         return table[value]
 
@@ -169,12 +175,13 @@ class _Keys:
         return ValueError(f'{self._path}: {key} is {shown}, but {problem}')
 
 
-def network_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[str, Any]]:
+def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) -> dict[str, dict[str, Any]]:
     """Return the parts 'data' and 'model' of our config for a UNet2DModel's config.json.
 
     Args:
         values: the content of the file.
         path: the file, for errors.
+        image_size: used if the file has no sample_size; 0 if that is an error.
 
     Raises:
         ValueError: our network cannot express it.
@@ -187,8 +194,10 @@ def network_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[str
     size, channels = keys.get('sample_size', None), keys.positive_integer('in_channels', 3)
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
-    if not isinstance(size, int):
-        raise keys.error('sample_size', size, 'must be square, such as 32 or [32, 32]')
+    if size is None:
+        size = image_size or None
+    if type(size) is not int:
+        raise keys.error('sample_size', size, 'must be square, such as 32 or [32, 32]; null is config.data.image_size')
     if (out := keys.get('out_channels', 3)) != channels:
         raise keys.error('out_channels', out, f'must be in_channels, {channels}: learned variances are not supported')
     widths = keys.get('block_out_channels', [224, 448, 672, 896])
@@ -202,13 +211,14 @@ def network_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[str
     groups = keys.positive_integer('norm_num_groups', 32)
     if (own := keys.get('attn_norm_num_groups', None)) not in (None, groups):
         raise keys.error('attn_norm_num_groups', own, f'must be norm_num_groups, {groups}')
-    heads = keys.get('attention_head_dim', 8)
-    if heads is not None:
-        attended = {width for width, a in zip(widths, attends, strict=True) if a} | {widths[-1]}
-        if type(heads) is not int or attended != {heads}:
-            raise keys.error(
-                'attention_head_dim', heads, f'only one head is supported: null, for widths {sorted(attended)}'
-            )
+    head_channels = keys.get('attention_head_dim', 8)
+    if head_channels is not None and (type(head_channels) is not int or head_channels < 1):
+        raise keys.error('attention_head_dim', head_channels, 'must be null or a positive integer')
+    if {width for width, a in zip(widths, attends, strict=True) if a} | {widths[-1]} == {head_channels}:
+        head_channels = None  # one head everywhere
+    epsilon = keys.get('norm_eps', 1e-5)
+    if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
+        raise keys.error('norm_eps', epsilon, 'must be a number in (0, 1)')
     settings = {
         'data': {'image_size': size, 'channels': channels},
         'model': {
@@ -219,6 +229,11 @@ def network_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[str
             'groups': groups,
             'dropout': keys.get('dropout', 0.0),
             'first_level': 0,
+            'head_channels': head_channels or 0,
+            'norm_epsilon': float(epsilon),
+            'downsample_padding': keys.choose('downsample_padding', 1, DOWNSAMPLE_PADDINGS),
+            'embedding_order': keys.choose('flip_sin_to_cos', True, EMBEDDING_ORDERS),
+            'embedding_shift': keys.choose('freq_shift', 0, EMBEDDING_SHIFTS),
         },
     }
     keys.refuse_others(ignored=('num_train_timesteps',))
@@ -259,11 +274,11 @@ def scheduler_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[s
         ValueError: our schedules and samplers cannot express it.
     """
     name = values.get('_class_name')
-    if name not in ('DDPMScheduler', 'DDIMScheduler'):
-        raise ValueError(f"{path}: _class_name is {name!r}, but must be 'DDPMScheduler' or 'DDIMScheduler'")
+    if name not in SCHEDULERS:
+        raise ValueError(f'{path}: _class_name is {name!r}, but must be one of {", ".join(map(repr, SCHEDULERS))}')
     keys = _Keys(values, path)
     T = keys.positive_integer('num_train_timesteps', 1000)
-    stochastic = name == 'DDPMScheduler'
+    stochastic = SCHEDULERS[name]
     kind = 'epsilon' if keys.get('predict_epsilon', True) else 'sample'  # the key of older files
     clip = keys.get('clip_sample', True)
     if not isinstance(clip, bool):

@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from diffusion.interop.diffusers import KINDS, NETWORK_KEYS, SCHEDULES, SPACINGS, WEIGHTS, names
+from diffusion.interop.diffusers import (
+    DOWNSAMPLE_PADDINGS,
+    EMBEDDING_ORDERS,
+    KINDS,
+    NETWORK_KEYS,
+    SCHEDULES,
+    SPACINGS,
+    WEIGHTS,
+    names,
+)
 from diffusion.interop.tensors import to_tensors
 from diffusion.util import write_json
 
@@ -43,6 +52,11 @@ def network_config(
     attention_resolutions: Sequence[int],
     groups: int,
     dropout: float,
+    head_channels: int,
+    norm_epsilon: float,
+    downsample_padding: Sequence[int],
+    embedding_order: str,
+    embedding_shift: int,
 ) -> dict[str, Any]:
     """Return the config.json of the UNet2DModel that equals our network; the arguments are those of our UNet.
 
@@ -65,8 +79,12 @@ def network_config(
         'down_block_types': ['AttnDownBlock2D' if a else 'DownBlock2D' for a in attends],
         'up_block_types': ['AttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attends)],
         'norm_num_groups': groups,
-        'attention_head_dim': None,
+        'attention_head_dim': head_channels or None,
         'dropout': dropout,
+        'norm_eps': norm_epsilon,
+        'downsample_padding': _theirs(DOWNSAMPLE_PADDINGS, tuple(downsample_padding)),
+        'flip_sin_to_cos': _theirs(EMBEDDING_ORDERS, embedding_order),
+        'freq_shift': embedding_shift,
         **{key: accepted[0] for key, (_, accepted) in NETWORK_KEYS.items()},
     }
 
@@ -105,8 +123,13 @@ def scheduler_config(
         'beta_start': beta_start,
         'beta_end': beta_end,
         'trained_betas': None if name in theirs else [float(beta) for beta in betas],
-        'prediction_type': {ours: theirs for theirs, ours in KINDS.items()}[kind],
+        'prediction_type': _theirs(KINDS, kind),
         'variance_type': f'fixed_{variance}',
         'clip_sample': clip,
         'timestep_spacing': spacing if spacing in SPACINGS else 'leading',
     }
+
+
+def _theirs(table: Mapping[Any, Any], ours: Any) -> Any:
+    """Return their value for one of ours, from a table of theirs → ours."""
+    return next(theirs for theirs, value in table.items() if value == ours)

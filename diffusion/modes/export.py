@@ -1,5 +1,6 @@
 """--mode=export: a folder that diffusers' pipelines load as it is, with a model card, ready to be uploaded."""
 
+import inspect
 import json
 import os
 import shutil
@@ -78,7 +79,9 @@ def run(config: ConfigDict, path: str) -> int:
     # Compute.
     theirs = params
     if config.model.first_level == 1:  # diffusers' timestep is our level less one
-        theirs = params | {'time1': params['time1'] | {'kernel': unet.advance(params['time1']['kernel'])}}
+        model = config.model
+        kernel = unet.advance(params['time1']['kernel'], model.embedding_order, model.embedding_shift)
+        theirs = params | {'time1': params['time1'] | {'kernel': kernel}}
 
     # Record and report.
     folder = workdir.make_folder(path, 'export', f'step{step}-{config.interop.weights}')
@@ -96,11 +99,11 @@ def diffusers_network(config: ConfigDict) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    keys = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups', 'dropout')
+    arguments = inspect.signature(diffusers_export.network_config).parameters
     return diffusers_export.network_config(
         image_size=config.data.image_size,
         image_channels=config.data.channels,
-        **{key: config.model[key] for key in keys},
+        **{key: value for key, value in config.model.items() if key in arguments},
     )
 
 

@@ -1,8 +1,9 @@
 """The U-Net of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B), as in their code.
 
-It differs from other U-Nets in the following: every decoder block of a resolution with attention is followed by
-attention; downsampling pads by (0, 1); the time embedding has sines before cosines, with frequencies over half − 1;
-GroupNorm has ε = 1e-6; attention has one head; the last layer of every residual branch starts at zero.
+Every decoder block of a resolution with attention is followed by attention, and the last layer of every residual branch
+starts at zero. The U-Nets of diffusers' training script have the same parameters, but compute something else with them:
+they order and scale the time embedding, pad before downsampling and divide attention into heads in other ways, and
+their GroupNorm has another ε. `UNet` has an argument for each of these choices, whose default is DDPM's.
 """
 
 import math
@@ -23,41 +24,51 @@ fan_avg = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 zeros = nnx.initializers.zeros_init()
 
 
-def time_embedding(t: Num[Array, 'B'], dim: int) -> Float[Array, 'B dim']:
-    """Embed noise levels: sin(t·ωᵢ) ‖ cos(t·ωᵢ) with ωᵢ = 10000^(−i/(dim/2−1)) (Vaswani et al. 2017, §3.5).
+def time_embedding(
+    t: Num[Array, 'B'], dim: int, embedding_order: str = 'sin_cos', embedding_shift: int = 1
+) -> Float[Array, 'B dim']:
+    """Embed noise levels: sin(t·ωᵢ) ‖ cos(t·ωᵢ) with ωᵢ = 10000^(−i/(dim/2−shift)) (Vaswani et al. 2017, §3.5).
 
     Args:
         t: noise levels, integer or real.
         dim: even, at least 4.
+        embedding_order: which half comes first, 'sin_cos' or 'cos_sin'.
+        embedding_shift: 1, with which the last frequency is 1/10000, or 0.
 
     Returns:
         Values in [−1, 1], float32.
     """
-    angles = t.astype(jnp.float32)[:, None] * _frequencies(dim)
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    angles = t.astype(jnp.float32)[:, None] * _frequencies(dim, embedding_shift)
+    halves = {'sin': jnp.sin(angles), 'cos': jnp.cos(angles)}
+    return jnp.concatenate([halves[name] for name in embedding_order.split('_')], axis=1)
 
 
-def _frequencies(dim):
+def _frequencies(dim, shift):
     half = dim // 2
-    return jnp.exp(-math.log(10_000) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    return jnp.exp(-math.log(10_000) / (half - shift) * jnp.arange(half, dtype=jnp.float32))
 
 
-def advance(kernel: Float[np.ndarray, 'dim features']) -> Float[np.ndarray, 'dim features']:
+def advance(
+    kernel: Float[np.ndarray, 'dim features'], embedding_order: str = 'sin_cos', embedding_shift: int = 1
+) -> Float[np.ndarray, 'dim features']:
     """Change the linear layer after `time_embedding` so that it returns at t what it returned at t + 1.
 
         sin((t+1)ω) = sin tω·cos ω + cos tω·sin ω,    cos((t+1)ω) = cos tω·cos ω − sin tω·sin ω
 
     Args:
         kernel: the layer's matrix.
+        embedding_order: as of `time_embedding`.
+        embedding_shift: as of `time_embedding`.
 
     Returns:
         The new matrix, float32, computed in float64.
     """
-    half = len(kernel) // 2
-    angles = np.asarray(_frequencies(len(kernel)), np.float64)
+    angles = np.asarray(_frequencies(len(kernel), embedding_shift), np.float64)
     sin, cos = np.sin(angles)[:, None], np.cos(angles)[:, None]
-    sin_rows, cos_rows = np.asarray(kernel[:half], np.float64), np.asarray(kernel[half:], np.float64)
-    return np.concatenate([cos * sin_rows - sin * cos_rows, sin * sin_rows + cos * cos_rows]).astype(np.float32)
+    names = embedding_order.split('_')
+    rows = dict(zip(names, np.split(np.asarray(kernel, np.float64), 2), strict=True))
+    later = {'sin': cos * rows['sin'] - sin * rows['cos'], 'cos': sin * rows['sin'] + cos * rows['cos']}
+    return np.concatenate([later[name] for name in names]).astype(np.float32)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -87,15 +98,16 @@ class ResBlock(nnx.Module):
         emb_dim: int,
         *,
         groups: int,
+        norm_epsilon: float = 1e-6,
         dropout: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         layer: dict[str, Any] = dict(kernel_init=fan_avg, dtype=dtype, rngs=rngs)
-        self.norm1 = self.GroupNorm(in_channels, groups, epsilon=1e-6, rngs=rngs)
+        self.norm1 = self.GroupNorm(in_channels, groups, epsilon=norm_epsilon, rngs=rngs)
         self.conv1 = self.Conv(in_channels, out_channels, (3, 3), **layer)
         self.time = nnx.Linear(emb_dim, out_channels, **layer)
-        self.norm2 = self.GroupNorm(out_channels, groups, epsilon=1e-6, rngs=rngs)
+        self.norm2 = self.GroupNorm(out_channels, groups, epsilon=norm_epsilon, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
         self.conv2 = self.Conv(out_channels, out_channels, (3, 3), **layer | dict(kernel_init=zeros))
         self.shortcut = self.Conv(in_channels, out_channels, (1, 1), **layer) if in_channels != out_channels else None
@@ -109,13 +121,23 @@ class ResBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """x + linear(attention(norm(x))): self-attention over all pixels, with one head."""
+    """x + linear(attention(norm(x))): self-attention over all pixels."""
 
     GroupNorm = GroupNorm
 
-    def __init__(self, channels: int, *, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        groups: int,
+        norm_epsilon: float = 1e-6,
+        head_channels: int = 0,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         layer: dict[str, Any] = dict(kernel_init=fan_avg, dtype=dtype, rngs=rngs)
-        self.norm = self.GroupNorm(channels, groups, epsilon=1e-6, rngs=rngs)
+        self.heads = channels // (head_channels or channels)
+        self.norm = self.GroupNorm(channels, groups, epsilon=norm_epsilon, rngs=rngs)
         self.query = nnx.Linear(channels, channels, **layer)
         self.key = nnx.Linear(channels, channels, **layer)
         self.value = nnx.Linear(channels, channels, **layer)
@@ -123,9 +145,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Images) -> Images:
         batch, height, width, channels = x.shape
-        h = self.norm(x).reshape(batch, height * width, 1, channels)  # one head
-        h = jax.nn.dot_product_attention(self.query(h), self.key(h), self.value(h))
-        return x + self.out(h.reshape(x.shape))
+        h = self.norm(x)
+        heads = (batch, height * width, self.heads, channels // self.heads)
+        query, key, value = (layer(h).reshape(heads) for layer in (self.query, self.key, self.value))
+        return x + self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
 
 
 class Stage(nnx.Module):
@@ -180,6 +203,11 @@ class UNet(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
         remat: bool = False,
+        head_channels: int = 0,
+        norm_epsilon: float = 1e-6,
+        downsample_padding: Sequence[int] = (0, 1),
+        embedding_order: str = 'sin_cos',
+        embedding_shift: int = 1,
     ):
         """Make the network with initial parameters.
 
@@ -195,23 +223,30 @@ class UNet(nnx.Module):
             dtype: of convolutions and matmuls. Norms, softmax, parameters and output are float32.
             rngs: has a stream 'params'.
             remat: whether the backward pass computes the activations of each block again.
+            head_channels: channels of each head of attention, which divide each width with attention; 0 is one head.
+            norm_epsilon: ε of GroupNorm.
+            downsample_padding: pixels of zeros before and after each axis when the size is halved: (0, 1) or (1, 1).
+            embedding_order: as of `time_embedding`.
+            embedding_shift: as of `time_embedding`.
 
         Raises:
             ValueError: sizes do not fit together; the message names those that would.
         """
-        _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups)
+        _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups, head_channels)
         widths = [channels * m for m in multipliers]
         sizes = [image_size >> level for level in range(len(widths))]
         emb_dim = 4 * channels
-        parts: dict[str, Any] = dict(groups=groups, dtype=dtype, rngs=rngs)
         layer: dict[str, Any] = dict(kernel_init=fan_avg, dtype=dtype, rngs=rngs)
+        norm: dict[str, Any] = dict(groups=groups, norm_epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
+        block: dict[str, Any] = dict(dropout=dropout, **norm)
+        attention: dict[str, Any] = dict(head_channels=head_channels, **norm)
 
         def stage(size, in_channels, width, resample):
-            blocks = [self.ResBlock(n, width, emb_dim, dropout=dropout, **parts) for n in in_channels]
-            attentions = [self.Attention(width, **parts) for _ in blocks if size in attention_resolutions]
+            blocks = [self.ResBlock(n, width, emb_dim, **block) for n in in_channels]
+            attentions = [self.Attention(width, **attention) for _ in blocks if size in attention_resolutions]
             return self.Stage(blocks, attentions, resample, remat)
 
-        self.channels = channels
+        self.embedding = channels, embedding_order, embedding_shift
         self.time1 = nnx.Linear(channels, emb_dim, **layer)
         self.time2 = nnx.Linear(emb_dim, emb_dim, **layer)
         self.conv_in = self.Conv(image_channels, channels, (3, 3), **layer)
@@ -220,15 +255,15 @@ class UNet(nnx.Module):
         down = []
         for size, width in zip(sizes, widths, strict=True):
             last = size == sizes[-1]
-            downsample: dict[str, Any] = dict(strides=2, padding=((0, 1), (0, 1)))
+            downsample: dict[str, Any] = dict(strides=2, padding=(tuple(downsample_padding),) * 2)
             resample = None if last else self.Conv(width, width, (3, 3), **downsample, **layer)
             down.append(stage(size, [skips[-1]] + [width] * (num_blocks - 1), width, resample))
             skips += [width] * (num_blocks if last else num_blocks + 1)
         self.down = nnx.List(down)
 
-        self.mid1 = self.ResBlock(width, width, emb_dim, dropout=dropout, **parts)
-        self.mid_attention = self.Attention(width, **parts)
-        self.mid2 = self.ResBlock(width, width, emb_dim, dropout=dropout, **parts)
+        self.mid1 = self.ResBlock(width, width, emb_dim, **block)
+        self.mid_attention = self.Attention(width, **attention)
+        self.mid2 = self.ResBlock(width, width, emb_dim, **block)
 
         up, below = [], width
         for size, width in zip(reversed(sizes), reversed(widths), strict=True):
@@ -238,7 +273,7 @@ class UNet(nnx.Module):
             below = width
         self.up = nnx.List(up)
 
-        self.norm_out = self.GroupNorm(width, groups, epsilon=1e-6, rngs=rngs)
+        self.norm_out = self.GroupNorm(width, groups, epsilon=norm_epsilon, rngs=rngs)
         self.conv_out = self.Conv(width, image_channels, (3, 3), **layer | dict(kernel_init=zeros))
 
     def __call__(
@@ -264,7 +299,7 @@ class UNet(nnx.Module):
         def key():
             return None if deterministic else rngs.dropout()  # type: ignore[union-attr]
 
-        emb = self.time2(nnx.silu(self.time1(time_embedding(t, self.channels))))
+        emb = self.time2(nnx.silu(self.time1(time_embedding(t, *self.embedding))))
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down:
@@ -285,7 +320,7 @@ class UNet(nnx.Module):
         return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
 
 
-def _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups):
+def _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups, head_channels):
     """Raise ValueError if sizes do not fit together."""
     if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
         raise ValueError(f'multipliers is {multipliers}, but must be positive integers, one a resolution')
@@ -310,3 +345,9 @@ def _check(image_size, channels, multipliers, num_blocks, attention_resolutions,
     absent = [size for size in attention_resolutions if size not in sizes]
     if absent:
         raise ValueError(f'attention_resolutions has {absent}, but the sizes of this network are {sizes}')
+    attended = [m for m, size in zip(multipliers, sizes, strict=True) if size in attention_resolutions]
+    for m in [*attended, multipliers[-1]]:
+        if head_channels and channels * m % head_channels:
+            raise ValueError(
+                f'channels × multiplier = {channels * m} is not divisible by head_channels = {head_channels}'
+            )

@@ -34,7 +34,8 @@ def test_the_shapes_of_the_tensors_tell_the_network():
         'data': {'image_size': 32, 'channels': 3},
         'model': {
             'kind': 'eps', 'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2,
-            'attention_resolutions': (16,), 'groups': 32, 'first_level': 0,
+            'attention_resolutions': (16,), 'groups': 32, 'first_level': 0, 'head_channels': 0, 'norm_epsilon': 1e-6,
+            'downsample_padding': (0, 1), 'embedding_order': 'sin_cos', 'embedding_shift': 1,
         },
         'schedule': {'name': 'linear', 'T': 1000, 'beta_start': 1e-4, 'beta_end': 0.02},
     }  # fmt: skip

@@ -18,7 +18,13 @@ NETWORK = dict(
     attention_resolutions=(8,),
     groups=4,
     dropout=0.1,
+    head_channels=4,
+    norm_epsilon=1e-5,
+    downsample_padding=(1, 1),
+    embedding_order='cos_sin',
+    embedding_shift=0,
 )
+HO = dict(head_channels=0, norm_epsilon=1e-6, downsample_padding=(0, 1), embedding_order='sin_cos', embedding_shift=1)
 SCHEDULE = dict(
     name='linear',
     T=4,
@@ -32,11 +38,13 @@ SCHEDULE = dict(
 )
 
 
-def test_a_network_reads_back():
-    settings = diffusers.network_settings(diffusers_export.network_config(**NETWORK), 'config.json')
+@pytest.mark.parametrize('choices', [{}, HO])
+def test_a_network_reads_back(choices):
+    network = NETWORK | choices
+    settings = diffusers.network_settings(diffusers_export.network_config(**network), 'config.json')
     found = settings['model'] | {f'image_{key.removeprefix("image_")}': v for key, v in settings['data'].items()}
     assert found.pop('first_level') == 0
-    assert found == NETWORK
+    assert found == network
 
 
 def test_a_network_without_an_equal_is_refused():

@@ -28,14 +28,14 @@ def read(place):
         ('resnet_time_scale_shift', 'scale_shift'),
         ('time_embedding_type', 'fourier'),
         ('time_embedding_dim', 64),
-        ('flip_sin_to_cos', True),
-        ('freq_shift', 0),
+        ('flip_sin_to_cos', 'yes'),
+        ('freq_shift', 2),
         ('block_out_channels', [4, 6]),
-        ('norm_eps', 1e-5),
+        ('norm_eps', 0),
         ('act_fn', 'gelu'),
-        ('downsample_padding', 1),
+        ('downsample_padding', 2),
         ('downsample_type', 'resnet'),
-        ('attention_head_dim', 4),
+        ('attention_head_dim', 0),
         ('attention_head_dim', [8, 8]),
         ('attn_norm_num_groups', 1),
         ('mid_block_type', None),
@@ -124,6 +124,12 @@ def test_other_spellings_of_the_same_network(changes, tmp_path):
     assert read(folder).settings == read(fixture.PIPELINE).settings
 
 
+def test_a_network_without_a_size_takes_that_of_the_config(tmp_path):
+    folder = fixture.changed(tmp_path, fixture.NETWORK, sample_size=None)
+    found = READERS['diffusers'](str(folder), image_size=12).settings
+    assert found['data']['image_size'] == 12 and found['model']['attention_resolutions'] == (6,)
+
+
 def test_keys_that_a_scheduler_does_not_use_are_ignored(tmp_path):
     changes = {'clip_sample': False, 'clip_sample_range': 3.0, 'timestep_spacing': 'trailing', 'steps_offset': 1}
     sample = read(fixture.changed(tmp_path, fixture.SCHEDULER, **changes)).settings['sample']
@@ -145,7 +151,8 @@ def test_the_config_of_the_google_ddpms():
         'data': {'image_size': 32, 'channels': 3},
         'model': {
             'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2, 'attention_resolutions': (16,),
-            'groups': 32, 'dropout': 0.0, 'first_level': 0,
+            'groups': 32, 'dropout': 0.0, 'first_level': 0, 'head_channels': 0, 'norm_epsilon': 1e-6,
+            'downsample_padding': (0, 1), 'embedding_order': 'sin_cos', 'embedding_shift': 1,
         },
     }  # fmt: skip
 

@@ -94,15 +94,18 @@ def test_time_embedding_is_sin_then_cos_with_half_minus_one():
     expected = np.concatenate([np.sin(t[:, None] * frequencies), np.cos(t[:, None] * frequencies)], axis=1)
     np.testing.assert_allclose(time_embedding(jnp.asarray(t), 128), expected, atol=1e-4)
     np.testing.assert_allclose(time_embedding(jnp.array([0.5]), 4), [[math.sin(0.5), math.sin(5e-5), math.cos(0.5), 1]])
+    other = [[math.cos(0.5), math.cos(5e-3), math.sin(0.5), math.sin(5e-3)]]  # 10000^(−1/2)
+    np.testing.assert_allclose(time_embedding(jnp.array([0.5]), 4, 'cos_sin', 0), other, rtol=1e-6)
 
 
-def test_the_advanced_layer_returns_at_t_what_the_layer_returns_at_the_next_level():
+@pytest.mark.parametrize('how', [('sin_cos', 1), ('cos_sin', 0)])
+def test_the_advanced_layer_returns_at_t_what_the_layer_returns_at_the_next_level(how):
     """Up to the rounding of float32 angles, which at level 1000 is 6e-5. Other signs would be far off."""
     kernel = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
     t = np.array([0, 1, 37, 500, 999])
-    later = time_embedding(t + 1, 64) @ kernel
-    np.testing.assert_allclose(time_embedding(t, 64) @ advance(kernel), later, atol=1e-3)
-    assert np.abs(time_embedding(t, 64) @ kernel - later).max() > 0.1
+    later = time_embedding(t + 1, 64, *how) @ kernel
+    np.testing.assert_allclose(time_embedding(t, 64, *how) @ advance(kernel, *how), later, atol=1e-3)
+    assert np.abs(time_embedding(t, 64, *how) @ kernel - later).max() > 0.1
 
 
 def test_an_initial_network_returns_zero():
@@ -133,9 +136,10 @@ def test_each_branch_starts_at_zero():
         assert np.abs(expected).max() > 0.5
 
 
-def test_attention_is_that_of_its_equation():
-    """x + softmax(q·kᵀ/√C)·v·Wo + bo over all pixels, in float64."""
-    graph, state = nnx.split(Attention(16, groups=4, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize('head_channels', [0, 4])
+def test_attention_is_that_of_its_equation(head_channels):
+    """x + concat over heads of softmax(q·kᵀ/√C)·v, times Wo, + bo, over all pixels, in float64."""
+    graph, state = nnx.split(Attention(16, groups=4, head_channels=head_channels, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     layers = nnx.merge(graph, random_state(state, scale=1.0))
     x = np.random.default_rng(1).normal(size=(3, 4, 2, 16))
     tokens = np.asarray(layers.norm(jnp.float32(x)), np.float64).reshape(3, 8, 16)
@@ -143,10 +147,15 @@ def test_attention_is_that_of_its_equation():
     def linear(layer, values):
         return values @ np.asarray(layer.kernel[...], np.float64) + np.asarray(layer.bias[...], np.float64)
 
-    logits = linear(layers.query, tokens) @ linear(layers.key, tokens).swapaxes(1, 2) / math.sqrt(16)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    attended = weights / weights.sum(-1, keepdims=True) @ linear(layers.value, tokens)
-    expected = x + linear(layers.out, attended).reshape(x.shape)
+    width, attended = head_channels or 16, []
+    for first in range(0, 16, width):
+        query, key, value = (
+            linear(layer, tokens)[..., first : first + width] for layer in (layers.query, layers.key, layers.value)
+        )
+        logits = query @ key.swapaxes(1, 2) / math.sqrt(width)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        attended.append(weights / weights.sum(-1, keepdims=True) @ value)
+    expected = x + linear(layers.out, np.concatenate(attended, axis=-1)).reshape(x.shape)
     np.testing.assert_allclose(layers(jnp.float32(x)), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 

@@ -109,6 +109,11 @@ def their_network(*, image_size, image_channels, channels, multipliers, num_bloc
         )
         | change
     )
+    return randomized(network)
+
+
+def randomized(network):
+    """The network with random weights, each of which has an effect."""
     draw = np.random.default_rng(0)
     state = {}
     for name, old in network.state_dict().items():

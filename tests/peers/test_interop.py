@@ -24,7 +24,7 @@ diffusers = pytest.importorskip('diffusers')
 pytestmark = pytest.mark.peers
 
 # ruff: noqa: E402 (after what may be missing)
-from tests.peers.test_diffusers import LAYOUTS, call, distance, inputs, jit, their_network
+from tests.peers.test_diffusers import LAYOUTS, call, distance, inputs, jit, randomized, their_network
 
 LAYOUT = LAYOUTS['attention']
 
@@ -116,6 +116,74 @@ def test_every_form_of_folder(form, network, tmp_path):
         network = diffusers.UNet2DModel.from_pretrained(folder / 'unet')
     import_to(workdir, f'diffusers:{folder}')
     assert_equal_networks(workdir, network.float())
+
+
+# UNet2DModels that others train: by diffusers' script, in its course, with all defaults; narrower than these are.
+OTHERS = {
+    'the training script': dict(
+        sample_size=64,
+        block_out_channels=(8, 8, 16, 16, 32, 32),
+        down_block_types=('DownBlock2D',) * 4 + ('AttnDownBlock2D', 'DownBlock2D'),
+        up_block_types=('UpBlock2D', 'AttnUpBlock2D') + ('UpBlock2D',) * 4,
+    ),
+    'butterflies': dict(
+        sample_size=32,
+        block_out_channels=(16, 32, 32, 64),
+        down_block_types=('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
+        up_block_types=('AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D'),
+    ),
+    'MNIST': dict(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32, 32),
+        down_block_types=('DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
+        up_block_types=('AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'),
+    ),
+    'defaults': dict(block_out_channels=(8, 16, 24, 32)),
+    'wide heads': dict(sample_size=16, block_out_channels=(32, 64, 64, 64), attention_head_dim=32, freq_shift=1),
+    'parts of Ho': dict(
+        sample_size=8, block_out_channels=(8, 16, 16, 16), downsample_padding=0, norm_eps=1e-6, flip_sin_to_cos=False
+    ),
+}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_networks_of_others(name, tmp_path):
+    """Equal outputs, equal trajectories of DDIM in 10 steps, and back to the same network."""
+    scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    network = randomized(diffusers.UNet2DModel(norm_num_groups=4, **{'layers_per_block': 1} | OTHERS[name]))
+    size, channels = network.config.sample_size or 16, network.config.in_channels
+    folder = save_pipeline(tmp_path / 'theirs', network, scheduler)
+    path = tmp_path / 'ours'
+    import_to(path, f'diffusers:{folder}', {'data.image_size': size})
+    x, t = inputs({'image_size': size, 'image_channels': channels}, t=[1, 2, 38, 1000])
+    net = net_of(path)
+    assert distance(net(x, t), call(network, x, t - 1)) < 1e-5
+
+    pipeline = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler.from_config(scheduler.config))
+    pipeline.scheduler.set_timesteps(10)
+    theirs = torch.as_tensor(x[:2]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        for timestep in pipeline.scheduler.timesteps:
+            theirs = pipeline.scheduler.step(network(theirs, timestep).sample, timestep, theirs, eta=0.0).prev_sample
+    levels = schedule.timesteps(1000, 10, 'leading')
+    ours = sampler.sample(
+        jax.random.split(jax.random.key(0), 2),
+        schedule.linear(1000),
+        net,
+        shape=x.shape[1:],
+        timesteps=levels,
+        kind='eps',
+        eta=0.0,
+        clip=False,
+        x_T=x[:2],
+    )
+    assert distance(ours, theirs.permute(0, 2, 3, 1)) < 1e-4
+
+    assert export.run(configs_workdir.get_config(str(path)), str(path)) == 0
+    again = diffusers.DDPMPipeline.from_pretrained(path / 'export' / 'step0-ema').unet
+    assert distance(call(again, x, t - 1), call(network, x, t - 1)) < 1e-6
 
 
 @pytest.mark.parametrize(
