@@ -25,6 +25,9 @@ def pytest_configure(config):
     os.environ.setdefault('MPLCONFIGDIR', os.path.join(cache, 'matplotlib'))  # its list of fonts takes seconds to make
     os.environ['XDG_CACHE_HOME'] = folder = tempfile.mkdtemp(prefix='diffusion-tests-')
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    # Compilation is most of the suite's time: each program is compiled once for all tests, processes included.
+    # Compilation is most of the suite's time: each program is compiled once for all tests, processes included, and
+    # without optimization, except for the slow tests, which run their programs longer than they compile them.
+    if config.option.markexpr == 'not slow and not peers':
+        os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(folder, 'compiled')
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'

@@ -10,6 +10,7 @@ import pytest
 from diffusion import gaussian, sampler, schedule
 from diffusion.schedule import timesteps
 from tests import oracles
+from tests.jaxprs import equations
 
 N, SHAPE = 6_667, (3,)  # most tests use these shapes, so that JAX compiles each primitive once
 T = 200
@@ -133,17 +134,12 @@ def bits_drawn(eta, x_T=None, **how):
             keys, SCH, DATA.net('eps'), shape=(4,), timesteps=levels, kind='eps', eta=eta, x_T=x_T, **how
         )
 
-    def names(jaxpr, inside):
-        for equation in jaxpr.eqns:
-            yield equation.primitive.name, inside
-            for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, 'eqns')):
-                inner = getattr(parameter, 'jaxpr', parameter)
-                if hasattr(inner, 'eqns'):
-                    yield from names(inner, inside or equation.primitive.name == 'scan')
-
-    all_names = list(names(jax.make_jaxpr(program)(keys(5), x_T).jaxpr, False))
-    assert any(inside for _, inside in all_names)
-    return [inside for name, inside in all_names if name.startswith('random_') or name.startswith('threefry')]
+    found = [
+        (equation.primitive.name, 'scan' in inside)
+        for equation, inside in equations(jax.make_jaxpr(program)(keys(5), x_T).jaxpr)
+    ]
+    assert any(in_loop for _, in_loop in found)
+    return [in_loop for name, in_loop in found if name.startswith('random_') or name.startswith('threefry')]
 
 
 def test_ddim_draws_no_noise_after_the_first():

@@ -274,7 +274,8 @@ def restore(config: ConfigDict, exp: Experiment, path: str, checkpoints: Checkpo
         workdir.require_no_history(config, path)
         if os.path.exists(os.path.join(path, 'logs', 'metrics.jsonl')):
             say(f'no checkpoint was saved: beginning at step 0, with new logs in {path}/logs')
-        return jax.jit(exp.init, out_shardings=_shardings(abstract))(domain_key(config.seed, 'init'))
+        key = domain_key(config.seed, 'init')
+        return exp.implementation.compile(exp.init, key, out_shardings=_shardings(abstract), once=True)(key)
     step, trees = found
     if saved is not None and saved > there[0]:
         warn(f'step {saved} was saved, but its checkpoint is gone: the steps after {there[0]} are done again')

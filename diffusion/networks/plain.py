@@ -16,6 +16,7 @@ def compile(
     out_shardings: Any,
     donate: Sequence[int] = (),
     largest_activation: int = 0,
+    once: bool = False,
 ) -> jax.stages.Compiled:
     """Compile function(*args).
 
@@ -26,6 +27,7 @@ def compile(
         donate: numbers of the arguments whose buffers the results may reuse.
         largest_activation: elements of the largest activation that the backward pass needs, on each device; 0 without
             a backward pass.
+        once: whether the function is called once, so that compiling it takes longer than running it.
 
     Returns:
         The compiled function.

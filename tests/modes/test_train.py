@@ -268,6 +268,7 @@ def test_the_new_state_reuses_the_buffers_of_the_old_one():
     assert not images.is_deleted()
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_learned():
     """By the U-Net and the loss of training, with new levels and noise at each step, so that no draw is memorized.
 

@@ -87,7 +87,6 @@ def test_values_and_derivatives_are_those_of_the_convolution(algorithm):
 
     found = results(*map(np.float32, (x, kernel, dx, dkernel, gradient)))
     close(found, (value, direct_vjp(x, kernel, algorithm, gradient), forward))
-    np.testing.assert_allclose(found[0], value, atol=1e-5)
 
 
 @pytest.mark.parametrize('algorithm', ALGORITHMS)

@@ -10,6 +10,7 @@ import jax
 
 from diffusion.networks.cpu.order import LARGE, after
 
+QUICK_TO_COMPILE = {'xla_backend_optimization_level': 0}
 LEAST_MEMORY = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
 
 
@@ -19,15 +20,17 @@ def compile(
     out_shardings: Any,
     donate: Sequence[int] = (),
     largest_activation: int = 0,
+    once: bool = False,
 ) -> jax.stages.Compiled:
     """Compile function(*args), as `plain.compile` does.
 
     XLA:CPU starts operations early if they can run at the same time as others, which is good for small ones. Each of
     the large ones keeps all cores busy, and what was started early waits in memory: so they are ordered for the least
     memory. Convolutions and matrix products stay where JAX puts them, because others of its libraries are wrong if two
-    programs run at once (benchmarks/NOTES.md).
+    programs run at once (benchmarks/NOTES.md). What is called once is compiled without optimization: initial parameters
+    of a U-Net are ready in a fifth of the time, and the same bit by bit.
     """
-    options = LEAST_MEMORY if largest_activation > LARGE else {}
+    options = QUICK_TO_COMPILE if once else LEAST_MEMORY if largest_activation > LARGE else {}
     jitted = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings, compiler_options=options)
     program = jitted.lower(*args).compile()
     _return_free_memory()
