@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
     config.train.ema_decay = 0.9999  # per step; smaller at first: min(ema_decay, (1 + step)/(10 + step))
     config.train.max_bad_steps = 10  # end after so many steps in a row whose loss or gradient is not finite
     config.train.begin_again = False  # begin at step 0 in a workdir whose checkpoints are all gone
+    config.train.accept_other_images = False  # train on with other images than those that the run was trained on so far
     config.train.checkpoint_every = 5000  # steps
     config.train.keep_checkpoints = 3  # number of checkpoints that are kept, the newest ones
     config.train.log_every = 100  # steps
@@ -79,6 +80,9 @@ def get_config() -> ConfigDict:
     config.sample.variance = 'large'  # 'small' is the η family, 'large' DDPM's σ² = β
     config.sample.clip = True  # clip the predicted image to [−1, 1] at each step
     config.sample.weights = 'ema'  # which weights
+    config.sample.step = -1  # of the checkpoint; −1 is the newest
+    config.sample.png = False  # write each image as a PNG file, too
+    config.sample.folder = ''  # where <name>/ with the results is written; '' is samples/ in the workdir
     config.sample.batch_size = 256  # images at a time; the images do not depend on it
     config.sample.seed = 0  # image i depends on (seed, i) alone
     config.sample.compat = ''  # sample as another codebase does, whatever the keys above say
@@ -115,12 +119,16 @@ def get_config() -> ConfigDict:
         -1
     )  # random vectors for the divergence; 0 is exact; −1: exact up to 16 dimensions, else 2
     config.likelihood.weights = 'ema'  # which weights
+    config.likelihood.step = -1  # of the checkpoint; −1 is the newest
+    config.likelihood.folder = ''  # where <name>/ with the results is written; '' is likelihood/ in the workdir
     config.likelihood.batch_size = 100  # images at a time
     config.likelihood.seed = 0  # of the noise, levels and probes
 
     config.interop = ConfigDict()
     config.interop.source = ''  # for --mode=import_weights: 'diffusers:FOLDER', 'diffusers:HUB_ID' or 'ddim:FILE'
     config.interop.weights = 'ema'  # for --mode=export: which weights
+    config.interop.step = -1  # for --mode=export: of the checkpoint; −1 is the newest
+    config.interop.folder = ''  # for --mode=export: where <name>/ is written; '' is export/ in the workdir
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices over which parameters, EMA and optimizer state are split
@@ -132,6 +140,12 @@ def get_config() -> ConfigDict:
     config.distributed.process_id = -1  # with coordinator: the number of this process, from 0
     config.distributed.timeout = 100  # seconds without a sign from another host after which a host gives up
 
-    config.compile_cache = 'workdir'  # where compiled programs are kept: a folder; 'workdir', its compiled/; 'off'
+    # Folder of compiled programs, which is yours alone; '' is $XDG_CACHE_HOME/diffusion/compiled, or that in ~/.cache,
+    # unless JAX_COMPILATION_CACHE_DIR names one; 'off' keeps none.
+    config.compile_cache = ''
+
+    config.command = ConfigDict()  # filled in by the command line, for config.json
+    config.command.config = ''  # the config that --config named; '' is that of the run
+    config.command.overrides = ()  # the keys that the command line changed
 
     return config.lock()  # a misspelt key in another config is an error, too

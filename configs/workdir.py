@@ -1,6 +1,6 @@
-"""The config of an existing run, read from its workdir. It need not be one of the configs in this folder.
+"""The config of an existing run, read from its workdir. It is used where --config is left out.
 
-diffusion --config=workdir:runs/x --workdir=runs/x --mode=sample
+diffusion --workdir=runs/x --mode=sample
 """
 
 import json
@@ -8,18 +8,45 @@ import os
 
 from diffusion.configs import default
 
+# Of a machine or of one command, not of a run: parts of the config, and keys of any part. A run that someone else made
+# must not say where files are written.
+PARTS_LEFT_OUT = ('command', 'compile_cache', 'distributed')
+KEYS_LEFT_OUT = ('accept_other_images', 'begin_again', 'folder', 'step')
+
 
 def get_config(workdir=''):
     path = os.path.join(os.path.expanduser(workdir), 'config.json')
     if not workdir or not os.path.isfile(path):
-        raise SystemExit(
-            f'error: --config=configs/workdir.py:{workdir}: a workdir must follow the colon, but there is no {path}'
-        )
+        raise SystemExit(f'error: --config=workdir:{workdir}: a workdir must follow the colon, but there is no {path}')
     config = default.get_config()
     try:
         with open(path, encoding='utf-8') as file:
             stored = json.load(file)
-        config.update({part: stored[part] for part in config if part in stored})
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise SystemExit(f'error: {path} is not a config of this version: {error}') from error
+        if not isinstance(stored, dict):
+            raise ValueError(f'it holds {str(stored)[:40]} instead of the keys of a config')
+        taken = {part: value for part, value in stored.items() if part in config and part not in PARTS_LEFT_OUT}
+        for part, values in taken.items():
+            if isinstance(values, dict):
+                taken[part] = {key: value for key, value in values.items() if key not in KEYS_LEFT_OUT}
+        refuse_other_keys(taken, config, path, stored.get('command'))
+        config.update(taken)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise SystemExit(f'error: {path} cannot be read ({error}): restore it, or choose another --workdir') from error
     return config
+
+
+def refuse_other_keys(taken, config, path, command):
+    """Exit with one line if a run has keys that configs/default.py has not: its own config file adds them."""
+    others = [
+        f'config.{part}.{key}'
+        for part, values in taken.items()
+        if isinstance(values, dict)
+        for key in values
+        if key not in config[part]
+    ]
+    if others:
+        made_with = command.get('config') if isinstance(command, dict) else None
+        raise SystemExit(
+            f'error: {path} has keys that configs/default.py has not: {", ".join(others)}. '
+            f'Give the config that adds them: --config={made_with or "FILE.py"}'
+        )

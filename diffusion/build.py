@@ -20,7 +20,14 @@ from diffusion.runtime import hosts, mesh
 from diffusion.util import RunError, naming
 
 # What may differ between the hosts of a run: the host's number, and where it finds and keeps files.
-PER_HOST = ('distributed.process_id', 'data.data_dir', 'data.cache_dir', 'compile_cache')
+PER_HOST = (
+    'distributed.process_id',
+    'data.data_dir',
+    'data.cache_dir',
+    'compile_cache',
+    'command.config',
+    'command.overrides',
+)
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax')  # other versions compile other programs, or compute something else
 
 

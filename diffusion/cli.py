@@ -33,18 +33,19 @@ MODES = {
 }
 ALIASES = {'import': 'import_weights'}
 CONFIGS = os.path.join(os.path.dirname(__file__), 'configs')
+RUN = 'workdir'  # the config of an existing run
 
 HELP = """\
 Train a diffusion model, sample it, or compute its likelihood.
 
-  diffusion --config=digits --workdir=runs/digits                      train, or resume training
-  diffusion --config=digits --workdir=runs/digits --mode=sample        draw images, and measure how good they are
-  diffusion --config=digits --workdir=runs/digits --mode=likelihood    every likelihood, term by term
-  diffusion --config=workdir:runs/x --workdir=runs/x --mode=export     with the config that the workdir holds
+  diffusion --config=digits --workdir=runs/digits          train, or resume training
+  diffusion --workdir=runs/digits --mode=sample            draw images, and measure how good they are
+  diffusion --workdir=runs/digits --mode=likelihood        every likelihood, term by term
 
 `python main.py` in a checkout is the same command.
 
---config=NAME or PATH.py    one of {configs}; or a file of your own
+--config=NAME or PATH.py    one of {configs}; or a file of your own;
+                            a workdir that holds a run needs none
 --workdir=FOLDER            checkpoints, logs, samples
 --mode=MODE                 the default is train
 {modes}
@@ -55,7 +56,7 @@ Every key can be changed, as --config.train.batch_size=64. The keys, with the de
 config_flags.DEFINE_config_file('config', None, 'A config by its name, or a Python file.', lock_config=True)
 flags.DEFINE_string('workdir', None, 'The folder of the run: checkpoints, logs, samples.')
 flags.DEFINE_enum('mode', 'train', [*MODES, *ALIASES], 'What to do.')
-flags.mark_flags_as_required(['config', 'workdir'])
+flags.mark_flags_as_required(['config', 'workdir'])  # `parse` fills in the config of a run
 
 
 def main() -> None:
@@ -67,6 +68,7 @@ def _run(argv):
     if len(argv) > 1:
         sys.exit(f'error: unexpected argument {argv[1]!r}: flags start with --')
     workdir = folder(flags.FLAGS.workdir)
+    record_command()
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.FATAL)  # problems that libraries log reach the user as our errors
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, wherever no Interrupt listens
@@ -107,7 +109,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         with contextlib.suppress(BrokenPipeError):  # a pager that has read enough
             print(help_text(), flush=True)
         os._exit(0)  # without flushing stdout once more
-    argv, path = find_config(argv)
+    argv, path = find_config(config_of_run(argv))
     file = path.partition(':')[0]
     if path and not (os.path.isfile(file) and file.endswith('.py')):
         known = ', '.join(config_names())
@@ -131,6 +133,25 @@ def parse(argv: Sequence[str]) -> list[str]:
         sys.exit(f'error: {wrong[0]}: the config has no key {key[1]!r}; {hint}')
 
 
+def config_of_run(argv: Sequence[str]) -> list[str]:
+    """Add the config of the run in --workdir if no config is asked for and there is such a run."""
+    given = dict(re.findall(r'^--?(config|workdir)(?:=|\n)(.*)$', '\n'.join(argv), re.MULTILINE))
+    place = os.path.abspath(os.path.expanduser(given.get('workdir', '')))
+    if 'config' in given or not given.get('workdir') or not os.path.lexists(os.path.join(place, 'config.json')):
+        return list(argv)
+    return [*argv[:1], f'--config={RUN}:{place}', *argv[1:]]
+
+
+def record_command() -> None:
+    """Set config.command, by which a run knows what its command line changed in which config."""
+    command = flags.FLAGS.config.command
+    path = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')[0]
+    name = os.path.splitext(os.path.basename(path))[0]
+    ours = os.path.realpath(os.path.dirname(path)) == os.path.realpath(CONFIGS)
+    command.config = os.path.abspath(path) if not ours else '' if name == RUN else name
+    command.overrides = tuple(sorted(config_flags.get_override_values(flags.FLAGS['config'])))
+
+
 def find_config(argv: Sequence[str]) -> tuple[list[str], str]:
     """Replace the name of a config by its path.
 
@@ -146,8 +167,9 @@ def find_config(argv: Sequence[str]) -> tuple[list[str], str]:
         if place == len(argv):
             continue
         name, colon, argument = (value if equals else argv[place]).partition(':')
-        if name in config_names():
-            name = os.path.join(CONFIGS, f'{name}.py')
+        known = name.removeprefix('configs/').removesuffix('.py')  # as in a checkout, but from any folder
+        if name in config_names() or (known in config_names() and not os.path.isfile(name)):
+            name = os.path.join(CONFIGS, f'{known}.py')
         path = name + colon + argument
         found[place] = f'{flag}={path}' if equals else path
     return found, path

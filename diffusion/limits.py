@@ -89,17 +89,17 @@ class OneOf:
         raise LookupError(f'{module} assigns no dict to {name}')
 
 
-class Text:
-    """Text that is not blank."""
+class FolderOr:
+    """A path with a slash, so that no misspelt word becomes a folder, or one of a few words."""
 
-    def __init__(self, words: str):
+    def __init__(self, *words: str):
         self._words = words
 
     def accepts(self, value):
-        return value.strip() != ''
+        return '/' in value or value in self._words
 
     def __str__(self):
-        return self._words
+        return f"a folder, with a '/' in its path, or {' or '.join(map(repr, self._words))}"
 
 
 class Sizes:
@@ -130,6 +130,7 @@ class SomeOf:
 
 
 WEIGHTS = OneOf('ema', 'raw')
+STEP = Integers(-1)
 VARIANCE = OneOf('small', 'large')
 
 LIMITS: dict[str, Limit] = {
@@ -182,6 +183,7 @@ LIMITS: dict[str, Limit] = {
     'sample.spacing': OneOf(table='diffusion.schedule:SPACINGS'),
     'sample.variance': VARIANCE,
     'sample.weights': WEIGHTS,
+    'sample.step': STEP,
     'sample.batch_size': Integers(1),
     'sample.seed': Integers(0),
     'sample.compat': OneOf(table='diffusion.compat:COMPAT'),
@@ -198,14 +200,16 @@ LIMITS: dict[str, Limit] = {
     'likelihood.atol': Reals(0, 1, '()'),
     'likelihood.probes': Integers(-1, 2**16),
     'likelihood.weights': WEIGHTS,
+    'likelihood.step': STEP,
     'likelihood.batch_size': Integers(1),
     'likelihood.seed': Integers(0),
     'interop.weights': WEIGHTS,
+    'interop.step': STEP,
     'mesh.fsdp': Integers(1),
     'distributed.num_processes': Integers(0),
     'distributed.process_id': Integers(-1),
     'distributed.timeout': Integers(1),
-    'compile_cache': Text("a folder, 'workdir' or 'off'"),
+    'compile_cache': FolderOr('', 'off'),
 }
 
 

@@ -14,6 +14,18 @@ from typing import IO, Any, TextIO
 
 import jax
 
+# Settings of JAX, and variables with flags of compilers, that change numbers; and flags that do not.
+JAX_SETTINGS = (
+    'jax_default_matmul_precision',
+    'jax_disable_jit',
+    'jax_enable_x64',
+    'jax_numpy_dtype_promotion',
+    'jax_random_seed_offset',
+    'jax_threefry_partitionable',
+)
+COMPILER_FLAGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'NVIDIA_TF32_OVERRIDE')
+HARMLESS_FLAGS = ('--xla_dump', '--xla_force_host_platform_device_count')
+
 
 def first_line(error: BaseException | None, most: int = 300) -> str:
     """Return the first line of an exception's message, at most `most` characters; its type if it has no message."""
@@ -84,6 +96,22 @@ def write_json(path: str, value: Any) -> None:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write('\n')
     os.replace(path + '.new', path)
+
+
+def cache_folder() -> str:
+    """Return the folder of what is kept between runs: $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion."""
+    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'diffusion')
+
+
+def numerics() -> dict[str, Any]:
+    """Return the settings of JAX and XLA that numbers depend on, for records. Random keys pin their generator."""
+    import jax
+
+    settings = {name: getattr(jax.config, name, None) for name in JAX_SETTINGS}
+    flags = {name: os.environ.get(name, '').split() for name in COMPILER_FLAGS}
+    return settings | {
+        name: [flag for flag in found if not flag.startswith(HARMLESS_FLAGS)] for name, found in flags.items() if found
+    }
 
 
 def versions() -> dict[str, str]:

@@ -20,10 +20,11 @@ from ml_collections import ConfigDict
 
 from diffusion import autoconfig, data, limits
 from diffusion.configs import default
+from diffusion.data.sources import SOURCES
 from diffusion.runtime import hosts, mesh
 from diffusion.runtime.checkpoints import Checkpoints, DamagedError, OtherArraysError, newest_record
-from diffusion.runtime.compilation import cache_programs
-from diffusion.util import FileLock, RunError, first_line, read_json, say, write_json
+from diffusion.runtime.compilation import cache_programs, private_folder
+from diffusion.util import FileLock, RunError, cache_folder, first_line, read_json, say, write_json
 
 # A run keeps its data, network and schedule; where the images lie, how they are read, the precision, and what one
 # command is allowed may change.
@@ -41,42 +42,86 @@ INCIDENTAL = (
     'dtype',
     'remat',
     'begin_again',
+    'accept_other_images',
 )
 INTERVALS = ('num_steps', 'checkpoint_every', 'keep_checkpoints', 'log_every', 'sample_every')  # change no parameter
 
 # The types of what is read from a config.json, and from its record of the images.
-STORED = {'data': dict, 'model': dict, 'schedule': dict, 'train': dict, 'images': dict, 'changes': list}
+STORED = {
+    'data': dict,
+    'model': dict,
+    'schedule': dict,
+    'train': dict,
+    'images': dict,
+    'changes': list,
+    'command': dict,
+}
+STORED_COMMAND = {'config': str, 'overrides': list}
 STORED_IMAGES = {'count': int, 'fingerprint': str, 'sha256': str, 'channel_means': list}
 
 
-def resolve(config: ConfigDict, workdir: str) -> ConfigDict:
-    """Check the config's values and fill in what it leaves open: from the run in `workdir`, else from the pictures.
+def resolve(config: ConfigDict, workdir: str, *, training: bool = False) -> ConfigDict:
+    """Check the config's values and fill in what it leaves to the run in `workdir`, or else to the pictures.
+
+    A run was made by a config and the keys that its command line changed. Modes that read it need not be given these
+    keys again: those of data, network and schedule that this command line does not change are the run's.
+
+    Args:
+        config: what is asked.
+        workdir: the folder of the run.
+        training: only what the config leaves open is taken from the run; everything else must be asked for again.
 
     Raises:
         RunError: a key has a value that it may not have, config.json is damaged, or no picture can be decoded.
     """
-    check(config)
     config = config.copy_and_resolve_references()
-    stored = None if autoconfig.is_complete(config) else read_config(workdir)
+    stored = read_config(workdir)
+    check(config, stored)
     if stored:
         try:
+            if not training:
+                config.update_from_flattened_dict(_changed_by_its_command(stored, config))
+            if not config.data.image_size:
+                allowed = stored['data'].get('max_bad_fraction', 0.0)  # chosen with the image size
+                config.data.max_bad_fraction = max(config.data.max_bad_fraction, allowed)
             for key in ('image_size', 'channels'):
                 config.data[key] = config.data[key] or stored['data'][key]
-            allowed = stored['data'].get('max_bad_fraction', 0.0)  # chosen with the image size
-            config.data.max_bad_fraction = max(config.data.max_bad_fraction, allowed)
             if not config.model.channels:
                 config.model.update({key: stored['model'][key] for key in autoconfig.CHOSEN})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(workdir, f'{type(error).__name__}: {error}') from error
+        check(config, stored)
     return config if autoconfig.is_complete(config) else autoconfig.complete(config)
 
 
-def check(config: ConfigDict) -> None:
-    """Raise RunError, which names the key, for a value that the key may not have."""
+def _changed_by_its_command(stored: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
+    """{key: value} of what the command line of a run changed and this one leaves to the run."""
+    changed = {}
+    for key in stored.get('command', {}).get('overrides', ()):
+        part, _, name = key.partition('.')
+        known = part in IDENTITY and name in config[part] and name in stored.get(part, {})
+        if known and key not in config.command.overrides:
+            changed[key] = stored[part][name]
+    return changed
+
+
+def check(config: ConfigDict, stored: dict[str, Any] | None = None) -> None:
+    """Raise RunError, which names the key, for a value that the key may not have.
+
+    Args:
+        config: what is asked.
+        stored: the config of the run, if there is one: its own config file may add entries that are missing here.
+    """
     try:
         limits.check(config)
+        source = config.data.source
+        if stored and source.partition(':')[0] not in SOURCES:
+            raise ValueError(f'config.data.source is {source!r}, but must begin with one of {", ".join(SOURCES)}')
     except ValueError as error:
-        raise RunError(str(error)) from error
+        made_with = (stored or {}).get('command', {}).get('config', '')
+        if not made_with.endswith('.py') or config.command.config == made_with:
+            raise RunError(str(error)) from error
+        raise RunError(f'{error}. The run was made with a config that may add it: give --config={made_with}') from error
 
 
 def read_config(workdir: str) -> dict[str, Any] | None:
@@ -89,14 +134,19 @@ def read_config(workdir: str) -> dict[str, Any] | None:
         stored = read_json(os.path.join(workdir, 'config.json'))
         _require_config(stored)
     except FileNotFoundError:
-        stored = newest_record(os.path.join(workdir, 'checkpoints'))
-        with contextlib.suppress(ValueError):
-            _require_config(stored)
-            return stored if 'model' in stored else None
-        return None
+        return saved_record(workdir)
     except (OSError, ValueError) as error:
         raise _unreadable(workdir, error) from error
     return stored
+
+
+def saved_record(workdir: str) -> dict[str, Any] | None:
+    """Return the copy of config.json in the newest checkpoint, or None if there is none."""
+    record = newest_record(os.path.join(workdir, 'checkpoints'))
+    with contextlib.suppress(ValueError):
+        _require_config(record)
+        return record if 'model' in record else None
+    return None
 
 
 def check_config(config: ConfigDict, workdir: str, images: data.Images | None = None) -> None:
@@ -114,21 +164,23 @@ def check_config(config: ConfigDict, workdir: str, images: data.Images | None = 
     if stored is None:
         return
     differences = _differences(config, stored)
-    trained_on = stored.get('images', {})
-    if images is not None and trained_on and trained_on['sha256'] != images.record['sha256']:
-        here = images.record
-        differences.append(
-            f'    the images: {trained_on["count"]}, preprocessing {trained_on["fingerprint"]} there; '
-            f'{here["count"]}, preprocessing {here["fingerprint"]} in {config.data.source}'
-        )
-        if (trained_on['count'], trained_on['fingerprint']) == (here['count'], here['fingerprint']):
-            differences.append(
-                f'        as many, but with SHA-256 {trained_on["sha256"][:12]}… there, {here["sha256"][:12]}… here: '
-                'a picture was replaced, or renamed (the order is that of the names)'
-            )
     if differences:
-        lines = '\n'.join(differences)
-        raise RunError(f'{workdir} holds another run:\n{lines}\nAsk for the same, or choose another --workdir.')
+        raise RunError(_another_run(f'{workdir} holds another run', differences, workdir))
+    trained_on = stored.get('images', {})
+    if images is not None and _are_others(images, trained_on) and not config.train.accept_other_images:
+        here, detail = images.record, ''
+        if (trained_on['count'], trained_on['fingerprint']) == (here['count'], here['fingerprint']):
+            detail = (
+                f'        as many, but with SHA-256 {trained_on["sha256"][:12]}… there, {here["sha256"][:12]}… here: '
+                'a picture was replaced, or renamed (the order is that of the names)\n'
+            )
+        raise RunError(
+            f'{workdir} holds a run on other images:\n'
+            f'    the images: {trained_on["count"]}, preprocessing {trained_on["fingerprint"]} there; '
+            f'{here["count"]}, preprocessing {here["fingerprint"]} in {config.data.source}\n{detail}'
+            'Give it the same images, train on with these from here on by --config.train.accept_other_images=True, or '
+            'choose another --workdir.'
+        )
 
 
 def require_same_run(config: ConfigDict, workdir: str) -> Callable[[int, dict[str, Any]], None]:
@@ -145,8 +197,7 @@ def require_same_run(config: ConfigDict, workdir: str) -> Callable[[int, dict[st
             raise DamagedError(f'{path} is damaged (its record: {error})') from error
         differences = _differences(config, record) if 'model' in record else ()
         if differences:
-            lines = '\n'.join(differences)
-            raise RunError(f'{path} was saved by another run:\n{lines}\nAsk for the same, or choose another --workdir.')
+            raise RunError(_another_run(f'{path} was saved by another run', differences, workdir))
 
     return accept
 
@@ -166,6 +217,11 @@ def write_config(config: ConfigDict, workdir: str, images: data.Images | None = 
         What config.json holds now; each checkpoint keeps a copy.
     """
     stored, asked = read_config(workdir) or {}, plain(config)
+    if stored and not config.command.config:
+        asked['command'] = {
+            'config': stored.get('command', {}).get('config', ''),
+            'overrides': sorted({*stored.get('command', {}).get('overrides', ()), *config.command.overrides}),
+        }
     changes = stored.get('changes', []) if step else []
     if stored and step:
         before, now = ({'seed': c.get('seed')} | c.get('train', {}) for c in (stored, asked))
@@ -178,10 +234,29 @@ def write_config(config: ConfigDict, workdir: str, images: data.Images | None = 
                 say(f'{name} is {now[key]!r} from step {step} on; it was {before.get(key)!r}')
     if images is not None:
         asked['images'] = images.record
+        if step and _are_others(images, stored.get('images', {})):
+            before, after = stored['images'], images.record
+            changes.append({'step': step, 'key': 'the images', 'before': before, 'after': after})
+            say(f'trained on {after["count"]} other images from step {step} on; there were {before["count"]}')
     asked |= {'changes': changes} if changes else {}
     if hosts.is_first():
         write_json(os.path.join(workdir, 'config.json'), asked)
     return asked
+
+
+def _are_others(images, trained_on):
+    """Whether images are not those that a run records, if it does."""
+    return bool(trained_on) and trained_on['sha256'] != images.record['sha256']
+
+
+def _another_run(found, differences, workdir):
+    return '\n'.join(
+        [
+            f'{found}:',
+            *differences,
+            f'Ask for the same, as --workdir={workdir} without --config does, or choose another --workdir.',
+        ]
+    )
 
 
 def _differences(config: ConfigDict, stored: dict[str, Any]) -> list[str]:
@@ -207,6 +282,10 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 def _require_config(stored):
     """Raise ValueError unless `stored` is what a config.json may hold, as far as it is read."""
     _require_types(stored, {part: kind for part, kind in STORED.items() if isinstance(stored, dict) and part in stored})
+    if 'command' in stored:
+        _require_types(stored['command'], STORED_COMMAND)
+        if not all(isinstance(key, str) for key in stored['command']['overrides']):
+            raise ValueError('command.overrides are not names of keys')
     if 'images' in stored:
         _require_types(stored['images'], STORED_IMAGES)
         if not all(isinstance(mean, (int, float)) for mean in stored['images']['channel_means']):
@@ -224,7 +303,8 @@ def _require_types(found, types):
 
 def _unreadable(workdir, why):
     path = os.path.join(workdir, 'config.json')
-    return RunError(f'{path} cannot be read ({why}): restore it, or choose another --workdir')
+    copies = '. Checkpoints hold copies of it: if it is removed, the newest is used' * bool(saved_record(workdir))
+    return RunError(f'{path} cannot be read ({why}): restore it, or choose another --workdir{copies}')
 
 
 @contextlib.contextmanager
@@ -246,22 +326,26 @@ def lock(workdir: str) -> Iterator[FileLock | None]:
 
 
 @contextlib.contextmanager
-def writing(folder: str, error_type: type[Exception] = OSError) -> Iterator[None]:
-    """Turn an OSError, or an `error_type`, within the context into a RunError that names the folder."""
+def writing(folder: str, error_type: type[Exception] = OSError, *, key: str = '') -> Iterator[None]:
+    """Turn an OSError, or an `error_type`, within the context into a RunError that names the folder.
+
+    If a key of the config names the folder, the advice is to set it.
+    """
     try:
         yield
     except (OSError, error_type) as error:
+        other = f'another folder by --config.{key}=…, beside the same --workdir' if key else 'another --workdir'
         raise RunError(
-            f'{folder} cannot be written ({first_line(error)}): free some space or repair it, or choose another '
-            '--workdir'
+            f'{folder} cannot be written ({first_line(error)}): free some space or repair it, or choose {other}'
         ) from error
 
 
-def make_folder(*path: str) -> str:
+def make_folder(*path: str, key: str = '') -> str:
     """Make a folder and check that it can be written, before anything is computed.
 
     Args:
-        path: its parts, the workdir first.
+        path: its parts.
+        key: of the config, if one names the folder.
 
     Returns:
         The path.
@@ -270,12 +354,34 @@ def make_folder(*path: str) -> str:
         RunError: it cannot be made or written.
     """
     folder = os.path.join(*path)
-    with writing(folder):
+    with writing(folder, key=key):
         if hosts.is_first():
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(b'written')
     return folder
+
+
+def output_folder(config: ConfigDict, workdir: str, part: str, kind: str, *name: str) -> str:
+    """Make a folder in which a mode writes, and check that it can be written.
+
+    Args:
+        config: the key `folder` of its `part` names another one; a run that can only be read needs that.
+        workdir: the folder of the run.
+        part: of the config.
+        kind: the folder in the workdir.
+        name: of the folder below it.
+
+    Raises:
+        RunError: it cannot be made or written.
+    """
+    asked = os.path.abspath(os.path.expanduser(config[part].folder)) if config[part].folder else ''
+    return make_folder(asked or os.path.join(workdir, kind), *name, key=f'{part}.folder')
+
+
+def settings_for_record(asked: ConfigDict) -> dict[str, Any]:
+    """Return a mode's part of the config without what says where it reads and writes."""
+    return {key: value for key, value in asked.to_dict().items() if key not in ('folder', 'step')}
 
 
 def open_checkpoints(config: ConfigDict, workdir: str, *, writing: bool = False) -> Checkpoints:
@@ -334,28 +440,39 @@ def intact() -> Iterator[None]:
         raise RunError(str(error)) from error
 
 
-def load_params(abstract: Any, config: ConfigDict, workdir: str, weights: str) -> tuple[int, Any]:
-    """Read parameters from the newest checkpoint.
+def load_params(abstract: Any, config: ConfigDict, workdir: str, weights: str, step: int = -1) -> tuple[int, Any]:
+    """Read parameters from a checkpoint.
 
     Args:
         abstract: shapes and shardings of a TrainState, as `Experiment.abstract_state` gives them.
         config: what is asked, resolved.
         workdir: the folder of the run.
         weights: 'ema' or 'raw'.
+        step: of the checkpoint; −1 is the newest that is intact.
 
     Returns:
         (step, params).
 
     Raises:
-        RunError: there is no run, no checkpoint, no intact one, or the run is of another network, schedule or data.
+        RunError: there is no run, no such checkpoint, no intact one, or the run is of another network, schedule or
+            data.
     """
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')) and last_saved(workdir) is None:
         raise RunError(f'there is no run in {workdir} (it has no folder checkpoints/): train one with --mode=train')
     check_config(config, workdir)
     name = {'ema': 'ema', 'raw': 'params'}[weights]
     with open_checkpoints(config, workdir) as checkpoints, intact():
-        trees = {name: getattr(abstract, name)}
-        found = checkpoints.restore_newest(say, require_same_run(config, workdir), **trees)
+        trees, accept = {name: getattr(abstract, name)}, require_same_run(config, workdir)
+        steps = checkpoints.steps()
+        if step < 0 or not steps:
+            found = checkpoints.restore_newest(say, accept, **trees)
+        elif step in steps:
+            found = step, checkpoints.restore(step, accept, **trees)
+        else:
+            raise RunError(
+                f'there is no checkpoint of step {step} in {checkpoints.directory}; there are those of the steps '
+                f'{", ".join(map(str, sorted(steps)))} (train.keep_checkpoints says how many are kept)'
+            )
     if found is None:
         saved = last_saved(workdir)
         why = 'yet: train on with --mode=train'
@@ -374,7 +491,15 @@ def digest(params: Any) -> str:
     return result.hexdigest()
 
 
-def use_compile_cache(config: ConfigDict, workdir: str) -> None:
-    """Keep compiled programs where config.compile_cache says, so that the next start need not compile them."""
-    if config.compile_cache != 'off':
-        cache_programs(os.path.join(workdir, 'compiled') if config.compile_cache == 'workdir' else config.compile_cache)
+def use_compile_cache(config: ConfigDict) -> None:
+    """Keep compiled programs where config.compile_cache says, so that the next start need not compile them.
+
+    It is never a folder of the workdir, which may be someone else's: reading a compiled program runs it.
+    """
+    asked = config.compile_cache
+    if asked == 'off' or (not asked and 'JAX_COMPILATION_CACHE_DIR' in os.environ):
+        return
+    try:
+        cache_programs(private_folder(asked or os.path.join(cache_folder(), 'compiled')))
+    except OSError as error:
+        say(f'compiled programs are not kept (config.compile_cache): {error}')

@@ -9,7 +9,7 @@ import pytest
 from diffusion import cli, limits
 from diffusion.configs import default, digits
 from diffusion.networks import NETWORKS
-from tests.runs import CONFIG, ROOT, assert_refused, main
+from tests.runs import CONFIG, ROOT, assert_refused, main, make_run, random_params, tiny
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,7 @@ def test_a_config_is_found_by_its_name(tmp_path):
     assert cli.find_config(['--config=digits']) == cli.find_config([f'--config={cli.CONFIGS}/digits.py'])
     found, path = cli.find_config(['main.py', '-config', 'workdir:runs/x', '--mode=sample'])
     assert path == f'{cli.CONFIGS}/workdir.py:runs/x' and found == ['main.py', '-config', path, '--mode=sample']
+    assert cli.find_config(['--config=configs/nowhere.py']) == (['--config=configs/nowhere.py'], 'configs/nowhere.py')
     assert cli.find_config(['--config=own/mine.py:x']) == (['--config=own/mine.py:x'], 'own/mine.py:x')
     assert cli.find_config(['--mode=train', '--config']) == (['--mode=train', '--config'], '')
     done = subprocess.run(
@@ -63,6 +64,29 @@ def test_a_config_is_found_by_its_name(tmp_path):
         timeout=60,
     )
     assert_refused(done, "did you mean 'batch_size'")
+
+
+def test_a_checkout_s_path_of_a_config_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.find_config(['--config=configs/workdir.py:W'])[1] == f'{cli.CONFIGS}/workdir.py:W'
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / 'digits.py').write_text('')
+    assert cli.find_config(['--config=configs/digits.py'])[1] == 'configs/digits.py'  # one's own
+
+
+def test_a_workdir_with_a_run_needs_no_config(tmp_path):
+    """Its data, network and schedule are the run's, in any folder; other modes' settings may be given beside it."""
+    config = tiny({'sample.num_images': 2, 'sample.num_steps': 2})
+    params = random_params(config, 1)
+    make_run(tmp_path / 'run', config, 5, params=params, ema=params)
+    assert_refused(main(f'--workdir={tmp_path}', '--mode=sample'), '--config')
+    command = [sys.executable, ROOT / 'main.py', '--workdir=run', '--mode=sample', '--config.sample.eta=0']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / 'run').glob('samples/*/record.json')
+    record = json.loads(record.read_text())
+    assert record['eta'] == 0 and record['count'] == 2 and record['num_steps'] == 2
+    assert record['model']['channels'] == config.model.channels and record['schedule']['T'] == config.schedule.T
 
 
 def test_the_names_of_configs_are_those_of_the_files():

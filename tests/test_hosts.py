@@ -39,7 +39,7 @@ def aside():
 def stopped(tmp_path_factory):
     """(workdir, the step it reached) of two hosts with two devices each, one of which was sent SIGTERM."""
     workdir = tmp_path_factory.mktemp('hosts') / 'run'
-    with hosts(2, 2, workdir, train__num_steps=MANY, compile_cache='workdir', **RUN) as processes:
+    with hosts(2, 2, workdir, train__num_steps=MANY, compile_cache=workdir.parent / 'compiled', **RUN) as processes:
         wait_for_step(processes, workdir, 3)
         processes[1].send_signal(signal.SIGTERM)  # not the one that writes
         statuses = wait(processes, workdir)

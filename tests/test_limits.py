@@ -75,7 +75,7 @@ def test_any_value_is_accepted_or_refused_by_its_key(tmp_path_factory, key, draw
 
 @pytest.mark.parametrize(
     ('key', 'value', 'words'),
-    [('schedule.T', 10_001, '1 to 10000: β .* float32'), ('compile_cache', '', "a folder, 'workdir' or 'off'")],
+    [('schedule.T', 10_001, '1 to 10000: β .* float32'), ('compile_cache', 'workdir', "a folder, with a '/'")],
 )
 def test_values_that_would_fail_silently_are_refused(key, value, words):
     config = tiny()

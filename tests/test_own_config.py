@@ -84,15 +84,20 @@ def names(config):
 
 
 def test_the_config_trains_and_samples_at_the_command_line(mine, tmp_path):
-    """In processes that know nothing of it but --config; what it adds is in the checkpoint and in the records."""
+    """In processes that know nothing of it but --config; what it adds is in the checkpoint and in the records.
+
+    The width that the first command line asks for need not be asked for again, but the config is needed.
+    """
     path = tmp_path / 'run'
     command = [f'--config={mine}', f'--workdir={path}', *(f'--config.{key}={value}' for key, value in SHORT.items())]
-    for mode in ('train', 'sample'):
-        done = main(*command, f'--mode={mode}')
+    for mode in (['--config.model.width=16'], ['--mode=sample']):
+        done = main(*command, *mode)
         assert done.returncode == 0, done.stderr
     assert saved(path) == [3]
+    assert_refused(main(f'--workdir={path}', '--mode=sample'), 'config.model.width', f'--config={mine}')
 
     config = load(mine).get_config()
+    config.model.width = 16
     stored = json.loads((path / 'config.json').read_text(encoding='utf-8'))
     (record,) = (json.loads(file.read_text(encoding='utf-8')) for file in path.glob('samples/*/record.json'))
     for found in (stored, record):

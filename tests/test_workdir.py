@@ -9,11 +9,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from diffusion import autoconfig, build, workdir
-from diffusion.configs import default, folder
+from diffusion.configs import default, digits, folder, mnist
+from diffusion.configs import workdir as configs_workdir
 from diffusion.modes import train
+from diffusion.runtime import compilation
 from diffusion.util import RunError
 from tests.galleries import encoded, fill, noise
-from tests.runs import make_run, quick, random_params, saved
+from tests.runs import dotted, make_run, quick, random_params, saved
 
 # What config.json is checked for.
 
@@ -83,6 +85,26 @@ def test_a_run_on_other_images_is_refused(tmp_path):
         workdir.check_config(config, str(tmp_path), others)
 
 
+def test_other_images_are_accepted_if_asked_and_recorded_with_the_step(tmp_path, capsys):
+    """Here the held-out images; the message that refuses them says how."""
+    config = quick()
+    before, after = build.load_images(config), build.load_images(config, 'test')
+    workdir.write_config(config, str(tmp_path), before)
+    with pytest.raises(RunError, match=r'--config\.train\.accept_other_images=True'):
+        workdir.check_config(config, str(tmp_path), after)
+    config.train.accept_other_images = True
+    workdir.check_config(config, str(tmp_path), after)
+    workdir.write_config(config, str(tmp_path), after, step=10)
+    assert '299 other images from step 10 on; there were 1498' in capsys.readouterr().out
+    stored = workdir.read_config(str(tmp_path))
+    (change,) = stored['changes']
+    assert stored['images'] == after.record
+    assert (change['step'], change['before']['sha256'], change['after']) == (10, before.record['sha256'], after.record)
+    workdir.check_config(quick(), str(tmp_path), after)  # without the key, too
+    with pytest.raises(RunError, match='other images'):
+        workdir.check_config(quick(), str(tmp_path), before)
+
+
 def test_changes_of_training_are_recorded_and_printed(tmp_path, capsys):
     """Not before the first step, and those that change no parameter are recorded without a line."""
     workdir.write_config(quick(), str(tmp_path))
@@ -129,6 +151,93 @@ def test_parameters_are_read_by_their_name_and_identified_by_their_values(tmp_pa
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found[weights], expected))
         assert workdir.digest(found[weights]) == workdir.digest(expected)
     assert workdir.digest(params) != workdir.digest(ema)
+
+
+# What a command need not repeat.
+
+OVERRIDES = {'model.channels': 8, 'schedule.T': 4, 'data.source': 'digits', 'train.batch_size': 16}
+
+
+@pytest.fixture
+def made_with_overrides(tmp_path):
+    """The workdir of a run that was made by --config=digits with these keys changed."""
+    config = digits.get_config()
+    config.update_from_flattened_dict(OVERRIDES)
+    config.command.config, config.command.overrides = 'digits', tuple(OVERRIDES)
+    workdir.write_config(config, str(tmp_path))
+    return str(tmp_path)
+
+
+def asked_by(config=digits, **overrides):
+    asked = config.get_config()
+    asked.update_from_flattened_dict(dotted(overrides))
+    asked.command.overrides = tuple(dotted(overrides))
+    return asked
+
+
+def test_a_mode_that_reads_a_run_takes_what_its_command_changed(made_with_overrides):
+    config = workdir.resolve(asked_by(), made_with_overrides)
+    assert (config.model.channels, config.schedule.T, config.train.batch_size) == (8, 4, 32)
+    workdir.check_config(config, made_with_overrides)
+    moved = workdir.resolve(asked_by(data__source='folder:/moved'), made_with_overrides)
+    assert moved.data.source == 'folder:/moved'
+    workdir.check_config(moved, made_with_overrides)
+
+
+@pytest.mark.parametrize(
+    ('asked', 'words'),
+    [
+        (dict(model__channels=16), 'config.model.channels: 8 there, 16 asked'),
+        (dict(schedule__name='cosine'), "config.schedule.name: 'linear' there, 'cosine' asked"),
+        (dict(config=mnist), 'config.data.image_size: 8 there, 28 asked'),
+    ],
+)
+def test_what_is_given_beside_a_run_must_agree(made_with_overrides, asked, words):
+    config = workdir.resolve(asked_by(**asked), made_with_overrides)
+    with pytest.raises(RunError) as error:
+        workdir.check_config(config, made_with_overrides)
+    assert words in str(error.value) and f'--workdir={made_with_overrides} without --config' in str(error.value)
+
+
+def test_training_is_asked_for_everything_again(made_with_overrides):
+    with pytest.raises(RunError, match='8 there, 32 asked'):
+        workdir.check_config(workdir.resolve(asked_by(), made_with_overrides, training=True), made_with_overrides)
+
+
+def test_the_config_of_a_run_keeps_what_its_first_command_changed(made_with_overrides):
+    config = configs_workdir.get_config(made_with_overrides)
+    config.train.num_steps = 5
+    config.command.overrides = ('train.num_steps',)
+    stored = workdir.write_config(config, made_with_overrides, step=1)
+    assert stored['command'] == {'config': 'digits', 'overrides': sorted([*OVERRIDES, 'train.num_steps'])}
+
+
+@pytest.mark.parametrize(
+    ('part', 'key', 'value'), [('schedule', 'name', 'mine'), ('model', 'network', 'mine'), ('data', 'source', 'mine:')]
+)
+def test_a_run_with_entries_of_its_own_says_that_it_needs_its_config(tmp_path, part, key, value):
+    stored = workdir.plain(digits.get_config()) | {'command': {'config': '/there/mine.py', 'overrides': []}}
+    stored[part][key] = value
+    (tmp_path / 'config.json').write_text(json.dumps(stored))
+    with pytest.raises(RunError, match=rf'config\.{part}\.{key} is .*give --config=/there/mine\.py'):
+        workdir.resolve(configs_workdir.get_config(str(tmp_path)), str(tmp_path))
+    (tmp_path / 'config.json').write_text(json.dumps(stored | {'model': stored['model'] | {'width': 3}}))
+    with pytest.raises(SystemExit, match=r'config\.model\.width.*--config=/there/mine\.py'):
+        configs_workdir.get_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    'content', ['null', '3', '[]', '{"data": 3}', '{', pytest.param('[' * 100_000, id='nested'), None]
+)
+def test_a_config_json_that_is_none_is_one_line(tmp_path, content):
+    if content is None:
+        os.mkfifo(tmp_path / 'config.json')
+    else:
+        (tmp_path / 'config.json').write_text(content)
+    with pytest.raises(SystemExit, match=r'^error: [^\n]*config\.json[^\n]*$'):
+        configs_workdir.get_config(str(tmp_path))
+    with pytest.raises(RunError, match=r'config\.json cannot be read .*: restore it'):
+        workdir.resolve(digits.get_config(), str(tmp_path))
 
 
 # What a checkpoint says of itself, if config.json is gone or another run's.
@@ -189,7 +298,9 @@ def test_arrays_of_another_network_under_the_same_keys_are_not_called_damaged(tw
         workdir.load_params(wider, quick(), str(two_layers[0]), 'raw')
 
 
-@pytest.mark.parametrize('content', [b'null', b'[1]', b'{"record": 3}', b'[' * 100_000, None])
+@pytest.mark.parametrize(
+    'content', [b'null', b'[1]', b'{"record": 3}', pytest.param(b'[' * 100_000, id='nested'), None]
+)
 def test_a_checkpoint_with_a_damaged_record_is_damaged(two_layers, tmp_path, content):
     """None is a pipe, which must not block."""
     path = shutil.copytree(two_layers[0], tmp_path / 'run')
@@ -222,6 +333,39 @@ def test_without_checkpoints_a_run_is_not_begun_again_unasked(two_layers, tmp_pa
     assert saved(path) == [1] and workdir.last_saved(str(path)) == 1
     assert train.run(config, str(path)) == 0  # the key is no order to start over
     assert saved(path) == [1]
+
+
+def test_any_checkpoint_that_is_kept_can_be_read(two_layers, tmp_path):
+    path = shutil.copytree(two_layers[0], tmp_path / 'run')
+    later = random_params(quick(), 7)
+    make_run(path, quick(), 7, params=later, ema=later)
+    abstract = build.build(quick()).abstract_state()
+    for step, expected in [(5, two_layers[1]), (7, later), (-1, later)]:
+        _, params = workdir.load_params(abstract, quick(), str(path), 'ema', step)
+        assert workdir.digest(params) == workdir.digest(expected)
+    with pytest.raises(RunError, match=r'no checkpoint of step 6 .* steps 5, 7 '):
+        workdir.load_params(abstract, quick(), str(path), 'ema', 6)
+
+
+# Folders of results.
+
+
+@pytest.mark.parametrize(('part', 'kind'), [('sample', 'samples'), ('likelihood', 'likelihood'), ('interop', 'export')])
+def test_results_are_written_where_the_config_says(tmp_path, part, kind):
+    run = tmp_path / 'run'
+    run.mkdir()
+    (run / kind).write_text('not a folder')
+    with pytest.raises(RunError, match=rf'--config\.{part}\.folder='):
+        workdir.output_folder(quick(), str(run), part, kind)
+    elsewhere = quick({f'{part}.folder': str(tmp_path / 'elsewhere')})
+    assert workdir.output_folder(elsewhere, str(run), part, kind) == str(tmp_path / 'elsewhere')
+    assert (tmp_path / 'elsewhere').is_dir()
+    assert configs_workdir.get_config(str(make_config(run, elsewhere)))[part].folder == ''
+
+
+def make_config(path, config):
+    workdir.write_config(config, str(path))
+    return path
 
 
 # Compiled programs.
@@ -261,14 +405,17 @@ def kept_in(folder):
     return {path.name for path in folder.rglob('*-cache')}
 
 
-def test_compiled_programs_are_found_again(tmp_path, programs):
-    """In the workdir or another folder, also if something was compiled before."""
+def test_compiled_programs_are_found_again(tmp_path, programs, monkeypatch):
+    """In the user's cache or another folder, which nobody else can read, also if something was compiled before."""
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     hits, compiled = programs
     config = default.get_config()
     compiled('before')
-    for asked, where in [('workdir', tmp_path / 'run' / 'compiled'), (str(tmp_path / 'shared'), tmp_path / 'shared')]:
+    for asked, where in [('', tmp_path / 'cache' / 'diffusion' / 'compiled'), (f'{tmp_path}/mine', tmp_path / 'mine')]:
         config.compile_cache = asked
-        workdir.use_compile_cache(config, str(tmp_path / 'run'))
+        workdir.use_compile_cache(config)
+        assert where.stat().st_mode & 0o777 == 0o700
         compiled('after')
         assert not hits
         (name,) = kept_in(where)
@@ -281,10 +428,46 @@ def test_compiled_programs_are_not_kept_if_the_cache_is_off(tmp_path, programs):
     hits, compiled = programs
     config = default.get_config()
     config.compile_cache = 'off'
-    workdir.use_compile_cache(config, str(tmp_path / 'run'))
+    workdir.use_compile_cache(config)
     compiled('once')
     compiled('once')
     assert not hits and not kept_in(tmp_path)
+
+
+@pytest.mark.parametrize('owned_by', ['others may write', 'another user'])
+def test_programs_that_someone_else_could_have_written_are_not_run(tmp_path, programs, capsys, monkeypatch, owned_by):
+    hits, compiled = programs
+    config = default.get_config()
+    config.compile_cache = str(tmp_path / 'shared')
+    workdir.use_compile_cache(config)
+    compiled('once')
+    jax.config.update('jax_compilation_cache_dir', None)
+    compilation_cache.reset_cache()
+    if owned_by == 'another user':
+        monkeypatch.setattr(os, 'geteuid', lambda: os.stat(tmp_path).st_uid + 1)
+    else:
+        (tmp_path / 'shared').chmod(0o777)
+    workdir.use_compile_cache(config)
+    assert 'only you can write' in capsys.readouterr().out
+    compiled('once')
+    assert not hits
+
+
+def test_a_workdir_names_no_folder_of_programs(tmp_path):
+    """Else the workdir of someone else could bring code."""
+    stored = quick({'compile_cache': f'{tmp_path}/evil'})
+    workdir.write_config(stored, str(tmp_path))
+    assert configs_workdir.get_config(str(tmp_path)).compile_cache == ''
+
+
+def test_the_oldest_programs_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, 'LARGEST_CACHE', 250)
+    for i, name in enumerate('abcd'):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (i, i))
+    tmp_path.chmod(0o700)
+    assert compilation.private_folder(str(tmp_path)) == str(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {'c', 'd'}
 
 
 # A damaged config.json.

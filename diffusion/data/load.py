@@ -6,7 +6,7 @@ from diffusion.data.cache import decoded
 from diffusion.data.images import Images
 from diffusion.data.pictures import MAX_PIXELS, Preprocessing
 from diffusion.data.sources import open_source
-from diffusion.util import say
+from diffusion.util import cache_folder, say
 
 
 def load(
@@ -51,13 +51,8 @@ def load(
     pictures = open_source(source, split, data_dir, max_pixels)
     for line in pictures.about:
         say(line)
-    directory = os.path.expanduser(cache_dir) or default_cache()
+    directory = os.path.expanduser(cache_dir) or cache_folder()
     images = decoded(pictures, preprocess, directory=directory, max_bad_fraction=max_bad_fraction, keep=cache)
     if not len(images):
         raise ValueError(f'there are no images in {source!r}')
     return images
-
-
-def default_cache() -> str:
-    """Return the default folder of decoded images: $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion."""
-    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'diffusion')

@@ -1,7 +1,7 @@
 """--mode=export: a folder that diffusers' pipelines load as it is, with a model card, ready to be uploaded."""
 
+import contextlib
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from diffusion.build import Experiment
 from diffusion.interop import diffusers, diffusers_export
 from diffusion.networks import unet
 from diffusion.runtime import hosts, mesh
-from diffusion.util import naming, say, versions
+from diffusion.util import naming, read_json, say, versions
 
 CARD = """---
 library_name: diffusers
@@ -51,7 +51,7 @@ ddim(batch_size=4, num_inference_steps={short}, eta=0.0, use_clipped_model_outpu
 
 
 def run(config: ConfigDict, path: str) -> int:
-    """Write export/<name>/ from the newest checkpoint.
+    """Write export/<name>/ from a checkpoint.
 
     Args:
         config: what is asked.
@@ -67,7 +67,8 @@ def run(config: ConfigDict, path: str) -> int:
     config = workdir.resolve(config, path)
     exp = build.build(config)
     with naming('config.interop'):
-        step, params = workdir.load_params(exp.abstract_state(), config, path, config.interop.weights)
+        asked = config.interop
+        step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
     params = jax.tree.map(mesh.gather, params)  # all hosts take part
     with naming('config.model'):
         network = diffusers_network(config)
@@ -84,8 +85,8 @@ def run(config: ConfigDict, path: str) -> int:
         theirs = params | {'time1': params['time1'] | {'kernel': kernel}}
 
     # Record and report.
-    folder = workdir.make_folder(path, 'export', f'step{step}-{config.interop.weights}')
-    with workdir.writing(folder, SafetensorError):  # which safetensors raises when the disk is full
+    folder = workdir.output_folder(config, path, 'interop', 'export', f'step{step}-{asked.weights}')
+    with workdir.writing(folder, SafetensorError, key='interop.folder'):  # raised when the disk is full
         diffusers_export.write(folder, theirs, network=network, scheduler=scheduler)
         write_card(folder, config, path, step, params)
     for file in ('README.md', 'model_index.json'):
@@ -204,9 +205,8 @@ def newest(path: str, kind: str, file: str, accept: Callable[[dict], bool]) -> t
     found = []
     for entry in os.scandir(os.path.join(path, kind)) if os.path.isdir(os.path.join(path, kind)) else ():
         record_path = os.path.join(entry.path, file)
-        if os.path.exists(record_path):
-            with open(record_path, encoding='utf-8') as opened:
-                record = json.load(opened)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+            record = read_json(record_path)
             if accept(record):
                 found.append((os.path.getmtime(record_path), entry.path, record))
     return max(found, key=lambda entry: entry[:2])[1:] if found else ('', {})

@@ -26,7 +26,7 @@ from diffusion.runtime import hosts, mesh
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
 from diffusion.schedule import timesteps
-from diffusion.util import RunError, naming, say, versions, write_json
+from diffusion.util import RunError, naming, numerics, say, versions, write_json
 
 QUANTITIES = (*FORMS, 'importance', 'flow')
 
@@ -46,29 +46,31 @@ def run(config: ConfigDict, path: str) -> int:
     """
     # Resolve.
     config = workdir.resolve(config, path)
+    workdir.check_config(config, path)  # first: what is wrong with the rest may follow from another run's config
     asked = config.likelihood
     require_quantities(asked)
     config.model.dtype, config.model.remat = 'float32', False  # as exact as possible; there is no backward pass
     exp = build.build(config)
     with naming('config.likelihood'):
         check_shapes(config, exp)
-    step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights)
-    workdir.make_folder(path, 'likelihood')  # before images are decoded
-    workdir.use_compile_cache(config, path)
+    step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
+    above = workdir.output_folder(config, path, 'likelihood', 'likelihood')  # before images are decoded
+    workdir.use_compile_cache(config)
     images = build.load_same_images(config, asked.split)
     require_enough(asked, images)
     settings = {
         'checkpoint_step': step,
-        **asked.to_dict(),
+        **workdir.settings_for_record(asked),
         'params_sha256': workdir.digest(params),
         'images': {key: images.record[key] for key in ('sha256', 'fingerprint')},
+        'numerics': numerics(),
         'versions': versions(),
     }
     pixels = images[np.arange(asked.num_images or len(images))]
     # The name contains a digest of all settings: the same command finds the parts that are computed already.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = f'step{step}-{asked.weights}-{asked.split}-n{len(pixels)}-{digest}'
-    folder = os.path.join(path, 'likelihood', name)
+    folder = os.path.join(above, name)
     parts = all_parts(asked, len(pixels))
 
     # Compute.
@@ -84,7 +86,7 @@ def run(config: ConfigDict, path: str) -> int:
     # Record and report.
     consistency, record = summarize(parts, folder, config, settings)
     table = ledger.markdown([ledger.Row(**row) for row in record['rows']])
-    with workdir.writing(folder):
+    with workdir.writing(folder, key='likelihood.folder'):
         write_json(os.path.join(folder, 'ledger.json'), record)
         with open(os.path.join(folder, 'ledger.md'), 'w', encoding='utf-8') as file:
             file.write(table)
@@ -196,7 +198,7 @@ def compute(
 ) -> int:
     """Compute and keep the parts that are missing; return how many parts there are now."""
     workdir.make_folder(folder, 'parts')
-    there = hosts.from_first(np.array([os.path.exists(part.path(folder)) for part in parts]))
+    there = hosts.from_first(np.array([os.path.isfile(part.path(folder)) for part in parts]))
     missing = [part for part, found in zip(parts, there, strict=True) if not found]
     size = min(asked.batch_size, len(images))
     size += -size % exp.mesh.size
@@ -228,7 +230,7 @@ def compute(
             if hosts.is_first():
                 count = part.stop - part.start
                 kept = {name: np.broadcast_to(v, (size, *v.shape[1:]))[:count] for name, v in terms.items()}
-                with workdir.writing(folder):
+                with workdir.writing(folder, key='likelihood.folder'):
                     _save(part.path(folder), kept)
             bar.update()
             done += 1
@@ -298,7 +300,7 @@ def plot_terms(folder: str, consistency: dict[str, np.ndarray], asked: ConfigDic
         return []
     first = strata(len(levels), asked.levels or len(levels))
     centers = np.add.reduceat(levels, first[:-1]) / np.diff(first)
-    with workdir.writing(folder):
+    with workdir.writing(folder, key='likelihood.folder'):
         per_level = {name: terms / np.diff(first) for name, terms in drawn.items()}
         save_terms(os.path.join(folder, 'terms.png'), centers, per_level)
     return ['terms.png']

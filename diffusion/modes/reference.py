@@ -16,14 +16,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffusion import build, data, workdir
-from diffusion.data.load import default_cache
 from diffusion.interop.pytorch_file import read_state_dict
 from diffusion.interop.weights import read_safetensors
 from diffusion.metrics import frechet
 from diffusion.metrics.frechet import Moments
 from diffusion.metrics.tables import FEATURES, METRICS
 from diffusion.runtime import hosts, mesh
-from diffusion.util import RunError, naming, say, write_json
+from diffusion.util import RunError, cache_folder, naming, say, write_json
 
 MOST_VECTORS = 200_000  # images whose features are kept; of more, every second or every third …
 # What has to agree between statistics in a file and what is asked.
@@ -219,7 +218,7 @@ def reference(config: ConfigDict, network: Network, images: data.Images, devices
         'flip': bool(config.metrics.flip),
     }
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-    cache = os.path.expanduser(config.data.cache_dir) or default_cache()
+    cache = os.path.expanduser(config.data.cache_dir) or cache_folder()
     folder = os.path.join(cache, 'references', name)
     with workdir.writing(cache):
         if not hosts.from_first(np.array(os.path.exists(folder))):

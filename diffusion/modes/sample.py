@@ -14,10 +14,10 @@ from tqdm import tqdm
 from diffusion import build, compat, data, sampler, workdir
 from diffusion.build import Experiment
 from diffusion.metrics import colour, frechet
-from diffusion.report.grid import save_grid
+from diffusion.report.grid import save_each, save_grid
 from diffusion.runtime import hosts, mesh
 from diffusion.runtime.keys import domain_key
-from diffusion.util import RunError, naming, say, versions, write_json
+from diffusion.util import RunError, naming, numerics, say, versions, write_json
 
 LARGEST_FRECHET = 4096  # values per image; the covariance has the square of that
 METRIC = 'Fréchet distance of raw pixels in [−1, 1] (not an FID)'
@@ -38,15 +38,16 @@ def run(config: ConfigDict, path: str) -> int:
     """
     # Resolve.
     config = workdir.resolve(config, path)
+    workdir.check_config(config, path)  # first: what is wrong with the rest may follow from another run's config
     asked = config.sample
     exp = build.build(config)
     with naming('config.sample'):
         keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip')
         chain = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys})
     done = {key: chain.pop(key) if key in ('num_steps', 'spacing') else chain[key] for key in keys}
-    step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights)
-    folder = os.path.join(workdir.make_folder(path, 'samples'), name_of(config, step, done))
-    workdir.use_compile_cache(config, path)
+    step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
+    folder = os.path.join(workdir.output_folder(config, path, 'sample', 'samples'), name_of(config, step, done))
+    workdir.use_compile_cache(config)
 
     # Compute.
     began = time.perf_counter()
@@ -63,15 +64,17 @@ def run(config: ConfigDict, path: str) -> int:
         return 0
 
     # Record.
-    with workdir.writing(folder):
+    with workdir.writing(folder, key='sample.folder'):
         save_grid(os.path.join(folder, 'grid.png'), images)
         np.savez(os.path.join(folder, 'samples.npz'), images)
+        if asked.png:
+            save_each(os.path.join(folder, 'png'), images)
     trained_on = (workdir.read_config(path) or {}).get('images')  # an imported run records none
     quality = distance_from_data(config, images, trained_on)
     drift, warning = colour.drift(images, trained_on['channel_means']) if trained_on else (None, None)
     record = {
         'checkpoint_step': step,
-        **asked.to_dict(),
+        **workdir.settings_for_record(asked),
         **done,
         **({'timesteps': chain['timesteps'].tolist(), 'last_noise': chain['last_noise']} if asked.compat else {}),
         'count': len(images),
@@ -83,9 +86,11 @@ def run(config: ConfigDict, path: str) -> int:
         'compile_seconds': round(compiled - began, 3),
         'wall_seconds': round(finished - compiled, 3),
         'device': f'{exp.mesh.size} × {jax.devices()[0].device_kind}',
+        'implementation': exp.implementation.__name__.rpartition('.')[2],
+        'numerics': numerics(),
         'versions': versions(),
     }
-    with workdir.writing(folder):
+    with workdir.writing(folder, key='sample.folder'):
         write_json(os.path.join(folder, 'record.json'), record)
 
     # Report.
@@ -97,7 +102,7 @@ def run(config: ConfigDict, path: str) -> int:
         say(f'{quality["metric"]} of {len(images)} images from {quality["reference"]}: {quality["value"]:.4f}')
     if warning:
         say(f'warning: {warning}')
-    for file in ('grid.png', 'samples.npz', 'record.json'):
+    for file in ('grid.png', 'samples.npz', *(['png'] if asked.png else []), 'record.json'):
         say(os.path.join(folder, file))
     return 0
 

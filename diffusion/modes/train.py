@@ -47,7 +47,7 @@ def run(config: ConfigDict, path: str) -> int:
     Raises:
         RunError: the config, the images or the workdir do not allow it, or training diverged.
     """
-    config = workdir.resolve(config, path)
+    config = workdir.resolve(config, path, training=True)
     exp = build.build(config)
     require_equal_parts(config, exp)
     workdir.check_config(config, path)  # before the images are decoded
@@ -56,7 +56,7 @@ def run(config: ConfigDict, path: str) -> int:
 
     with workdir.lock(path) as lock, Interrupt() as interrupt, contextlib.ExitStack() as stack:
         workdir.check_config(config, path, images)  # once more: now no other process can change it
-        workdir.use_compile_cache(config, path)
+        workdir.use_compile_cache(config)
         checkpoints = stack.enter_context(workdir.open_checkpoints(config, path, writing=True))
         state = restore(config, exp, path, checkpoints)
         start, num_steps = int(state.step), config.train.num_steps

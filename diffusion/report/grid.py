@@ -1,4 +1,4 @@
-"""A grid of images in one PNG file."""
+"""Images as PNG files: a grid of them in one file, or each in its own."""
 
 import math
 import os
@@ -40,5 +40,24 @@ def save_grid(
         top, left = i // columns * (height + GAP) + GAP, i % columns * (width + GAP) + GAP
         grid[top : top + height, left : left + width] = image
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    Image.fromarray(grid.squeeze(-1) if channels == 1 else grid).save(path)
+    _picture(grid).save(path)
     return grid
+
+
+def save_each(folder: str, images: UInt8[np.ndarray, 'N H W C']) -> None:
+    """Write each image as a PNG file, 000000.png and so on, without loss.
+
+    Args:
+        folder: it is created if it does not exist.
+        images: (N, H, W, 1 or 3), in 0 … 255.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    os.makedirs(folder, exist_ok=True)
+    for i, image in enumerate(images):
+        _picture(image).save(os.path.join(folder, f'{i:06d}.png'))
+
+
+def _picture(image):
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)

@@ -1,11 +1,49 @@
 """Compiled programs on disk."""
 
 import os
+import stat
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 MIN_SECONDS = 0.2  # programs that compile faster than this are not worth a file
+LARGEST_CACHE = 5e9  # bytes; the programs that were written first are removed beyond it
+
+
+def private_folder(path: str) -> str:
+    """Make a folder for compiled programs, or check the one that exists.
+
+    A compiled program is machine code that runs as the user, so nobody else may be able to put one there.
+
+    Args:
+        path: may begin with '~'.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        OSError: the folder cannot be made, belongs to someone else, or can be written by others.
+    """
+    path = os.path.abspath(os.path.expanduser(path))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        found = os.stat(path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise PermissionError(f'{path} must be a folder that only you can write (chmod 700), and is not') from None
+    _remove_oldest(path)
+    return path
+
+
+def _remove_oldest(folder: str) -> None:
+    """Remove the programs that were written first if all of them take more than LARGEST_CACHE."""
+    files = [entry for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
+    total = 0
+    for entry in sorted(files, key=lambda entry: entry.stat().st_mtime, reverse=True):
+        total += entry.stat().st_size
+        if total > LARGEST_CACHE:
+            os.remove(entry.path)
 
 
 def cache_programs(folder: str) -> None:

@@ -13,6 +13,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter  # writes at once; a SummaryWriter hangs on a full disk
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from diffusion.util import open_regular, parse_json
+
 
 class Writer:
     """Context manager that writes the logs of a run below one folder.
@@ -86,13 +88,11 @@ def _truncate(path: str, step: int) -> None:
     if not os.path.exists(path):
         return
     kept = []
-    with open(path, encoding='utf-8', errors='replace') as file:
+    with open_regular(path, 'rb') as file:
         for line in file:
-            try:
-                if json.loads(line)['step'] <= step:
-                    kept.append(line.rstrip('\n') + '\n')
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if parse_json(line)['step'] <= step:
+                    kept.append(line.decode().rstrip('\n') + '\n')
     with open(path + '.new', 'w', encoding='utf-8') as file:
         file.writelines(kept)
     os.replace(path + '.new', path)

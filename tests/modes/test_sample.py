@@ -16,7 +16,7 @@ from PIL import Image
 from diffusion import build, data, sampler, schedule, workdir
 from diffusion.metrics import frechet
 from diffusion.modes import sample
-from diffusion.util import RunError
+from diffusion.util import RunError, numerics
 from tests.galleries import encoded, fill, noise
 from tests.runs import QUICK, ROOT, flags, make_run, quick, random_params
 
@@ -198,6 +198,34 @@ def test_an_image_depends_on_its_seed_and_index_alone(trained, five):
     images, record, _ = draw(trained, asking(num_images=3, batch_size=2))
     assert record['count'] == len(images) == 3
     np.testing.assert_array_equal(images, five[0][:3])
+
+
+def test_a_run_that_can_only_be_read_is_sampled_elsewhere_with_each_image_in_a_file(trained, five, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob('*')}
+    config = asking(folder=str(tmp_path / 'out'), png=True, step=12)
+    assert sample.run(config, str(trained)) == 0
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob('*')} == before
+    (folder,) = (tmp_path / 'out').iterdir()
+    assert folder.name == five[2].name.partition('-')[2]
+    paths = sorted((folder / 'png').iterdir())
+    assert [path.name for path in paths] == [f'{i:06d}.png' for i in range(5)]
+    for path, image in zip(paths, five[0], strict=True):
+        with Image.open(path) as picture:
+            assert picture.mode == 'L'
+            np.testing.assert_array_equal(picture, image[:, :, 0])
+    record = json.loads((folder / 'record.json').read_text())
+    assert str(tmp_path) not in json.dumps(record)  # records are passed on
+
+
+def test_the_record_has_the_settings_of_jax_that_change_numbers(trained, five, monkeypatch):
+    """And the flags of XLA, but for those that do not change numbers."""
+    monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=/tmp --xla_cpu_enable_fast_math=true')
+    with jax.default_matmul_precision('highest'), jax.numpy_dtype_promotion('strict'):
+        found = numerics()
+    assert found['jax_default_matmul_precision'] == 'highest' and found['jax_numpy_dtype_promotion'] == 'strict'
+    assert found['jax_enable_x64'] is False and found['jax_threefry_partitionable'] is True
+    assert found['XLA_FLAGS'] == ['--xla_cpu_enable_fast_math=true']
+    assert five[1]['numerics'].keys() >= found.keys() - {'XLA_FLAGS'} and five[1]['implementation'] == 'cpu'
 
 
 def test_one_program_draws_any_images_of_any_seed(trained, five):

@@ -1,6 +1,7 @@
 """Logs: each step once in metrics.jsonl and in TensorBoard's events, also after a restart or a crash."""
 
 import json
+import os
 import struct
 import time
 
@@ -79,7 +80,8 @@ def test_repeated_steps_are_logged_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'torn', ['{"step": 3, "lo', '{', '{"step": 3, "loss": 0.25', '{"step": 3, "loss": 0.25}', '\0\0\0']
+    'torn',
+    ['[' * 100_000 + '\n', '{"step": 3, "lo', '{', '{"step": 3, "loss": 0.25', '{"step": 3, "loss": 0.25}', '\0\0\0'],
 )
 def test_a_torn_last_line_does_no_harm(tmp_path, torn):
     log(tmp_path, step=0, steps=[1, 2])
@@ -107,3 +109,12 @@ def test_logs_that_cannot_be_written_are_reported_once(tmp_path):
             writer.image(step, 'samples', np.zeros((4, 4, 3), np.uint8))
     (message,) = messages
     assert str(tmp_path / 'logs') in message
+
+
+def test_a_pipe_in_place_of_the_log_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / 'metrics.jsonl')
+    messages = []
+    with Writer(str(tmp_path), step=0, warn=messages.append) as writer:
+        writer.scalars(1, loss=0.5)
+    (message,) = messages
+    assert 'not a regular file' in message
