@@ -1,7 +1,8 @@
 """Checkpoints of the DDIM authors' code, and the DDPMs that were converted for it: PyTorch state dicts.
 
 Their training saves the list [network, optimizer, epoch, step, EMA]; a converted DDPM is a network alone. The files
-hold no config: image size and dropout are not in them, and the noise schedule is the one of all their configs.
+hold no config: neither the image size nor the noise schedule is in them. (All configs of the authors have the linear
+schedule with T = 1000, which is our default.)
 """
 
 import operator
@@ -31,7 +32,7 @@ NAMES = {
     'kernel': 'weight',
     'scale': 'weight',
 }
-FIXED = {  # in their network, named as in our config
+FIXED = {  # in their code, named as in our config
     'kind': 'eps',
     'groups': 32,
     'first_level': 0,
@@ -41,7 +42,6 @@ FIXED = {  # in their network, named as in our config
     'embedding_order': 'sin_cos',
     'embedding_shift': 1,
 }
-SCHEDULE = {'name': 'linear', 'T': 1000, 'beta_start': 1e-4, 'beta_end': 0.02}
 
 
 def read(place: str, *, image_size: int) -> Found:
@@ -102,7 +102,7 @@ def names(path: Path, levels: int) -> tuple[str, ...]:
 
 
 def network_settings(tensors: Mapping[str, np.ndarray], path: str, image_size: int) -> dict[str, dict[str, Any]]:
-    """Return the parts 'data', 'model' and 'schedule' of our config, from the shapes of their tensors.
+    """Return the parts 'data' and 'model' of our config, from the shapes of their tensors.
 
     Args:
         tensors: {name: tensor}.
@@ -131,7 +131,6 @@ def network_settings(tensors: Mapping[str, np.ndarray], path: str, image_size: i
             'num_blocks': num_blocks,
             'attention_resolutions': tuple(image_size >> level for level, a in enumerate(attends) if a),
         },
-        'schedule': dict(SCHEDULE),
     }
 
 

@@ -7,7 +7,6 @@
 Older pipelines have the same files without the two subfolders. Neither diffusers nor PyTorch is needed.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from diffusion.interop.tensors import Found, Path
 from diffusion.interop.weights import load_torch, one_line, read_safetensors, state_dict
+from diffusion.util import read_json
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
@@ -70,6 +70,17 @@ SCHEDULER_KEYS: dict[str, tuple[Any, tuple]] = {
     'set_alpha_to_one': (True, (True,)),
     'steps_offset': (0, (0,)),
 }
+# Keys that do not say what the weights were trained for, but how images are drawn, or how large they are.
+NOT_TRAINED = (
+    'clip_sample',
+    'clip_sample_range',
+    'sample_size',
+    'set_alpha_to_one',
+    'steps_offset',
+    'thresholding',
+    'timestep_spacing',
+    'variance_type',
+)
 # Their value → ours.
 EMBEDDING_ORDERS = {True: 'cos_sin', False: 'sin_cos'}  # flip_sin_to_cos
 EMBEDDING_SHIFTS = {0: 0, 1: 1}  # freq_shift
@@ -125,8 +136,7 @@ def _find(folder: str, part: str, file: str) -> str:
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding='utf-8') as file:
-            value = json.load(file)
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f'{path} cannot be read ({error}); every folder of diffusers has it') from error
     if not isinstance(value, dict):
@@ -162,17 +172,23 @@ class _Keys:
         for key, (default, accepted) in table.items():
             value = self.get(key, default)
             if value not in accepted:
-                raise self.error(key, value, f'only {" or ".join(map(repr, accepted))} is supported')
+                raise self.error(key, value, f'here it is always {" or ".join(map(repr, accepted))}')
 
     def refuse_others(self, ignored: Iterable[str]) -> None:
         """Raise ValueError for a key that has a value and was not read."""
         for key, value in self._values.items():
             if key not in ignored and value is not None:
-                raise self.error(key, value, 'the key is unknown: delete it if diffusers ignores it')
+                raise self.error(key, value, 'the key is unknown (unless diffusers warns that it ignores it, too)')
 
     def error(self, key: str, value: Any, problem: str) -> ValueError:
         shown = repr(value) if len(repr(value)) <= 200 else f'{repr(value)[:200]} …'
-        return ValueError(f'{self._path}: {key} is {shown}, but {problem}')
+        message = f'{self._path}: {key} is {shown}, but {problem}'
+        if key not in NOT_TRAINED:
+            message += (
+                '. Weights that were trained so cannot be imported; editing the file would not change what they have '
+                'learned, only make the network compute something else'
+            )
+        return ValueError(message)
 
 
 def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) -> dict[str, dict[str, Any]]:
@@ -257,7 +273,7 @@ def _attends(keys: _Keys, levels: int, path: str) -> list[bool]:
             )
         attends[direction] = [block == attention for block in types]
     if attends['up'] != attends['down'][::-1]:
-        raise ValueError(f'{path}: down_block_types and up_block_types must have attention at the same resolutions')
+        raise keys.error('up_block_types', types, 'must have attention at the same resolutions as down_block_types')
     return attends['down']
 
 

@@ -1,6 +1,5 @@
 """Files of named tensors: safetensors, and what PyTorch saves. No code in a file is ever run."""
 
-import json
 import os
 import pickle
 import re
@@ -9,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from diffusion.util import parse_json
 
 FLOATING = 'floating point of at least 16 bits was expected'
 
@@ -21,11 +22,18 @@ def read_safetensors(path: str) -> dict[str, np.ndarray]:
     """
     if not os.path.exists(path):
         raise ValueError(f'{path} is missing')
+    require_file(path)
     try:
         with safe_open(path, framework='np') as file:
             return {name: _read_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise ValueError(f'{path} cannot be read{_truncated_at(path)} ({error}): download it again') from error
+
+
+def require_file(path: str) -> None:
+    """Raise ValueError if a pipe or a device is where a file should be: reading it could block for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f'{path} is not a regular file')
 
 
 def _read_tensor(file: Any, name: str, path: str) -> np.ndarray:
@@ -40,7 +48,7 @@ def _truncated_at(path: str) -> str:
     try:
         with open(path, 'rb') as file:
             length = int.from_bytes(file.read(8), 'little')
-            header = json.loads(file.read(min(length, os.path.getsize(path))))
+            header = parse_json(file.read(min(length, os.path.getsize(path))))
         ends = {entry['data_offsets'][1]: name for name, entry in header.items() if name != '__metadata__'}
         end = min(end for end in ends if 8 + length + end > os.path.getsize(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -54,6 +62,7 @@ def load_torch(path: str) -> Any:
     Raises:
         ValueError: PyTorch is not installed, or the file is damaged or holds anything else.
     """
+    require_file(path)
     try:
         import torch
     except ImportError as error:

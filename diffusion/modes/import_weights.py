@@ -73,8 +73,9 @@ def run(config: ConfigDict, path: str) -> int:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     say(f'{count:,} parameters of {source}{" and their EMA" if "ema" in weights else ""}, for images of {size}')
     if 'schedule' not in found.settings:
-        say('the files have no scheduler: schedule, kind and sampling are those of the config')
-    say(f'the other modes use it with: --config=configs/workdir.py:{shown} --workdir={shown}')
+        chain = f'schedule {config.schedule.name!r} with T={config.schedule.T}, kind {config.model.kind!r}'
+        say(f'the files do not say how the network was trained, so that is as in the config: {chain}, and the sampling')
+    say(f'the other modes use it with: --workdir={shown}')
     return 0
 
 
@@ -113,11 +114,17 @@ def take_weights(found: Found, expected: Any, source: str) -> dict[str, Any]:
 def merge(config: ConfigDict, found: Found, source: str) -> tuple[ConfigDict, dict[str, dict[str, Any]]]:
     """Return the config with the settings of the files, and those settings.
 
+    What the command line says about sampling stays; what it says about the network or its training must be what the
+    files say.
+
     Raises:
-        ValueError: a setting has a value or type that the config does not accept.
+        ValueError: a setting has a value or type that the config does not accept, or other than the command line's.
     """
     config = config.copy_and_resolve_references()
     settings = dict(found.settings)
+    if 'sample' in settings:
+        given = config.command.overrides
+        settings['sample'] = {k: value for k, value in settings['sample'].items() if f'sample.{k}' not in given}
     set_keys(config, settings, source)
     with naming_files(source, settings):
         workdir.check(config)
@@ -125,13 +132,26 @@ def merge(config: ConfigDict, found: Found, source: str) -> tuple[ConfigDict, di
         named = {'schedule': settings['schedule'] | named_schedule(found.betas, config.schedule, source)}
         set_keys(config, named, source)
         settings |= named
+    theirs = [f'{part}.{key}' for part, values in settings.items() for key in values]
+    config.command.overrides = tuple(
+        sorted({*config.command.overrides, *theirs})
+    )  # later commands need not repeat them
     return config, settings
 
 
 def set_keys(config: ConfigDict, settings: dict[str, dict[str, Any]], source: str) -> None:
-    """Set the keys of {part of the config: {key: value}}. Raises ValueError for a value of another type."""
+    """Set the keys of {part of the config: {key: value}}.
+
+    Raises:
+        ValueError: a value is of another type, or not what the command line says.
+    """
     for part, values in settings.items():
         for key, value in values.items():
+            asked = config[part][key]
+            if f'{part}.{key}' in config.command.overrides and asked != value:
+                raise ValueError(
+                    f'config.{part}.{key} is {asked!r}, but the files of {source} say {value!r}: leave the key out'
+                )
             try:
                 config[part][key] = value
             except TypeError as error:

@@ -37,7 +37,6 @@ def test_the_shapes_of_the_tensors_tell_the_network():
             'attention_resolutions': (16,), 'groups': 32, 'first_level': 0, 'head_channels': 0, 'norm_epsilon': 1e-6,
             'downsample_padding': (0, 1), 'embedding_order': 'sin_cos', 'embedding_shift': 1,
         },
-        'schedule': {'name': 'linear', 'T': 1000, 'beta_start': 1e-4, 'beta_end': 0.02},
     }  # fmt: skip
     with pytest.raises(ValueError, match=r'set config\.data\.image_size'):
         ddim.network_settings(tensors, 'model.ckpt', 0)

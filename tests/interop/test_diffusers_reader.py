@@ -1,6 +1,7 @@
 """Folders of diffusers, read without diffusers: what our network cannot express is refused by key and value."""
 
 import json
+import os
 import shutil
 import struct
 import sys
@@ -60,7 +61,24 @@ def test_other_networks_are_refused(key, value, tmp_path):
     folder = fixture.changed(tmp_path, fixture.NETWORK, **{key: value})
     with pytest.raises(ValueError, match=r'theirs/unet/config\.json: ') as error:
         read(folder)
-    assert key in str(error.value) and (key == 'up_block_types' or repr(value) in str(error.value))
+    assert key in str(error.value) and repr(value) in str(error.value)
+
+
+def test_no_message_about_a_network_invites_to_edit_the_file(tmp_path):
+    """Another time embedding, for example, changes the output of google/ddpm-cifar10-32's network by half."""
+    for key, value in (('time_embedding_type', 'fourier'), ('act_fn', 'gelu'), ('something_new', 1)):
+        folder = fixture.changed(tmp_path / key, fixture.NETWORK, **{key: value})
+        with pytest.raises(ValueError, match='cannot be imported; editing the file would not change what they have'):
+            read(folder)
+    folder = fixture.changed(tmp_path, fixture.SCHEDULER, thresholding=True)  # of sampling, not of the weights
+    with pytest.raises(ValueError, match='thresholding is True') as error:
+        read(folder)
+    assert 'editing' not in str(error.value)
+
+
+def test_an_image_size_that_the_file_does_not_say_is_the_config_s(tmp_path):
+    folder = fixture.changed(tmp_path, fixture.NETWORK, sample_size=None)
+    assert diffusers.read(str(folder), image_size=16).settings['data']['image_size'] == 16
 
 
 @pytest.mark.parametrize(
@@ -254,6 +272,27 @@ def test_weights_under_another_name_are_named(file, tmp_path):
     (folder / fixture.WEIGHTS).rename(folder / 'unet' / f'diffusion_pytorch_{file}')
     with pytest.raises(ValueError, match=rf'has no {fixture.WEIGHTS[5:]}, but diffusion_pytorch_{file}: save'):
         read(folder)
+
+
+@pytest.mark.parametrize('file', [fixture.NETWORK, fixture.SCHEDULER, fixture.WEIGHTS])
+def test_files_that_would_block_or_overflow_the_stack(file, tmp_path):
+    """A pipe, and JSON of a hundred thousand brackets."""
+    folder = fixture.copy(tmp_path)
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.raises(ValueError, match=f'{folder / file}.* regular file'):
+        read(folder)
+    (folder / file).unlink()
+    nested = b'[' * 100_000
+    (folder / file).write_bytes(struct.pack('<Q', len(nested)) + nested if file == fixture.WEIGHTS else nested)
+    with pytest.raises(ValueError, match=f'{folder / file} cannot be read'):
+        read(folder)
+
+
+def test_a_pipe_in_place_of_a_pytorch_file(tmp_path):
+    os.mkfifo(tmp_path / 'model.ckpt')
+    with pytest.raises(ValueError, match=r'model\.ckpt is not a regular file'):
+        READERS['ddim'](str(tmp_path / 'model.ckpt'), image_size=8)
 
 
 # Libraries that are not installed, and the hub

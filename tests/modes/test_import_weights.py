@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffusion import build, compat, sampler, workdir
 from diffusion.configs import workdir as configs_workdir
-from diffusion.interop import diffusers
+from diffusion.interop import ddim, diffusers
 from diffusion.interop.tensors import Found
 from diffusion.modes import export, import_weights, likelihood, sample, train
 from diffusion.util import RunError
@@ -275,6 +275,27 @@ def test_without_a_scheduler_the_settings_are_those_of_the_config():
     )
     assert (config.schedule.T, config.sample.eta, config.model.channels) == (30, 0.5, 4)
     assert set(settings) == {'data', 'model'}
+
+
+def test_what_a_checkpoint_of_the_ddim_code_does_not_say_is_the_config_s():
+    tensors = {'conv_in.weight': np.ones((32, 3, 3, 3)), 'down.0.block.0.conv1.weight': np.ones((32, 32, 3, 3))}
+    found = Found(ddim.network_settings(tensors, 'model.ckpt', 8), {}, diffusers.names, {})
+    config, _ = import_weights.merge(tiny({'schedule.name': 'quadratic', 'schedule.T': 500}), found, 'theirs')
+    assert (config.schedule.name, config.schedule.T, config.model.kind) == ('quadratic', 500, 'eps')
+    assert (config.model.channels, config.data.channels) == (32, 3)
+
+
+def test_what_the_command_line_says_is_not_overridden_in_silence():
+    """About sampling, it holds; about the network or its training, the files must agree."""
+    config = tiny({'sample.num_steps': 3, 'schedule.T': 30})
+    config.command.overrides = ('sample.num_steps',)
+    found = diffusers.read(str(PIPELINE))
+    merged, _ = import_weights.merge(config, found, 'theirs')
+    assert (merged.sample.num_steps, merged.schedule.T) == (3, 100)
+    assert 'schedule.T' in merged.command.overrides  # later commands need not repeat it
+    config.command.overrides = ('schedule.T',)
+    with pytest.raises(ValueError, match=r'config\.schedule\.T is 30, but the files of theirs say 100'):
+        import_weights.merge(config, found, 'theirs')
 
 
 COSINE = np.cos((np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2) ** 2
