@@ -98,7 +98,14 @@ def get_config() -> ConfigDict:
     config.metrics.split = ''  # the images that samples are compared with; '' is data.split, what is trained on
     config.metrics.flip = False  # compare with their mirror images as well
     config.metrics.reference = ''  # compare with the moments in this .npz file instead: ours, pytorch-fid's or ADM's
+    config.metrics.memorization = False  # also look for copies of training images; the null is the split 'test'
     config.metrics.batch_size = 64  # images at a time in feature networks
+
+    config.sweep = ConfigDict()
+    config.sweep.num_steps = (10, 20, 50, 100, 1000)  # columns of the table
+    config.sweep.etas = (0.0, 0.2, 0.5, 1.0)  # rows of the table
+    config.sweep.large = True  # one more row: σ̂, DDPM's large variance with η = 1
+    config.sweep.num_images = 0  # images in each cell; 0 is sample.num_images
 
     config.evaluate = ConfigDict()
     config.evaluate.images = ''  # for --mode=evaluate: a folder or zip file of pictures, samples.npz, or an .npy file

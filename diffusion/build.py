@@ -203,7 +203,7 @@ def join_hosts(config: ConfigDict, mode: str) -> None:
     """
     with naming('config.distributed'):
         hosts.connect(**config.distributed)
-    if mode == 'sample':
+    if mode in ('sample', 'sweep'):
         mesh.use_cores(min(config.sample.batch_size, config.sample.num_images))
     if mode in ('evaluate', 'reference'):
         mesh.use_cores(config.metrics.batch_size)

@@ -26,6 +26,7 @@ MODES = {
     'sample': 'draw images, and measure how good they are',
     'likelihood': 'compute every likelihood, term by term',
     'evaluate': 'measure how good images are that were made elsewhere',
+    'sweep': "draw with other numbers of steps and other η, and compare: DDIM's Table 1",
     'reference': 'compute the features of the data, with which samples are compared',
     'data': 'show what the network will see',
     'import_weights': "make a workdir from another project's weights",

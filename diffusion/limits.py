@@ -102,6 +102,19 @@ class FolderOr:
         return f"a folder, with a '/' in its path, or {' or '.join(map(repr, self._words))}"
 
 
+class Each:
+    """Any number of values, each within a limit."""
+
+    def __init__(self, limit: Limit):
+        self._limit = limit
+
+    def accepts(self, value):
+        return isinstance(value, (tuple, list)) and all(map(self._limit.accepts, value))
+
+    def __str__(self):
+        return f'a tuple, each value {self._limit}'
+
+
 class Sizes:
     """A few positive whole numbers."""
 
@@ -189,6 +202,9 @@ LIMITS: dict[str, Limit] = {
     'sample.compat': OneOf(table='diffusion.compat:COMPAT'),
     'sample.metrics': SomeOf(table='diffusion.metrics.tables:METRICS'),
     'metrics.dialects': SomeOf(table='diffusion.metrics.resize:DIALECTS'),
+    'sweep.num_steps': Each(Integers(1)),
+    'sweep.etas': Each(Reals(0, 1)),
+    'sweep.num_images': Integers(0),
     'metrics.batch_size': Integers(1),
     'likelihood.num_images': Integers(0),
     'likelihood.samples': Integers(1),

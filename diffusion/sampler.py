@@ -1,5 +1,6 @@
 """The sampler: one loop over pairs (t, s) of noise levels, around one rule that carries x_t to x_s."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,23 +105,26 @@ def sample(
     variances = gaussian.own_variance(schedule, variance, s, t, eta=eta)
     std = None if variances is None else jnp.where((s > 0) | last_noise, jnp.sqrt(variances), 0)
 
-    def noise(level: Int[Array, '']) -> Batch:
-        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), shape))(keys)
-
     def predict(x_t: Batch, t: Int[Array, '']) -> Prediction:
         output = net(x_t, jnp.full(keys.shape, t)).astype(jnp.float32)
         return gaussian.predict(schedule, kind, output, x_t, t, clip=clip)
 
     def step(carry, pair):
-        return RULES[rule].step(*carry, *pair, schedule=schedule, predict=predict, noise=noise, eta=eta), None
+        of_level = functools.partial(noise, keys, shape=shape)
+        return RULES[rule].step(*carry, *pair, schedule=schedule, predict=predict, noise=of_level, eta=eta), None
 
     if x_T is None:
-        x_T = noise(t[0])
+        x_T = noise(keys, t[0], shape)
     if jnp.shape(x_T) != (*keys.shape, *shape):
         raise ValueError(f'x_T has the shape {jnp.shape(x_T)}, but the keys and shape ask for {(*keys.shape, *shape)}')
     x_T = jnp.asarray(x_T, jnp.float32)
     (_, x0), _ = jax.lax.scan(step, (RULES[rule].init(x_T), x_T), (t, s, std))
     return x0
+
+
+def noise(keys: Key[Array, 'N'], level: Int[ArrayLike, ''], shape: tuple[int, ...]) -> Batch:
+    """Return the standard normal noise (N, *shape) of a level: that of image i depends on (keys[i], level) alone."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), shape))(keys)
 
 
 def _pairs(schedule: Schedule, kind: str, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -110,7 +110,8 @@ def test_the_config_trains_and_samples_at_the_command_line(mine, tmp_path):
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, expected)
     assert (
         record['count'] == 5
-        and f'{config.data.source}, train split, {len(pictures)} images' == (record['quality']['reference'])
+        and record['metrics'][0]['reference']['count'] == len(pictures)
+        and record['metrics'][0]['reference']['source'] == config.data.source
     )
     (grid,) = path.glob('samples/*/grid.png')
     with Image.open(grid) as picture:

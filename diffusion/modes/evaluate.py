@@ -1,6 +1,7 @@
 """--mode=evaluate: how good images are that were made elsewhere; and what all modes do that measure images."""
 
 import hashlib
+import math
 import os
 import zipfile
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusion import build, workdir
+from diffusion import build, data, workdir
 from diffusion.data.sources import open_source
+from diffusion.metrics import memorization
 from diffusion.metrics.tables import METRICS, Comparison
 from diffusion.modes.reference import (
     Network,
@@ -22,9 +24,13 @@ from diffusion.modes.reference import (
     networks,
     read_statistics,
     reference,
+    reference_outputs,
 )
+from diffusion.report.grid import save_grid
 from diffusion.runtime import hosts
 from diffusion.util import RunError, naming, say, versions, write_json
+
+CLOSEST = 10  # pairs of a sample and its nearest training image that are drawn
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -53,7 +59,7 @@ def run(config: ConfigDict, path: str) -> int:
     # Compute.
     digest = sha256(images)
     folder = os.path.join(path, 'evaluations', f'{os.path.splitext(os.path.basename(place))[0]}-{digest[:8]}')
-    found = measure(config, plan, images, len(images), devices)
+    found = measure(config, plan, images, len(images), devices, None, folder)
     if not hosts.is_first():
         return 0
 
@@ -166,11 +172,13 @@ class Plan(NamedTuple):
         networks: the feature networks that are at hand.
         statistics: {network: the moments in config.metrics.reference} for those that the file is of.
         left_out: {metric: why it is left out}.
+        known: what one call of `measure` computed for the next: programs, and the references of config.data.
     """
 
     networks: list[Network]
     statistics: dict[str, Reference]
     left_out: dict[str, str]
+    known: dict[Any, Any]
 
 
 def prepare(config: ConfigDict, shape: tuple[int, ...]) -> Plan:
@@ -185,17 +193,24 @@ def prepare(config: ConfigDict, shape: tuple[int, ...]) -> Plan:
     """
     found, left_out = networks(config, tuple(config.sample.metrics), shape)
     if not config.metrics.reference:
-        return Plan(found, {}, left_out)
+        return Plan(found, {}, left_out, {})
     with naming('config.metrics.reference'):
         file = read_statistics(config.metrics.reference)
         mine = [network for network in found if network.features == file.features]
         if not mine:
             raise ValueError(f'{file.path} holds statistics of {file.features}, which no metric that can be had uses')
-        return Plan(found, {str(network): file.reference(network, shape) for network in mine}, left_out)
+        statistics = {str(network): file.reference(network, shape) for network in mine}
+        return Plan(found, statistics, left_out, {})
 
 
 def measure(
-    config: ConfigDict, plan: Plan, images: Any, count: int, devices: Mesh, wrong_data: str = ''
+    config: ConfigDict,
+    plan: Plan,
+    images: Any,
+    count: int,
+    devices: Mesh,
+    trained_on: dict[str, Any] | None,
+    folder: str,
 ) -> dict[str, Any]:
     """Measure images. All hosts have to call it; the first one gets the results.
 
@@ -205,13 +220,16 @@ def measure(
         images: (N, H, W, C) uint8, or an object that is indexed in the same way; only the first host needs it.
         count: N.
         devices: over which batches are split.
-        wrong_data: why config.data cannot be the reference; '' if it can.
+        trained_on: what config.json records of the images that the run was trained on; the training split of
+            config.data must be the same. None if it records none.
+        folder: where pictures are written.
 
     Returns:
         {'metrics': [{'name', 'features', 'dialect', 'value', 'standard_error', 'n', 'reference', …}],
-        'left_out': {metric: why}}.
+        'left_out': {metric: why}, 'memorization': [{'features', 'copies', …}]}.
     """
     metrics: list[dict[str, Any]] = []
+    copies: list[dict[str, Any]] = []
     left_out = dict(plan.left_out)
     for network in plan.networks:
         rows = {
@@ -222,11 +240,22 @@ def measure(
         }
         compared: Reference | str = 'it has no reference'
         if any(row.needs for row in rows.values()):
-            compared = plan.statistics.get(str(network)) or _data(config, network, devices, wrong_data)
+            compared = plan.statistics.get(str(network)) or _data(config, plan, network, devices, trained_on)
         outputs = tuple(dict.fromkeys(row.output for row in rows.values()))
-        found = extract_all(config, network, images, count, devices, outputs)
+        nearest_in = None
+        if config.metrics.memorization and network.features not in {entry['features'] for entry in copies}:
+            nearest_in = next(output for output, kept in reference_outputs(network.features).items() if kept)
+            outputs = tuple(dict.fromkeys((*outputs, nearest_in)))
+            training = _split(config, plan, network, devices, config.data.split, trained_on)
+            held_out = _split(config, plan, network, devices, 'test', trained_on)
+        found = extract_all(config, plan, network, images, count, devices, outputs)
         if not hosts.is_first():
             continue
+        if nearest_in:
+            level = memorization.LEVEL / len({network.features for network in plan.networks})
+            copies.append(
+                find_copies(network, images, found[nearest_in], nearest_in, training, held_out, level, folder)
+            )
         for output in outputs:
             comparison = compare_features(found.pop(output), compared, output, network.dialect)
             for name in (name for name, row in rows.items() if row.output == output):
@@ -244,7 +273,11 @@ def measure(
     order = list(config.sample.metrics)
     for name in set(order) - left_out.keys() - {entry['name'] for entry in metrics}:
         left_out[name] = f'it is defined for the dialects {", ".join(METRICS[name].dialects)} alone'
-    return {'metrics': sorted(metrics, key=lambda entry: order.index(entry['name'])), 'left_out': left_out}
+    return {
+        'metrics': sorted(metrics, key=lambda entry: order.index(entry['name'])),
+        'left_out': left_out,
+        'memorization': copies,
+    }
 
 
 def compare_features(samples: np.ndarray, compared: Reference | str, output: str, dialect: str) -> Comparison:
@@ -254,19 +287,91 @@ def compare_features(samples: np.ndarray, compared: Reference | str, output: str
     return Comparison(samples, compared.vectors.get(output), compared.moments.get(output), dialect)
 
 
-def _data(config, network, devices, wrong_data):
-    """The reference that config.data describes, or why there is none."""
-    if wrong_data:
-        return wrong_data
+def _data(config, plan, network, devices, trained_on):
+    """The reference that config.data and config.metrics describe, or why there is none."""
+    split = config.metrics.split or config.data.split
+    found = _split(config, plan, network, devices, split, trained_on, flip=config.metrics.flip)
+    return found if isinstance(found, str) else found[1]
+
+
+def _split(config, plan, network, devices, split, trained_on, flip=False):
+    """The images of a split and their reference, or why there is none."""
+    if (split, flip, str(network)) in plan.known:
+        return plan.known[split, flip, str(network)]
     try:
-        images = build.load_same_images(config, config.metrics.split)
+        images = build.load_same_images(config, split)
     except RunError as error:
         return str(error)
-    return reference(config, network, images, devices)
+    if trained_on and split == config.data.split and images.record['sha256'] != trained_on['sha256']:
+        return (
+            f'the {len(images)} images of config.data.source={config.data.source} are not the {trained_on["count"]} '
+            'that the run was trained on'
+        )
+    plan.known[split, flip, str(network)] = images, reference(config, network, images, split, devices, flip=flip)
+    return plan.known[split, flip, str(network)]
+
+
+def find_copies(
+    network: Network,
+    images: Any,
+    features: np.ndarray,
+    output: str,
+    training: tuple[data.Images, Reference] | str,
+    held_out: tuple[data.Images, Reference] | str,
+    level: float,
+    folder: str,
+) -> dict[str, Any]:
+    """Find samples that are copies of training images, and draw the closest pairs: samples above, training below.
+
+    Args:
+        network: whose features are compared.
+        images: (N, H, W, C) uint8, the samples.
+        features: (N, D), theirs.
+        output: of the network.
+        training: the training images and their features, or why there are none.
+        held_out: the same of images that were not trained on.
+        level: probability of an alarm if the samples are independent of the training images.
+        folder: where the picture is written.
+    """
+    entry: dict[str, Any] = {'features': network.features, 'dialect': network.dialect}
+    if isinstance(training, str):
+        return entry | {'copies': None, 'why': training}
+    null = None if isinstance(held_out, str) else held_out[1].vectors[output]
+    vectors = training[1].vectors[output]
+    found = memorization.report(features, vectors, null, level=level)
+    closest = np.argsort(found.distances, kind='stable')[:CLOSEST]
+    # Of very many training images, only every second, third, … has its features kept.
+    originals = found.indices[closest] * math.ceil(len(training[0]) / len(vectors))
+    picture = os.path.join(folder, f'closest-{network.features}.png')
+    with workdir.writing(folder):
+        pairs = np.concatenate([images[closest], training[0][originals]])
+        save_grid(picture, pairs, columns=len(closest))
+    return entry | {
+        'copies': found.copies,
+        'median_distance': found.medians[0],
+        'median_distance_held_out': found.medians[1],
+        'held_out': held_out if isinstance(held_out, str) else held_out[1].record,
+        'closest': [
+            {
+                'sample': int(sample),
+                'training_image': int(original),
+                'distance': float(found.distances[sample]),
+                'p_value': None if found.p_values is None else float(found.p_values[sample]),
+            }
+            for sample, original in zip(closest, originals, strict=True)
+        ],
+        'picture': picture,
+    }
 
 
 def extract_all(
-    config: ConfigDict, network: Network, images: Any, count: int, devices: Mesh, outputs: tuple[str, ...]
+    config: ConfigDict,
+    plan: Plan,
+    network: Network,
+    images: Any,
+    count: int,
+    devices: Mesh,
+    outputs: tuple[str, ...],
 ) -> dict[str, np.ndarray]:
     """Compute the features of images, (N, D) float32 by output. All hosts have to call it; the first one reads images.
 
@@ -275,14 +380,16 @@ def extract_all(
     """
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     size = min(config.metrics.batch_size, count)
-    extract = extractor(network, devices, shape, outputs, size)
+    program = str(network), outputs, size
+    if program not in plan.known:
+        plan.known[program] = extractor(network, devices, shape, outputs, size)
     found: dict[str, np.ndarray] = {}
     show = dict(desc=f'features ({network})', unit='image', dynamic_ncols=True, disable=not hosts.is_first())
     with tqdm(total=count, **show) as bar:
         for start in range(0, count, size):
             stop = min(start + size, count)
             batch = images[start:stop] if hosts.is_first() else np.zeros((stop - start, *shape), np.uint8)
-            for output, values in extract(hosts.from_first(np.asarray(batch))).items():
+            for output, values in plan.known[program](hosts.from_first(np.asarray(batch))).items():
                 if hosts.is_first():
                     found.setdefault(output, np.empty((count, values.shape[1]), np.float32))[start:stop] = values
             bar.update(stop - start)
@@ -300,6 +407,26 @@ def tell(found: dict[str, Any]) -> None:
         )
     for names, why in grouped(found['left_out']).items():
         say(f'{names}: left out, because {why}')
+    for entry in found['memorization']:
+        say(_about_copies(entry))
+
+
+def _about_copies(entry):
+    """One line on the copies in one space."""
+    features, copies = entry['features'], entry['copies']
+    if copies is None:
+        return f'copies of training images ({features}): not looked for, because {entry["why"]}'
+    median, null = entry['median_distance'], entry['median_distance_held_out']
+    if null is None:
+        return (
+            f'copies of training images ({features}): not judged, because there are no held-out images '
+            f'({entry["held_out"]}); the median distance is {median:.4g}; {entry["picture"]}'
+        )
+    distances = f'median distance {median:.4g}, of held-out images {null:.4g}; {entry["picture"]}'
+    if not copies:
+        return f'copies of training images ({features}): none; {distances}'
+    first = ', '.join(map(str, copies[:CLOSEST])) + (', …' if len(copies) > CLOSEST else '')
+    return f'warning: {len(copies)} samples are copies of training images ({features}): {first}; {distances}'
 
 
 def _name(reference):

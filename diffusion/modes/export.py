@@ -167,10 +167,11 @@ def samples_section(folder: str, path: str, digest: str) -> str:
     shutil.copy(os.path.join(drawn, 'grid.png'), folder)
     keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip', 'compat', 'seed')
     how = ', '.join(f'{key} {details[key]!r}' for key in keys)
-    text, quality = f'\n![samples](grid.png)\n\nDrawn with {how}.\n', details['quality']
-    if quality['value'] is not None:
-        text += f'{quality["metric"]} of {details["count"]} images: {quality["value"]:.4f}.\n'
-    return text
+    measured = ''.join(
+        f'{entry["name"]} of {entry["n"]} images: {entry["value"]:.4f} ± {entry["standard_error"]:.4f}.\n'
+        for entry in details['metrics']
+    )
+    return f'\n![samples](grid.png)\n\nDrawn with {how}.\n{measured}'
 
 
 def likelihood_section(folder: str, path: str, digest: str) -> str:

@@ -44,12 +44,13 @@ def run(config: ConfigDict, path: str) -> int:
     """
     config = workdir.resolve(config, path)
     devices = make_mesh(config)
-    images = build.load_same_images(config, config.metrics.split)
+    split = config.metrics.split or config.data.split
+    images = build.load_same_images(config, split)
     ready, left_out = networks(config, tuple(METRICS), images.images.shape[1:])
     for name, why in grouped(left_out).items():
         say(f'{name}: left out, because {why}')
     for network in ready:
-        found = reference(config, network, images, devices)
+        found = reference(config, network, images, split, devices, flip=config.metrics.flip)
         if not hosts.is_first():
             continue
         say(f'{network}: {found.record["count"]} images of {config.data.source}, {found.record["split"]} split')
@@ -200,8 +201,18 @@ def reference_outputs(features: str) -> dict[str, bool]:
     return {row.output: any(r.needs == 'vectors' for r in rows if r.output == row.output) for row in rows}
 
 
-def reference(config: ConfigDict, network: Network, images: data.Images, devices: Mesh) -> Reference:
+def reference(
+    config: ConfigDict, network: Network, images: data.Images, split: str, devices: Mesh, *, flip: bool = False
+) -> Reference:
     """Return the reference of some images, from the cache or computed. All hosts have to call it.
+
+    Args:
+        config: says where the cache is.
+        network: whose features are computed.
+        images: one split of config.data.source.
+        split: its name.
+        devices: over which batches are split.
+        flip: whether their mirror images belong to the reference as well.
 
     Raises:
         RunError: the cache cannot be written.
@@ -215,26 +226,26 @@ def reference(config: ConfigDict, network: Network, images: data.Images, devices
         'channels': channels,
         'images_sha256': images.record['sha256'],
         'preprocessing': images.record['fingerprint'],
-        'flip': bool(config.metrics.flip),
+        'flip': flip,
     }
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     cache = os.path.expanduser(config.data.cache_dir) or cache_folder()
     folder = os.path.join(cache, 'references', name)
     with workdir.writing(cache):
         if not hosts.from_first(np.array(os.path.exists(folder))):
-            where = {'source': config.data.source, 'split': config.metrics.split or config.data.split}
-            _compute(config, network, images, devices, folder, where | described)
+            where = {'source': config.data.source, 'split': split}
+            _compute(network, images, devices, folder, where | described, config.metrics.batch_size)
         if not hosts.is_first():
             return Reference({}, {}, described, folder)
         return _read(folder)
 
 
-def _compute(config, network, images, devices, folder, described):
+def _compute(network, images, devices, folder, described, batch_size):
     """Write the features of all images, and their moments, into a folder that appears when it is complete."""
     outputs = reference_outputs(network.features)
-    size = min(config.metrics.batch_size, len(images))
+    size = min(batch_size, len(images))
     extract = extractor(network, devices, images.images.shape[1:], tuple(outputs), size)
-    count = len(images) * (2 if config.metrics.flip else 1)
+    count = len(images) * (2 if described['flip'] else 1)
     step = math.ceil(count / MOST_VECTORS)
     new = f'{folder}.{os.getpid()}.new'
     files: dict[str, np.memmap] = {}

@@ -1,5 +1,9 @@
 """--mode=sample: images from a checkpoint, and how good they are."""
 
+import glob
+import hashlib
+import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -8,19 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffusion import build, compat, data, sampler, workdir
 from diffusion.build import Experiment
-from diffusion.metrics import colour, frechet
+from diffusion.metrics import colour
+from diffusion.modes import evaluate
 from diffusion.report.grid import save_each, save_grid
 from diffusion.runtime import hosts, mesh
+from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
-from diffusion.util import RunError, naming, numerics, say, versions, write_json
-
-LARGEST_FRECHET = 4096  # values per image; the covariance has the square of that
-METRIC = 'Fréchet distance of raw pixels in [−1, 1] (not an FID)'
+from diffusion.util import naming, numerics, say, versions, write_json
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -31,7 +36,7 @@ def run(config: ConfigDict, path: str) -> int:
         path: the workdir.
 
     Returns:
-        The exit status, 0.
+        0 if everything is drawn, EXIT_STATUS if a signal stopped it (the images so far are kept).
 
     Raises:
         RunError: the config does not allow it, there is no checkpoint, or the folder cannot be written.
@@ -46,42 +51,51 @@ def run(config: ConfigDict, path: str) -> int:
         chain = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys})
     done = {key: chain.pop(key) if key in ('num_steps', 'spacing') else chain[key] for key in keys}
     step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    plan = evaluate.prepare(config, shape)
     folder = os.path.join(workdir.output_folder(config, path, 'sample', 'samples'), name_of(config, step, done))
     workdir.use_compile_cache(config)
+    params_sha256 = workdir.digest(params)  # all hosts take part
 
     # Compute.
     began = time.perf_counter()
-    shape = (config.data.image_size, config.data.image_size, config.data.channels)
     batch_size = min(asked.batch_size, asked.num_images)
     with naming('config.sample'):
         how = dict(kind=config.model.kind, rule=asked.rule, **chain)
         draw = make_sampler(exp, params, shape, batch_size=batch_size, **how)
     compiled = time.perf_counter()
-    images = draw_all(draw, params, asked, batch_size)
+    with workdir.writing(folder, key='sample.folder'), Interrupt('batch') as interrupt:
+        drawn = Drawn(folder, shape, settings_sha256(config, params_sha256, done, chain))
+        count = draw_all(draw, params, asked, batch_size, drawn, exp.mesh, interrupt)
+        if count < asked.num_images:
+            reason = interrupt or 'a signal to another host'
+            say(f'{reason}: {count} of {asked.num_images} images are drawn and kept; the same command resumes')
+            return EXIT_STATUS
     finished = time.perf_counter()
-    digest = workdir.digest(params)  # all hosts take part
-    if not hosts.is_first():
+    images = drawn.images() if hosts.is_first() else None
+    trained_on = (workdir.read_config(path) or {}).get('images')  # an imported run records none
+    found = evaluate.measure(config, plan, images, count, exp.mesh, trained_on, folder)
+    if images is None:
         return 0
 
     # Record.
     with workdir.writing(folder, key='sample.folder'):
         save_grid(os.path.join(folder, 'grid.png'), images)
-        np.savez(os.path.join(folder, 'samples.npz'), images)
+        save_npz(os.path.join(folder, 'samples.npz'), images)
         if asked.png:
             save_each(os.path.join(folder, 'png'), images)
-    trained_on = (workdir.read_config(path) or {}).get('images')  # an imported run records none
-    quality = distance_from_data(config, images, trained_on)
     drift, warning = colour.drift(images, trained_on['channel_means']) if trained_on else (None, None)
     record = {
         'checkpoint_step': step,
         **workdir.settings_for_record(asked),
         **done,
         **({'timesteps': chain['timesteps'].tolist(), 'last_noise': chain['last_noise']} if asked.compat else {}),
-        'count': len(images),
+        'count': count,
         'model': config.model.to_dict(),
-        'params_sha256': digest,
+        'params_sha256': params_sha256,
         'schedule': config.schedule.to_dict(),
-        'quality': quality,
+        'quantization': 'rounded to 8 bits',
+        **found,
         'colour_drift': None if drift is None else drift.tolist(),
         'compile_seconds': round(compiled - began, 3),
         'wall_seconds': round(finished - compiled, 3),
@@ -92,14 +106,12 @@ def run(config: ConfigDict, path: str) -> int:
     }
     with workdir.writing(folder, key='sample.folder'):
         write_json(os.path.join(folder, 'record.json'), record)
+        drawn.remove()
 
     # Report.
     seconds = f'{finished - compiled:.1f} s, and {compiled - began:.1f} s to compile'
-    say(f'{len(images)} images from step {step}, {asked.weights} weights, in {seconds}')
-    if quality['value'] is None:
-        say(f'{quality["metric"]}: none, because {quality["why"]}')
-    else:
-        say(f'{quality["metric"]} of {len(images)} images from {quality["reference"]}: {quality["value"]:.4f}')
+    say(f'{count} images from step {step}, {asked.weights} weights, in {seconds}')
+    evaluate.tell(found)
     if warning:
         say(f'warning: {warning}')
     for file in ('grid.png', 'samples.npz', *(['png'] if asked.png else []), 'record.json'):
@@ -107,7 +119,89 @@ def run(config: ConfigDict, path: str) -> int:
     return 0
 
 
-def make_sampler(exp: Experiment, params: Any, shape: tuple[int, ...], *, batch_size: int, **how: Any) -> Callable:
+def settings_sha256(config: ConfigDict, params_sha256: str, done: dict[str, Any], chain: dict[str, Any]) -> str:
+    """Return a digest of everything that determines the pixels of image i, for every i."""
+    settings = {
+        'params': params_sha256,
+        'model': config.model.to_dict(),
+        'schedule': config.schedule.to_dict(),
+        'sample': {key: config.sample[key] for key in ('seed', 'rule', 'compat')} | done,
+        'timesteps': np.asarray(chain['timesteps']).tolist(),
+        'device': jax.devices()[0].device_kind,
+        'numerics': numerics(),
+        'versions': versions(),
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+class Drawn:
+    """Images that are drawn one batch after another, on disk: one file of raw pixels. Only the first host has it.
+
+    An interrupted run leaves whole images and perhaps a part of one, which is drawn again.
+
+    Args:
+        folder: of the samples.
+        shape: of an image, (H, W, C).
+        settings: a digest of what the pixels depend on; images of other settings are removed.
+    """
+
+    def __init__(self, folder: str, shape: tuple[int, ...], settings: str):
+        self._shape, self._path = shape, os.path.join(folder, f'drawn-{settings[:16]}.bin')
+        if hosts.is_first():
+            os.makedirs(folder, exist_ok=True)
+            for other in set(glob.glob(os.path.join(glob.escape(folder), 'drawn-*.bin'))) - {self._path}:
+                os.remove(other)
+            with open(self._path, 'ab') as file:
+                file.truncate(self.count() * math.prod(shape))
+
+    def count(self) -> int:
+        """Return the number of whole images."""
+        return os.path.getsize(self._path) // math.prod(self._shape)
+
+    def append(self, images: UInt8[np.ndarray, 'n H W C']) -> None:
+        """Add images; when it returns, they are on disk."""
+        with open(self._path, 'ab') as file:
+            file.write(np.ascontiguousarray(images).data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def images(self) -> UInt8[np.ndarray, 'N H W C']:
+        """Return all of them, without reading them."""
+        return np.memmap(self._path, np.uint8, 'r', shape=(self.count(), *self._shape))
+
+    def remove(self) -> None:
+        """Remove the file."""
+        os.remove(self._path)
+
+
+def draw_all(
+    draw: Callable, params: Any, asked: ConfigDict, batch_size: int, drawn: Drawn, devices: Mesh, interrupt: Interrupt
+) -> int:
+    """Draw the images of config.sample that are missing; return how many there are now."""
+    stopped = hosts.AnyHost(devices)
+    done = int(hosts.from_first(np.array(drawn.count() if hosts.is_first() else 0)))
+    show = dict(desc='sample', unit='image', dynamic_ncols=True, disable=not hosts.is_first())
+    with tqdm(total=asked.num_images, initial=done, **show) as bar:
+        while done < asked.num_images and not stopped(interrupt):
+            stop = min(done + batch_size, asked.num_images)
+            images = data.to_uint8(draw(params, asked.seed, done, stop))
+            if hosts.is_first():
+                drawn.append(images)
+            bar.update(stop - done)
+            done = stop
+    return done
+
+
+def save_npz(path: str, images: UInt8[np.ndarray, 'N H W C']) -> None:
+    """Write images as arr_0 of an .npz file, atomically and without holding them in memory."""
+    with open(path + '.new', 'wb') as file:
+        np.savez(file, images)
+    os.replace(path + '.new', path)
+
+
+def make_sampler(
+    exp: Experiment, params: Any, shape: tuple[int, ...], *, batch_size: int, start: int | None = None, **how: Any
+) -> Callable:
     """Compile a function that draws any images of any seed.
 
     One program serves all calls: a short batch is filled up, and every batch to a multiple of the devices.
@@ -117,6 +211,7 @@ def make_sampler(exp: Experiment, params: Any, shape: tuple[int, ...], *, batch_
         params: parameters, or their shapes and shardings.
         shape: of one image, (H, W, C).
         batch_size: the largest number of images per call.
+        start: the level whose noise is x_T, so that chains with other first levels start alike; None is their own.
         how: keyword arguments of `sampler.sample`.
 
     Returns:
@@ -125,26 +220,15 @@ def make_sampler(exp: Experiment, params: Any, shape: tuple[int, ...], *, batch_
     """
     batch_size += -batch_size % exp.mesh.size
 
-    def draw(params, seed, start):
-        indices = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), mesh.split_batch(exp.mesh))
+    def draw(params, seed, first):
+        indices = jax.lax.with_sharding_constraint(first + jnp.arange(batch_size), mesh.split_batch(exp.mesh))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(domain_key(seed, 'sampling'), indices)
         net = exp.network.net(mesh.whole(exp.mesh, params))
-        return sampler.sample(keys, exp.schedule, net, shape=shape, **how)
+        x_T = None if start is None else sampler.noise(keys, start, shape)
+        return sampler.sample(keys, exp.schedule, net, shape=shape, x_T=x_T, **how)
 
     program = exp.implementation.compile(draw, params, 0, 0, out_shardings=mesh.replicated(exp.mesh))
     return lambda params, seed, start, stop: np.asarray(program(params, seed, start))[: stop - start]
-
-
-def draw_all(draw: Callable, params: Any, asked: ConfigDict, batch_size: int) -> np.ndarray:
-    """Draw all images that config.sample asks for: (num_images, H, W, C) uint8."""
-    batches = []
-    show = dict(desc='sample', unit='image', dynamic_ncols=True, disable=not hosts.is_first())
-    with tqdm(total=asked.num_images, **show) as bar:
-        for start in range(0, asked.num_images, batch_size):
-            stop = min(start + batch_size, asked.num_images)
-            batches.append(data.to_uint8(draw(params, asked.seed, start, stop)))
-            bar.update(stop - start)
-    return np.concatenate(batches)
 
 
 def name_of(config: ConfigDict, step: int, done: dict[str, Any]) -> str:
@@ -155,41 +239,3 @@ def name_of(config: ConfigDict, step: int, done: dict[str, Any]) -> str:
         f'{"" if done["clip"] else "-noclip"}{"" if asked.rule == "kernel" else f"-{asked.rule}"}'
         f'{f"-as-{asked.compat}" if asked.compat else ""}-{config.model.dtype}-n{asked.num_images}-seed{asked.seed}'
     )
-
-
-def distance_from_data(config: ConfigDict, images: np.ndarray, trained_on: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the Fréchet distance between samples and the training images, or why there is none.
-
-    Args:
-        config: config.data says where the training images are.
-        images: (N, H, W, C) uint8, the samples.
-        trained_on: what config.json records of the images that the run was trained on, or None.
-
-    Returns:
-        {'metric', 'value', and 'reference' or 'why'}; the value is None if there is no distance.
-    """
-    none = {'metric': METRIC, 'value': None}
-    if images[0].size > LARGEST_FRECHET:
-        return none | {'why': f'an image has {images[0].size} values, more than {LARGEST_FRECHET}'}
-    if len(images) < 2:
-        return none | {'why': 'one image has no covariance'}
-    try:
-        real = build.load_images(config)
-    except RunError as error:
-        return none | {'why': str(error)}
-    if trained_on and real.record['sha256'] != trained_on['sha256']:
-        why = (
-            f'the {len(real)} images of config.data.source={config.data.source} are not the {trained_on["count"]} '
-            'that the run was trained on'
-        )
-        return none | {'why': why}
-    return {
-        'metric': METRIC,
-        'value': frechet.distance(moments(images), moments(real)),
-        'reference': f'{config.data.source}, {config.data.split} split, {len(real)} images',
-    }
-
-
-def moments(images: data.Images | np.ndarray) -> frechet.Moments:
-    """Return the mean and the covariance of uint8 images in [−1, 1], which are read 1,000 at a time."""
-    return frechet.moments(np.asarray(data.to_float(images[i : i + 1000])) for i in range(0, len(images), 1000))

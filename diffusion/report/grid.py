@@ -11,7 +11,7 @@ GAP = 4  # pixels between images and around the grid
 
 
 def save_grid(
-    path: str, images: UInt8[np.ndarray, 'N H W C'], *, most: int = 100, tile: int = 48
+    path: str, images: UInt8[np.ndarray, 'N H W C'], *, most: int = 100, tile: int = 48, columns: int = 0
 ) -> UInt8[np.ndarray, 'height width C']:
     """Write the first `most` images as a square grid with gaps between them.
 
@@ -19,6 +19,7 @@ def save_grid(
         path: the PNG file; its folder is created if it does not exist.
         images: (N, H, W, C), in 0 … 255. If C is neither 1 nor 3, the channels are averaged to grey.
         most: the largest number of images.
+        columns: images in a row; 0 makes the grid square.
         tile: images smaller than this many pixels are enlarged by a whole factor, without interpolation.
 
     Returns:
@@ -33,7 +34,7 @@ def save_grid(
     factor = max(1, round(tile / images.shape[1]))
     images = images.repeat(factor, 1).repeat(factor, 2)
     count, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     grid = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, channels), 127, np.uint8)
     for i, image in enumerate(images):

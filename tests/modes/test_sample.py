@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 
 from diffusion import build, data, sampler, schedule, workdir
+from diffusion.data import to_float
 from diffusion.metrics import frechet
-from diffusion.modes import sample
+from diffusion.modes import evaluate, sample
 from diffusion.util import RunError, numerics
 from tests.galleries import encoded, fill, noise
 from tests.runs import QUICK, ROOT, flags, make_run, quick, random_params
@@ -95,23 +97,31 @@ def test_the_record_describes_the_images(five):
         assert fact in folder.name
 
 
+def distances(record):
+    """The value of each metric, by its name."""
+    return {entry['name']: entry['value'] for entry in record['metrics']}
+
+
 def test_the_distance_is_that_of_the_written_images(five):
     images, record, _ = five
     real = build.load_images(asking()).images
     expected = frechet.distance(*(frechet.moments([part / 127.5 - 1]) for part in (images, real)))
-    assert record['quality']['value'] == pytest.approx(expected, rel=1e-4)
-    assert 'not an FID' in record['quality']['metric'] and 'pixels' in record['quality']['metric']
-    assert '1498' in record['quality']['reference'] and 'digits' in record['quality']['reference']
+    (entry,) = record['metrics']
+    assert entry['value'] == pytest.approx(expected, rel=1e-4) and entry['name'] == 'FD-pixels'
+    assert entry['n'] == 5 and entry['standard_error'] > 0
+    assert entry['reference']['count'] == 1498 and entry['reference']['source'] == 'digits'
+    assert 'weights' in record['left_out']['FID']
 
 
-def test_the_reason_is_recorded_where_there_is_no_distance():
-    one = sample.distance_from_data(asking(), np.zeros((1, 8, 8, 1), np.uint8), None)
-    assert one['value'] is None and 'one image' in one['why']
-    large = sample.distance_from_data(asking(), np.zeros((4, 64, 64, 3), np.uint8), None)
-    assert large['value'] is None and '12288' in large['why'] and '4096' in large['why']
-    nowhere = quick({'data.source': 'nowhere'})
-    absent = sample.distance_from_data(nowhere, np.zeros((4, 8, 8, 1), np.uint8), None)
-    assert absent['value'] is None and 'nowhere' in absent['why']
+def test_the_reason_is_recorded_where_there_is_no_distance(trained):
+    _, one, _ = draw(trained, asking(num_images=1))
+    assert one['metrics'] == [] and 'at least 2 vectors' in one['left_out']['FD-pixels']
+    config = asking()
+    config.data.source = 'folder:/nowhere'
+    _, absent, _ = draw(trained, config)
+    assert absent['metrics'] == [] and 'nowhere' in absent['left_out']['FD-pixels']
+    plan = evaluate.prepare(asking(), (64, 64, 3))
+    assert '12288' in plan.left_out['FD-pixels'] and '4096' in plan.left_out['FD-pixels']
 
 
 def test_the_distance_is_from_the_training_images_only(tmp_path, monkeypatch, capsys):
@@ -124,14 +134,34 @@ def test_the_distance_is_from_the_training_images_only(tmp_path, monkeypatch, ca
     make_run(run, config, 1, params=params, ema=params)
     workdir.write_config(config, str(run), build.load_images(config))
     config.data.source = f'folder:{fill(tmp_path / "copy", own)}'
-    assert draw(run, config)[1]['quality']['value'] > 0
+    assert distances(draw(run, config)[1])['FD-pixels'] > 0
     others = {f'{i}.png': encoded(image) for i, image in enumerate(noise(5, 8, 8, 1, seed=1))}
     config.data.source = f'folder:{fill(tmp_path / "others", others)}'
     capsys.readouterr()
-    quality = draw(run, config)[1]['quality']
-    assert quality['value'] is None and quality['why'] in capsys.readouterr().out
+    why = draw(run, config)[1]['left_out']['FD-pixels']
+    assert why in capsys.readouterr().out
     for words in ('5 images', str(tmp_path / 'others'), 'not the 4 that the run was trained on'):
-        assert words in quality['why']
+        assert words in why
+
+
+def test_copies_of_training_images_are_found_and_drawn(trained, capsys, monkeypatch):
+    """A sampler that returns training images, but for one that it has made up."""
+    real = build.load_images(asking()).images
+    made_up = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
+    planted = np.concatenate([real[[7, 700]], made_up, real[[70]]])
+    monkeypatch.setattr(sample, 'make_sampler', lambda *_, **__: lambda params, seed, start, stop: to_float(planted))
+    config = asking(num_images=4, metrics=('FD-pixels',))
+    config.metrics.memorization = True
+    _, record, folder = draw(trained, config)
+    (entry,) = record['memorization']
+    assert sorted(entry['copies']) == [0, 1, 3]
+    closest = {pair['sample']: pair['training_image'] for pair in entry['closest']}
+    assert len(closest) == 4 and (closest[0], closest[1], closest[3]) == (7, 700, 70)
+    assert entry['median_distance_held_out'] > 0
+    with Image.open(folder / 'closest-pixels.png') as picture:
+        pixels = np.asarray(picture)
+    assert (pixels[4:52, 4:52] == pixels[56:104, 4:52]).all()  # a sample above the training image that it is
+    assert 'warning: 3 samples are copies of training images (pixels)' in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -173,24 +203,49 @@ def test_reading_parameters_does_not_move_the_compile_cache(trained):
     assert jax.config.jax_compilation_cache_dir == before
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_images_are_drawn_ends_the_run_with_one_line(trained, number, tmp_path):
-    asked = flags(trained, QUICK, sample__num_images=1_000_000, sample__batch_size=8, sample__num_steps=4)
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_while_images_are_drawn_keeps_them_and_the_same_command_resumes(
+    trained, number, tmp_path, monkeypatch
+):
+    """The images, their order and the metrics are those of an unbroken run."""
+    count = 3000 if number == signal.SIGKILL else 1_000_000
+    asked = flags(trained, QUICK, sample__num_images=count, sample__batch_size=8, sample__num_steps=4)
     with open(tmp_path / 'errors', 'w', encoding='utf-8') as errors:
         command = [sys.executable, 'main.py', *asked, '--mode=sample']
         process = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
     try:
         deadline = time.monotonic() + 120
-        while 'image/s' not in (printed := (tmp_path / 'errors').read_text()) and process.poll() is None:
-            assert time.monotonic() < deadline, printed
+        while not any(file.stat().st_size >= 8 * 64 for file in trained.glob(f'samples/*-n{count}-*/drawn-*.bin')):
+            printed = (tmp_path / 'errors').read_text()
+            assert process.poll() is None and time.monotonic() < deadline, printed
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(timeout=60) == 75
+        assert process.wait(timeout=60) == (-9 if number == signal.SIGKILL else 75)
     finally:
         process.kill()
     printed = (tmp_path / 'errors').read_text()
-    assert printed.splitlines()[-1] == 'interrupted: nothing is written yet; the same command starts over', printed
-    assert 'Traceback' not in printed and not list((trained / 'samples').iterdir())
+    assert 'Traceback' not in printed
+    (partial,) = trained.glob(f'samples/*-n{count}-*/drawn-*.bin')
+    kept = partial.stat().st_size // 64
+    assert 8 <= kept < count
+    if number != signal.SIGKILL:
+        assert f'{kept} of {count} images are drawn and kept; the same command resumes' in printed
+        shutil.rmtree(partial.parent)
+        return
+    with open(partial, 'ab') as file:
+        file.write(b'a part of an image')
+    config = asking(num_images=count, batch_size=500, num_steps=4, eta=0.0)
+    starts, make = [], sample.make_sampler
+
+    def recorded(*args, **kwargs):
+        drawn = make(*args, **kwargs)
+        return lambda params, seed, start, stop: [starts.append(start), drawn(params, seed, start, stop)][1]
+
+    monkeypatch.setattr(sample, 'make_sampler', recorded)
+    resumed, fresh = draw(trained, config), draw(trained, config)
+    assert starts[0] == kept and starts.count(0) == 1  # the second run alone begins at the first image
+    np.testing.assert_array_equal(resumed[0], fresh[0])
+    assert resumed[1]['metrics'] == fresh[1]['metrics']
 
 
 def test_an_image_depends_on_its_seed_and_index_alone(trained, five):
@@ -275,7 +330,7 @@ def test_each_setting_makes_other_images_in_a_folder_of_their_own(trained, five,
     images, record, folder = draw(trained, asking(**{key: value}))
     ours, theirs = record, five[1]
     assert record[key] == value
-    assert {name for name in ours if ours[name] != theirs[name]} <= {key, 'quality', 'wall_seconds', 'compile_seconds'}
+    assert {name for name in ours if ours[name] != theirs[name]} <= {key, 'metrics', 'wall_seconds', 'compile_seconds'}
     assert folder.name.partition('-')[2] != five[2].name.partition('-')[2]
     assert (images != five[0]).any()
 

@@ -120,7 +120,8 @@ def test_a_trained_run_can_be_sampled(unbroken):
     with open(written[2], encoding='utf-8') as file:
         record = json.load(file)
     assert record['checkpoint_step'] == LONG
-    assert f'{record["quality"]["value"]:.4f}' in done.stdout and record['quality']['metric'] in done.stdout
+    (entry,) = record['metrics']
+    assert f'{entry["name"]} (pixels, [-1,1]): {entry["value"]:.4f} ± {entry["standard_error"]:.4f}' in done.stdout
     if jax.default_backend() == 'cpu':
         assert record['device'] == f'{min(len(os.sched_getaffinity(0)), 3)} × cpu'  # at most one for each image
 

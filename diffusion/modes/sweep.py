@@ -1,0 +1,213 @@
+"""--mode=sweep: the same images with other numbers of steps and other η, from one checkpoint: DDIM's Table 1."""
+
+import hashlib
+import itertools
+import json
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion import build, gaussian, workdir
+from diffusion.build import Experiment
+from diffusion.modes import evaluate
+from diffusion.modes.sample import Drawn, draw_all, make_sampler, settings_sha256
+from diffusion.report.grid import save_grid
+from diffusion.report.sweep import save_sweep
+from diffusion.runtime import hosts
+from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
+from diffusion.schedule import timesteps
+from diffusion.util import RunError, naming, read_json, say, versions, write_json
+
+SHOWN = 4  # images of each cell on the contact sheet
+
+
+class Cell(NamedTuple):
+    """A way to sample.
+
+    Attributes:
+        eta: η.
+        variance: 'small' is the η family, 'large' DDPM's σ² = β, the DDIM paper's σ̂.
+        num_steps: network evaluations per image.
+    """
+
+    eta: float
+    variance: str
+    num_steps: int
+
+    @property
+    def row(self) -> str:
+        """Its row in the paper's table."""
+        return 'σ̂' if self.variance == 'large' else f'η = {self.eta:g}'
+
+
+def run(config: ConfigDict, path: str) -> int:
+    """Draw and measure images in each cell, and write sweep/<name>/; resume where an earlier call stopped.
+
+    Args:
+        config: what is asked.
+        path: the workdir.
+
+    Returns:
+        0 if everything is computed, EXIT_STATUS if a signal stopped it (finished cells are kept).
+
+    Raises:
+        RunError: the config does not allow it, there is no checkpoint, or the folder cannot be written.
+    """
+    # Resolve.
+    config = workdir.resolve(config, path)
+    exp = build.build(config)
+    cells = all_cells(config)
+    check_cells(config, exp, cells)
+    step, params = workdir.load_params(exp.abstract_state(), config, path, config.sample.weights, config.sample.step)
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    plan = evaluate.prepare(config, shape)
+    workdir.make_folder(path, 'sweep')
+    workdir.use_compile_cache(config)
+    params_sha256 = workdir.digest(params)
+    trained_on = (workdir.read_config(path) or {}).get('images')
+    config.sample.num_images = config.sweep.num_images or config.sample.num_images
+    settings = {
+        'checkpoint_step': step,
+        'params_sha256': params_sha256,
+        'sample': {key: config.sample[key] for key in ('weights', 'rule', 'spacing', 'clip', 'seed', 'num_images')},
+        'metrics': config.metrics.to_dict() | {'names': list(config.sample.metrics)},
+        'model': config.model.to_dict(),
+        'schedule': config.schedule.to_dict(),
+        'versions': versions(),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    name = f'step{step}-{config.sample.weights}-n{config.sample.num_images}-seed{config.sample.seed}-{digest}'
+    folder = os.path.join(path, 'sweep', name)
+
+    # Compute.
+    results = []
+    with Interrupt('batch') as interrupt:
+        for number, cell in enumerate(cells):
+            say(f'{cell.row}, {cell.num_steps} steps ({number + 1} of {len(cells)})')
+            found = compute(config, exp, plan, params, cell, folder, params_sha256, trained_on, interrupt)
+            if found is None:
+                reason = interrupt or 'a signal to another host'
+                say(f'{reason}: {number} of {len(cells)} cells are done and kept; the same command resumes')
+                return EXIT_STATUS
+            results.append(found)
+    if not hosts.is_first():
+        return 0
+
+    # Record and report.
+    rows = [
+        cell._asdict()
+        | {'rule': config.sample.rule, 'metric': entry['name']}
+        | {key: entry[key] for key in ('features', 'dialect', 'value', 'standard_error', 'n')}
+        for cell, found in zip(cells, results, strict=True)
+        for entry in found['metrics']
+    ]
+    table = markdown(rows)
+    with workdir.writing(folder):
+        reference = {entry['name']: entry.get('reference') for entry in results[0]['metrics']}
+        left_out = results[0]['left_out']
+        record = {'cells': rows, 'reference': reference, 'left_out': left_out, 'settings': settings}
+        write_json(os.path.join(folder, 'sweep.json'), record)
+        with open(os.path.join(folder, 'sweep.md'), 'w', encoding='utf-8') as file:
+            file.write(table)
+        save_sweep(os.path.join(folder, 'sweep.png'), curves(rows))
+        images = np.concatenate([np.load(cell_path(folder, cell, 'npy')) for cell in cells])
+        columns = len(images) // len({cell.row for cell in cells})
+        save_grid(os.path.join(folder, 'contact.png'), images, most=len(images), columns=columns)
+    say(f'\n{table}')
+    evaluate.tell({'metrics': [], 'left_out': left_out, 'memorization': []})
+    for written in ('sweep.json', 'sweep.md', 'sweep.png', 'contact.png'):
+        say(os.path.join(folder, written))
+    return 0
+
+
+def all_cells(config: ConfigDict) -> list[Cell]:
+    """Return the cells that config.sweep asks for, row by row."""
+    rows = [(float(eta), 'small') for eta in config.sweep.etas] + [(1.0, 'large')] * config.sweep.large
+    return [Cell(*row, num_steps) for row, num_steps in itertools.product(rows, config.sweep.num_steps)]
+
+
+def check_cells(config: ConfigDict, exp: Experiment, cells: list[Cell]) -> None:
+    """Raise RunError if there is no cell, or one that cannot be sampled, before anything is computed."""
+    if not cells:
+        raise RunError('config.sweep asks for nothing: name some num_steps, and some etas or large=True')
+    if config.sample.compat:
+        raise RunError(f'config.sample.compat is {config.sample.compat!r}, but a sweep sets steps and η itself')
+    for cell in cells:
+        with naming(f'config.sweep ({cell.row}, {cell.num_steps} steps), config.sample.spacing'):
+            levels = timesteps(exp.schedule.T, cell.num_steps, config.sample.spacing)
+            gaussian.chain(exp.schedule, config.model.kind, levels)
+
+
+def cell_path(folder: str, cell: Cell, ending: str) -> str:
+    """Return a file of a cell."""
+    return os.path.join(folder, 'cells', f'eta{cell.eta:.12g}-{cell.variance}-{cell.num_steps}.{ending}')
+
+
+def compute(
+    config: ConfigDict,
+    exp: Experiment,
+    plan: evaluate.Plan,
+    params: Any,
+    cell: Cell,
+    folder: str,
+    params_sha256: str,
+    trained_on: dict[str, Any] | None,
+    interrupt: Interrupt,
+) -> dict[str, Any] | None:
+    """Draw and measure the images of one cell, or read what was found before; None if a signal came."""
+    result = cell_path(folder, cell, 'json')
+    if hosts.from_first(np.array(os.path.exists(result))):
+        return read_json(result) if hosts.is_first() else {}
+    asked = config.sample
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    chain = {
+        'timesteps': timesteps(exp.schedule.T, cell.num_steps, asked.spacing),
+        'eta': cell.eta,
+        'variance': cell.variance,
+        'clip': asked.clip,
+    }
+    batch_size = min(asked.batch_size, asked.num_images)
+    with naming('config.sweep'):
+        how = dict(kind=config.model.kind, rule=asked.rule, **chain)
+        draw = make_sampler(exp, params, shape, batch_size=batch_size, start=exp.schedule.T, **how)
+    with workdir.writing(folder):
+        done = {key: value for key, value in chain.items() if key != 'timesteps'}
+        drawn = Drawn(os.path.dirname(result), shape, settings_sha256(config, params_sha256, done, chain))
+        count = draw_all(draw, params, asked, batch_size, drawn, exp.mesh, interrupt)
+    if count < asked.num_images:
+        return None
+    images = drawn.images() if hosts.is_first() else None
+    found = evaluate.measure(config, plan, images, count, exp.mesh, trained_on, folder)
+    if images is not None:
+        with workdir.writing(folder):
+            np.save(cell_path(folder, cell, 'npy'), images[:SHOWN])
+            write_json(result, found)
+            drawn.remove()
+    return found
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return one table for each metric: η by the number of steps, as in the DDIM paper's Table 1."""
+    text = ''
+    for metric in dict.fromkeys(row['metric'] for row in rows):
+        mine = [row for row in rows if row['metric'] == metric]
+        columns = list(dict.fromkeys(row['num_steps'] for row in mine))
+        text += f'{metric} of {mine[0]["n"]} images ({mine[0]["features"]}, {mine[0]["dialect"]})\n\n'
+        text += '| | ' + ' | '.join(f'{count} steps' for count in columns) + ' |\n'
+        text += '|---' * (1 + len(columns)) + '|\n'
+        for name, cells in curves(mine)[metric].items():
+            text += f'| {name} | ' + ' | '.join(f'{value:.4g} ± {error:.2g}' for _, value, error in cells) + ' |\n'
+        text += '\n'
+    return text
+
+
+def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
+    """Return {metric: {row of the table: [(steps, value, standard error)]}}."""
+    result: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
+    for row in rows:
+        name = Cell(row['eta'], row['variance'], row['num_steps']).row
+        point = row['num_steps'], row['value'], row['standard_error']
+        result.setdefault(row['metric'], {}).setdefault(name, []).append(point)
+    return result

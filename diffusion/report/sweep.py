@@ -1,0 +1,30 @@
+"""A plot of metrics over the number of steps."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+
+def save_sweep(path: str, curves: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]]) -> None:
+    """Plot each metric over the number of steps, one curve for each way to sample, with standard errors.
+
+    Args:
+        path: the file; its folder is created if it does not exist.
+        curves: {metric: {name of a curve: [(steps, value, standard error)]}}; without metrics nothing is written.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    if not curves:
+        return
+    figure = Figure(figsize=(5.5 * len(curves), 4.2), layout='constrained')
+    for ax, (metric, named) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for name, points in named.items():
+            steps, values, errors = zip(*points, strict=True)
+            ax.errorbar(steps, values, errors, label=name, marker='o', markersize=3, linewidth=1, capsize=2)
+        positive = all(value > 0 for points in named.values() for _, value, _ in points)
+        ax.set(title=metric, xlabel='steps', xscale='log', yscale='log' if positive else 'linear')
+        ax.legend(fontsize='small')
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    figure.savefig(path, dpi=120)

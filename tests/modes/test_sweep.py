@@ -1,0 +1,132 @@
+"""--mode=sweep: its cells, what they share, and that it resumes."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion import build, sampler, workdir
+from diffusion.modes import evaluate, sample, sweep
+from diffusion.modes.likelihood import ZeroNetwork
+from diffusion.util import RunError
+from tests.runs import make_run, quick, random_params
+
+SWEEP = {
+    'sample.num_images': 6,
+    'sample.batch_size': 6,
+    'sample.metrics': ('FD-pixels', 'precision-pixels'),
+    'sweep.num_steps': (1, 3),
+    'sweep.etas': (0.0,),
+}
+CELLS = list(itertools.product(((0.0, 'small'), (1.0, 'large')), (1, 3)))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    config = quick(SWEEP)
+    params = random_params(config, 1)
+    return make_run(tmp_path_factory.mktemp('run'), config, 5, params=params, ema=params)
+
+
+@pytest.fixture(scope='module')
+def swept(trained):
+    """The folder of a sweep."""
+    assert sweep.run(quick(SWEEP), str(trained)) == 0
+    (folder,) = (trained / 'sweep').iterdir()
+    return folder
+
+
+def read(folder):
+    return json.loads((folder / 'sweep.json').read_text(encoding='utf-8'))
+
+
+def test_every_cell_has_every_metric(swept):
+    cells = read(swept)['cells']
+    found = [((cell['eta'], cell['variance']), cell['num_steps'], cell['metric']) for cell in cells]
+    assert found == [(*cell, metric) for cell in CELLS for metric in SWEEP['sample.metrics']]
+    for cell in cells:
+        assert cell['rule'] == 'kernel' and cell['n'] == 6
+        assert np.isfinite([cell['value'], cell['standard_error']]).all()
+    values = {
+        steps: {cell['value'] for cell in cells if (cell['num_steps'], cell['metric']) == (steps, 'FD-pixels')}
+        for steps in (1, 3)
+    }
+    assert len(values[1]) == 1 and len(values[3]) == 2  # a single step, to level 0, has no noise
+
+
+def test_a_cell_has_the_value_of_mode_sample(trained, swept):
+    config = quick(SWEEP | {'sample.num_steps': 3, 'sample.eta': 0.0})
+    assert sample.run(config, str(trained)) == 0
+    (record,) = trained.glob('samples/*/record.json')
+    (entry,) = (e for e in json.loads(record.read_text(encoding='utf-8'))['metrics'] if e['name'] == 'FD-pixels')
+    (cell,) = (
+        c
+        for c in read(swept)['cells']
+        if (c['eta'], c['variance'], c['num_steps'], c['metric']) == (0.0, 'small', 3, 'FD-pixels')
+    )
+    assert (cell['value'], cell['standard_error']) == (entry['value'], entry['standard_error'])
+
+
+def test_the_table_the_plot_and_the_sheet_show_the_cells(swept):
+    table = (swept / 'sweep.md').read_text(encoding='utf-8')
+    lines = table.splitlines()
+    assert 'FD-pixels of 6 images' in lines[0] and lines[2] == '| | 1 steps | 3 steps |'
+    assert [line.split(' | ')[0] for line in lines[4:6]] == ['| η = 0', '| σ̂']
+    for cell in read(swept)['cells']:
+        assert f'{cell["value"]:.4g} ± ' in table
+    with Image.open(swept / 'contact.png') as picture, Image.open(swept / 'sweep.png') as plot:
+        assert picture.size == (8 * 52 + 4, 2 * 52 + 4)  # 2 cells with 4 images in each of 2 rows
+        assert np.ptp(np.asarray(plot)) > 0
+
+
+def test_every_cell_starts_from_the_same_noise(trained, monkeypatch):
+    """Also with a spacing whose first level depends on the number of steps."""
+    starts = []
+
+    def recorded(keys, schedule, net, *, x_T, timesteps, **how):
+        starts.append((int(timesteps[0]), x_T))
+        return x_T
+
+    config = quick(SWEEP | {'sample.spacing': 'leading'})
+    exp = build.build(config)
+    exp = dataclasses.replace(exp, network=ZeroNetwork(exp.network.make))
+    monkeypatch.setattr(sampler, 'sample', recorded)
+    drawn = [
+        sample.make_sampler(exp, {}, (8, 8, 1), batch_size=4, start=4, timesteps=levels)({}, 0, 0, 4)
+        for levels in ([4, 0], [3, 0])
+    ]
+    assert [first for first, _ in starts] == [4, 3]
+    np.testing.assert_array_equal(*drawn)
+    assert len(np.unique(drawn[0])) == drawn[0].size
+
+
+def test_finished_cells_are_not_computed_again(trained, swept, monkeypatch):
+    before = read(swept)
+    (swept / 'cells' / 'eta1-large-3.json').unlink()
+    computed, measure = [], evaluate.measure
+
+    def recorded(config, plan, images, *arguments):
+        computed.append(len(images))
+        return measure(config, plan, images, *arguments)
+
+    monkeypatch.setattr(evaluate, 'measure', recorded)
+    assert sweep.run(quick(SWEEP), str(trained)) == 0
+    assert computed == [6] and read(swept) == before
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'num_steps': (2, 5)}, r'config\.sweep .*5'),
+        ({'num_steps': ()}, 'asks for nothing'),
+        ({'num_steps': (0,)}, r'config\.sweep\.num_steps is \(0,\), but must be a tuple, each value at least 1'),
+        ({'etas': (1.5,)}, r'config\.sweep\.etas'),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_before_anything_is_drawn(trained, monkeypatch, changes, words):
+    monkeypatch.setattr(workdir, 'load_params', lambda *_: pytest.fail('weights are read'))
+    with pytest.raises(RunError, match=words):
+        sweep.run(quick(SWEEP | {f'sweep.{key}': value for key, value in changes.items()}), str(trained))
