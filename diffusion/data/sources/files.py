@@ -1,6 +1,7 @@
 """The picture files in a folder or in a zip file."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
@@ -70,16 +71,14 @@ class Files:
             )
         try:
             with self.open(file.key) as opened:
-                return opened.read(most)
+                return opened.read(file.size)
         except Exception as error:  # OSError; zipfile and zlib raise several types: damaged, encrypted, unknown
             why = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
             raise ValueError(f'cannot be read ({why})') from error
 
     def picture(self, file: File, max_pixels: int) -> Any:
         """Return the decoded picture, as `pictures.decode` does."""
-        if file.size <= LARGE:
-            return pictures.decode(self.encoded(file, max_pixels), max_pixels)
-        with _one_large:
+        with _one_large if file.size > LARGE else contextlib.nullcontext():
             return pictures.decode(self.encoded(file, max_pixels), max_pixels)
 
 
