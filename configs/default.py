@@ -106,9 +106,11 @@ def get_config() -> ConfigDict:
     config.sweep.etas = (0.0, 0.2, 0.5, 1.0)  # rows of the table
     config.sweep.large = True  # one more row: σ̂, DDPM's large variance with η = 1
     config.sweep.num_images = 0  # images in each cell; 0 is sample.num_images
+    config.sweep.folder = ''  # where <name>/ with the results is written; '' is sweep/ in the workdir
 
     config.evaluate = ConfigDict()
     config.evaluate.images = ''  # for --mode=evaluate: a folder or zip file of pictures, samples.npz, or an .npy file
+    config.evaluate.folder = ''  # where <name>/ with the results is written; '' is evaluations/ in the workdir
 
     config.likelihood = ConfigDict()
     config.likelihood.quantities = ('posterior', 'transition', 'printed', 'importance', 'flow')  # rows of the ledger

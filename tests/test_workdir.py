@@ -350,7 +350,16 @@ def test_any_checkpoint_that_is_kept_can_be_read(two_layers, tmp_path):
 # Folders of results.
 
 
-@pytest.mark.parametrize(('part', 'kind'), [('sample', 'samples'), ('likelihood', 'likelihood'), ('interop', 'export')])
+@pytest.mark.parametrize(
+    ('part', 'kind'),
+    [
+        ('sample', 'samples'),
+        ('likelihood', 'likelihood'),
+        ('interop', 'export'),
+        ('evaluate', 'evaluations'),
+        ('sweep', 'sweep'),
+    ],
+)
 def test_results_are_written_where_the_config_says(tmp_path, part, kind):
     run = tmp_path / 'run'
     run.mkdir()

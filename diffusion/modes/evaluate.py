@@ -28,7 +28,7 @@ from diffusion.modes.reference import (
 )
 from diffusion.report.grid import save_grid
 from diffusion.runtime import hosts
-from diffusion.util import RunError, naming, say, versions, write_json
+from diffusion.util import RunError, naming, numerics, say, versions, write_json
 
 CLOSEST = 10  # pairs of a sample and its nearest training image that are drawn
 
@@ -52,21 +52,22 @@ def run(config: ConfigDict, path: str) -> int:
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     with naming('config.evaluate.images'):
         images = open_images(config.evaluate.images, shape)
-    workdir.make_folder(path, 'evaluations')
+    above = workdir.output_folder(config, path, 'evaluate', 'evaluations')
     devices = make_mesh(config)
     plan = prepare(config, shape)
 
     # Compute.
     digest = sha256(images)
-    folder = os.path.join(path, 'evaluations', f'{os.path.splitext(os.path.basename(place))[0]}-{digest[:8]}')
+    folder = os.path.join(above, f'{os.path.splitext(os.path.basename(place))[0]}-{digest[:8]}')
     found = measure(config, plan, images, len(images), devices, None, folder)
     if not hosts.is_first():
         return 0
 
     # Record and report.
     record = {'images': {'place': place, 'count': len(images), 'sha256': digest, 'shape': list(shape)}}
-    with workdir.writing(folder):
-        write_json(os.path.join(folder, 'record.json'), record | found | {'versions': versions()})
+    with workdir.writing(folder, key='evaluate.folder'):
+        details = {'numerics': numerics(), 'versions': versions()}
+        write_json(os.path.join(folder, 'record.json'), record | found | details)
     say(f'{len(images)} images of {place}')
     tell(found)
     say(os.path.join(folder, 'record.json'))
@@ -87,7 +88,7 @@ def open_images(place: str, shape: tuple[int, ...]) -> Any:
         ValueError: there are no images of that shape.
     """
     path = os.path.expanduser(place)
-    if not place or not os.path.exists(path):
+    if not place or not (os.path.isfile(path) or os.path.isdir(path)):
         raise ValueError(f'there is no file or folder {place!r}: name a folder of pictures, or samples.npz')
     if not path.endswith(('.npz', '.npy')):
         return Pictures(path, shape)

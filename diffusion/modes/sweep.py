@@ -63,7 +63,7 @@ def run(config: ConfigDict, path: str) -> int:
     step, params = workdir.load_params(exp.abstract_state(), config, path, config.sample.weights, config.sample.step)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     plan = evaluate.prepare(config, shape)
-    workdir.make_folder(path, 'sweep')
+    above = workdir.output_folder(config, path, 'sweep', 'sweep')
     workdir.use_compile_cache(config)
     params_sha256 = workdir.digest(params)
     trained_on = (workdir.read_config(path) or {}).get('images')
@@ -79,7 +79,7 @@ def run(config: ConfigDict, path: str) -> int:
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = f'step{step}-{config.sample.weights}-n{config.sample.num_images}-seed{config.sample.seed}-{digest}'
-    folder = os.path.join(path, 'sweep', name)
+    folder = os.path.join(above, name)
 
     # Compute.
     results = []
@@ -104,7 +104,7 @@ def run(config: ConfigDict, path: str) -> int:
         for entry in found['metrics']
     ]
     table = markdown(rows)
-    with workdir.writing(folder):
+    with workdir.writing(folder, key='sweep.folder'):
         reference = {entry['name']: entry.get('reference') for entry in results[0]['metrics']}
         left_out = results[0]['left_out']
         record = {'cells': rows, 'reference': reference, 'left_out': left_out, 'settings': settings}
@@ -172,7 +172,7 @@ def compute(
     with naming('config.sweep'):
         how = dict(kind=config.model.kind, rule=asked.rule, **chain)
         draw = make_sampler(exp, params, shape, batch_size=batch_size, start=exp.schedule.T, **how)
-    with workdir.writing(folder):
+    with workdir.writing(folder, key='sweep.folder'):
         done = {key: value for key, value in chain.items() if key != 'timesteps'}
         drawn = Drawn(os.path.dirname(result), shape, settings_sha256(config, params_sha256, done, chain))
         count = draw_all(draw, params, asked, batch_size, drawn, exp.mesh, interrupt)
@@ -181,7 +181,7 @@ def compute(
     images = drawn.images() if hosts.is_first() else None
     found = evaluate.measure(config, plan, images, count, exp.mesh, trained_on, folder)
     if images is not None:
-        with workdir.writing(folder):
+        with workdir.writing(folder, key='sweep.folder'):
             np.save(cell_path(folder, cell, 'npy'), images[:SHOWN])
             write_json(result, found)
             drawn.remove()
