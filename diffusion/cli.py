@@ -118,6 +118,8 @@ def parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
+        if not path and 'flag --config=None' in str(error):
+            sys.exit('error: --config is missing, a name or PATH.py; only a --workdir that holds a run needs none')
         if 'TypeError: get_config() takes 0 positional arguments' in str(error):
             sys.exit(
                 f'error: --config={path}: {file} takes nothing after a colon; configs/workdir.py takes a workdir there'

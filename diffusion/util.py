@@ -88,13 +88,25 @@ def write_json(path: str, value: Any) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a text file in UTF-8 atomically: a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: the file; its folder is created if it does not exist.
+        text: lone surrogates, as in file names that are not valid Unicode, are written as \\udc80, which survives a
+            round trip through JSON.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         os.remove(path + '.new')  # it may be a link or a pipe
-    # File names that are not valid Unicode contain lone surrogates; as \udc80 they survive a round trip through JSON.
     with open(path + '.new', 'w', encoding='utf-8', errors='backslashreplace') as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write('\n')
+        file.write(text)
     os.replace(path + '.new', path)
 
 
@@ -108,10 +120,10 @@ def numerics() -> dict[str, Any]:
     import jax
 
     settings = {name: getattr(jax.config, name, None) for name in JAX_SETTINGS}
-    flags = {name: os.environ.get(name, '').split() for name in COMPILER_FLAGS}
-    return settings | {
-        name: [flag for flag in found if not flag.startswith(HARMLESS_FLAGS)] for name, found in flags.items() if found
-    }
+    for name in COMPILER_FLAGS:
+        flags = [flag for flag in os.environ.get(name, '').split() if not flag.startswith(HARMLESS_FLAGS)]
+        settings |= {name: flags} if flags else {}
+    return settings
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter  # writes at once; a SummaryWriter hangs on a full disk
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from diffusion.util import open_regular, parse_json
+from diffusion.util import open_regular, parse_json, write_text
 
 
 class Writer:
@@ -93,6 +93,4 @@ def _truncate(path: str, step: int) -> None:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if parse_json(line)['step'] <= step:
                     kept.append(line.decode().rstrip('\n') + '\n')
-    with open(path + '.new', 'w', encoding='utf-8') as file:
-        file.writelines(kept)
-    os.replace(path + '.new', path)
+    write_text(path, ''.join(kept))
