@@ -77,7 +77,8 @@ def get_config() -> ConfigDict:
     config.sample.eta = 1.0  # 0 is DDIM, 1 is DDPM
     config.sample.rule = 'kernel'  # how a step goes from x_t to x_s; 'kernel' is DDPM's and DDIM's
     config.sample.spacing = 'trailing'  # which noise levels are visited
-    config.sample.variance = 'large'  # 'small' is the η family, 'large' DDPM's σ² = β
+    # 'small' is the η family; 'large' DDPM's σ² = β, for η = 1 alone; 'auto' is 'large' for η = 1, and else 'small'
+    config.sample.variance = 'auto'
     config.sample.clip = True  # clip the predicted image to [−1, 1] at each step
     config.sample.weights = 'ema'  # which weights
     config.sample.step = -1  # of the checkpoint; −1 is the newest
@@ -120,7 +121,7 @@ def get_config() -> ConfigDict:
     config.likelihood.num_steps = 0  # steps of the chain ('trailing' spacing); 0 takes all T
     config.likelihood.levels = 0  # consistency terms drawn per image, spread evenly over the chain; 0 computes all
     config.likelihood.eta = 1.0  # in (0, 1]
-    config.likelihood.variance = 'small'  # of the model, as in sample.variance
+    config.likelihood.variance = 'small'  # of the model: 'small' or 'large', as in sample.variance
     config.likelihood.clip = True  # clip the predicted image to [−1, 1], as DDPM's evaluation does
     config.likelihood.rtol = 1e-4  # relative tolerance of the ODE solver
     config.likelihood.atol = 1e-4  # absolute tolerance of the ODE solver

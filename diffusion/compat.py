@@ -6,16 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.gaussian import Clip
+from diffusion.gaussian import Clip, require_room_for_noise
 from diffusion.schedule import timesteps
 
 Arguments = dict[str, Any]  # those of `sampler.sample`, and 'spacing' and 'num_steps' for the record
+
+
+def choose_variance(variance: str, eta: float) -> str:
+    """Return the variance that 'auto' stands for, 'large' for η = 1 and 'small' for any other; others stand as asked.
+
+    Ho et al. sample CIFAR-10 with σ² = β, which belongs to η = 1 alone.
+
+    Args:
+        variance: 'auto', 'small' or 'large'.
+        eta: η, in [0, 1].
+    """
+    return ('large' if eta == 1 else 'small') if variance == 'auto' else variance
 
 
 def as_asked(
     T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip, exact: bool = True
 ) -> Arguments:
     """Follow no codebase: sample with what is asked. Arguments, result and errors as in `resolve`."""
+    require_room_for_noise(variance, eta)
     levels = timesteps(T, num_steps, spacing, exact=exact)
     return {
         'timesteps': levels,
@@ -109,7 +122,7 @@ def resolve(compat: str, T: int, *, num_steps: int, spacing: str, eta: float, va
         num_steps: the number of steps asked for, 1 to T.
         spacing: the spacing asked for, a key of `schedule.SPACINGS`.
         eta: η asked for, in [0, 1].
-        variance: the variance asked for, 'small' or 'large'.
+        variance: the variance asked for, 'small', 'large' or 'auto', see `choose_variance`.
         clip: the clipping asked for, as in `gaussian.predict`.
 
     Returns:
@@ -117,9 +130,10 @@ def resolve(compat: str, T: int, *, num_steps: int, spacing: str, eta: float, va
         'num_steps' that they come from.
 
     Raises:
-        ValueError: the codebase is unknown; `schedule.timesteps` refuses the levels; or the codebase would take a step
-            from a level that does not exist.
+        ValueError: the codebase is unknown; `schedule.timesteps` refuses the levels; the variance is 'large' and η is
+            not 1; or the codebase would take a step from a level that does not exist.
     """
     if compat not in COMPAT:
         raise ValueError(f'compat is {compat!r}, but must be one of {", ".join(map(repr, COMPAT))}')
+    variance = choose_variance(variance, eta)
     return COMPAT[compat](T, num_steps=num_steps, spacing=spacing, eta=eta, variance=variance, clip=clip)

@@ -211,11 +211,13 @@ def posterior(
     if not any(isinstance(level, jax.core.Tracer) for level in (s, t)) and np.any(np.asarray(s) >= np.asarray(t)):
         raise ValueError(f'the kernel goes from level t to a lower one, but s is {s} and t is {t}')
     x0, eps = prediction
-    beta = schedule.beta(s, t)
-    ratio = (schedule.noise(s) / schedule.noise(t)) ** 2
-    std = eta * jnp.sqrt(ratio * beta)
-    # 1−ᾱ_s−σ² = (1−ᾱ_s)·(1 − η²·β/(1−ᾱ_t)), and 1 − β/(1−ᾱ_t) = (1−β)·(1−ᾱ_s)/(1−ᾱ_t): a sum without cancellation.
-    direction = schedule.noise(s) * jnp.sqrt((1 - eta**2) + eta**2 * (1 - beta) * ratio)
+    eta = float(eta)
+    ratio = schedule.noise(s) / schedule.noise(t)
+    std = eta * ratio * jnp.sqrt(schedule.beta(s, t))
+    # 1−ᾱ_s−σ² = (1−ᾱ_s)·(1 − η²·β/(1−ᾱ_t)), and 1 − β/(1−ᾱ_t) = (ᾱ_t/ᾱ_s)·(1−ᾱ_s)/(1−ᾱ_t): no cancellation.
+    kept = jnp.exp(0.5 * schedule.log_ratio(s, t)) * ratio
+    # For η = 1 no root is taken, whose derivative would be infinite where `kept` is 0: at s = 0, and where ᾱ_t = 0.
+    direction = schedule.noise(s) * (kept if eta == 1 else jnp.sqrt((1 - eta**2) + (eta * kept) ** 2))
     mean = like(schedule.signal(s), x0) * x0 + like(direction, x0) * eps
     return mean, like(std, x0)
 
@@ -231,7 +233,7 @@ def own_variance(
     """The variances of a reverse chain that replace σ² of the kernel, one for each pair (t, s).
 
         'small'              none: the kernel's σ² (at η = 1 DDPM's β̃)
-        'large'              1 − ᾱ_t/ᾱ_s: DDPM's σ² = β, the DDIM paper's σ̂²
+        'large'              1 − ᾱ_t/ᾱ_s: DDPM's σ² = β, the DDIM paper's σ̂²; for η = 1 alone
         array (num_steps,)   these variances, the first pair first
 
     Args:
@@ -245,8 +247,8 @@ def own_variance(
         (num_steps,) float32, or None for 'small'.
 
     Raises:
-        ValueError: the variance is unknown, has another shape, is negative or not finite; or it is 'large' with
-            `eta` = 0, which adds no noise.
+        ValueError: the variance is unknown, has another shape, is negative or not finite; or `require_room_for_noise`
+            refuses 'large'.
     """
     if not isinstance(variance, str):
         if not isinstance(variance, jax.core.Tracer):
@@ -260,9 +262,28 @@ def own_variance(
         return None
     if variance != 'large':
         raise ValueError(f"variance is {variance!r}, but must be 'small', 'large' or an array")
-    if eta == 0:
-        raise ValueError("variance 'large' adds noise, and eta=0 (DDIM) has none; use eta=1 or variance 'small'")
+    require_room_for_noise(variance, eta)
     return schedule.beta(s, t)
+
+
+def require_room_for_noise(variance: Variance, eta: float) -> None:
+    """Check that variance 'large' goes with η = 1.
+
+    The mean of the kernel leaves room for its own σ². DDPM's β, whose mean is that of η = 1, hardly exceeds it; at a
+    smaller η it is far more, and the images drown in noise.
+
+    Args:
+        variance: as in `own_variance`.
+        eta: η, in [0, 1].
+
+    Raises:
+        ValueError: it is 'large', and η is not 1.
+    """
+    if isinstance(variance, str) and variance == 'large' and eta != 1:
+        raise ValueError(
+            f"variance 'large' (σ² = β, σ̂ in the DDIM paper) belongs to eta=1, not to eta={eta:g}: it adds more noise "
+            "than the mean leaves room for; use variance 'small', the η family, or eta=1"
+        )
 
 
 def chain(

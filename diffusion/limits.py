@@ -144,7 +144,6 @@ class SomeOf:
 
 WEIGHTS = OneOf('ema', 'raw')
 STEP = Integers(-1)
-VARIANCE = OneOf('small', 'large')
 
 LIMITS: dict[str, Limit] = {
     'seed': Integers(0),
@@ -171,7 +170,7 @@ LIMITS: dict[str, Limit] = {
     'model.embedding_shift': OneOf(0, 1),
     'model.dtype': OneOf('float32', 'bfloat16'),
     'schedule.name': OneOf(table='diffusion.schedule:SCHEDULES'),
-    'schedule.T': Integers(1, 10_000, ': β is a difference of log ᾱ, which float32 does not resolve for more levels'),
+    'schedule.T': Integers(1, 100_000, ': float32 has few numbers between more levels, where the ODE goes'),
     'schedule.beta_start': Reals(0, 1),
     'schedule.beta_end': Reals(0, 1),
     'schedule.offset': Reals(0, 1),
@@ -194,7 +193,7 @@ LIMITS: dict[str, Limit] = {
     'sample.eta': Reals(0, 1),
     'sample.rule': OneOf(table='diffusion.sampler:RULES'),
     'sample.spacing': OneOf(table='diffusion.schedule:SPACINGS'),
-    'sample.variance': VARIANCE,
+    'sample.variance': OneOf('auto', 'small', 'large'),
     'sample.weights': WEIGHTS,
     'sample.step': STEP,
     'sample.batch_size': Integers(1),
@@ -211,7 +210,7 @@ LIMITS: dict[str, Limit] = {
     'likelihood.num_steps': Integers(0),
     'likelihood.levels': Integers(0),
     'likelihood.eta': Reals(0, 1),
-    'likelihood.variance': VARIANCE,
+    'likelihood.variance': OneOf('small', 'large'),
     'likelihood.rtol': Reals(0, 1, '()'),
     'likelihood.atol': Reals(0, 1, '()'),
     'likelihood.probes': Integers(-1, 2**16),

@@ -91,8 +91,8 @@ def sample(
 
     Raises:
         ValueError: the keys are not typed or not (N,); the levels do not decrease to 0 or are outside [0, T]; a pair is
-            not s < t; the variance, the rule or the kind is unknown; the variance is 'large' with `eta` = 0; x_T has
-            another shape; or the kind is 'eps' and the first level has ᾱ = 0.
+            not s < t; the variance, the rule or the kind is unknown; the variance is 'large' and `eta` is not 1;
+            x_T has another shape; or the kind is 'eps' and the first level has ᾱ = 0.
     """
     if rule not in RULES:
         raise ValueError(f'rule is {rule!r}, but must be one of {", ".join(RULES)}')

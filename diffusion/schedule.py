@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Float, Float64, Int, Real
 
 Levels = Real[ArrayLike, '*batch']  # noise levels, integer or real, 0 ≤ t ≤ T
 Values = Float[Array, '*batch']  # one value for each level
@@ -22,18 +22,24 @@ Values = Float[Array, '*batch']  # one value for each level
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A variance-preserving noise schedule, stored as a table of log ᾱ_t.
+    """A variance-preserving noise schedule, stored as tables of log ᾱ_t.
 
     Between two levels log ᾱ is linear, so the schedule is also an SDE whose β is piecewise constant.
 
     Every method accepts integer or real levels t of any shape, 0 ≤ t ≤ T, and returns float32 of the same shape.
     A level outside [0, T] raises ValueError; if `t` is traced by JAX, the result is NaN. Levels are never clamped.
 
+    The derivative with respect to a real level is that of the piecewise linear table; at a whole level it is the one
+    of the interval above, at the last level with ᾱ > 0 that of the interval below. What has an infinite derivative at
+    level 0 (noise, snr and log_snr) and what is constant above that last level has derivative 0 there.
+
     Attributes:
         log_alpha_bar: (T+1,) float32; the first entry is 0; the last one is −inf if β_T = 1.
+        remainder: (T+1,) float32, what rounding to float32 took from log ᾱ_t; it keeps the digits of differences.
     """
 
     log_alpha_bar: Float[Array, 'T+1']
+    remainder: Float[Array, 'T+1']
 
     @property
     def T(self) -> int:
@@ -42,6 +48,10 @@ class Schedule:
 
     def log_alpha_bar_at(self, t: Levels) -> Values:
         """log ᾱ_t, linear between two levels."""
+        return self._at(t)[0]
+
+    def _at(self, t: Levels) -> tuple[Values, Values]:
+        """log ᾱ_t, and what rounding took from it."""
         if not isinstance(t, jax.core.Tracer):
             t = np.asarray(t)
             if not np.all((t >= 0) & (t <= self.T)):
@@ -49,15 +59,32 @@ class Schedule:
         t = jnp.asarray(t)
         if jnp.issubdtype(t.dtype, jnp.integer):
             return self._gather(t)
-        below = jnp.floor(t)
-        fraction = t - below
-        lower = self._gather(below.astype(jnp.int32))
-        upper = self._gather(jnp.ceil(t).astype(jnp.int32))
-        # Without the `where`, 0 · (−inf) would be NaN at level T of a schedule that ends at ᾱ = 0.
-        return jnp.where(fraction == 0, lower, (1 - fraction) * lower + fraction * upper)
+        last = self.T - jnp.isinf(self.log_alpha_bar[-1]).astype(jnp.int32)  # the last level with ᾱ > 0
+        floor = jnp.floor(t).astype(jnp.int32)
+        below = jnp.where((t == last) | (t == self.T), jnp.maximum(floor - 1, 0), floor)
+        fraction = (t - below).astype(jnp.float32)
+        (lower, lower_rest), (upper, upper_rest) = self._gather(below), self._gather(below + 1)
+        ends_at_noise = upper == -jnp.inf
+        rise = jnp.where(ends_at_noise, 0, (upper - lower) + (upper_rest - lower_rest))
+        # From the nearer end, so that whole levels have exactly the values of the table.
+        near = jnp.where(ends_at_noise, fraction == 0, fraction < 0.5)
+        start, rest = jnp.where(near, lower, upper), jnp.where(near, lower_rest, upper_rest)
+        change = jnp.where(near, fraction, fraction - 1) * rise
+        value = start + change
+        finite_start, finite_value = (jnp.where(jnp.isinf(value), 0, number) for number in (start, value))
+        return value, rest + ((finite_start - finite_value) + change)
 
-    def _gather(self, index: Int[Array, '*batch']) -> Values:
-        return self.log_alpha_bar.at[index].get(mode='fill', fill_value=jnp.nan, wrap_negative_indices=False)
+    def _gather(self, index: Int[Array, '*batch']) -> tuple[Values, Values]:
+        def get(table):
+            return table.at[index].get(mode='fill', fill_value=jnp.nan, wrap_negative_indices=False)
+
+        return get(self.log_alpha_bar), get(self.remainder)
+
+    def _where_noisy(self, t: Levels, function: Callable[[Values], Values], at_0: float) -> Values:
+        """`function` of log ᾱ_t, but `at_0` where ᾱ_t = 1, with derivative 0 there instead of NaN."""
+        log_alpha_bar = self.log_alpha_bar_at(t)
+        clean = log_alpha_bar == 0
+        return jnp.where(clean, at_0, function(jnp.where(clean, -1, log_alpha_bar)))
 
     def alpha_bar(self, t: Levels) -> Values:
         """ᾱ_t, in [0, 1]."""
@@ -69,24 +96,37 @@ class Schedule:
 
     def noise(self, t: Levels) -> Values:
         """√(1−ᾱ_t), the coefficient of ε in x_t."""
-        return jnp.sqrt(-jnp.expm1(self.log_alpha_bar_at(t)))
+        return self._where_noisy(t, lambda log_alpha_bar: jnp.sqrt(-jnp.expm1(log_alpha_bar)), 0)
 
     def snr(self, t: Levels) -> Values:
         """SNR(t) = ᾱ_t/(1−ᾱ_t); +inf at level 0."""
-        return jnp.exp(self.log_snr(t))
+        return self._where_noisy(t, lambda log_alpha_bar: jnp.exp(_log_snr(log_alpha_bar)), jnp.inf)
 
     def log_snr(self, t: Levels) -> Values:
         """log SNR(t) = log ᾱ_t − log(1−ᾱ_t); +inf at level 0, −inf where ᾱ_t = 0."""
-        log_alpha_bar = self.log_alpha_bar_at(t)
-        return log_alpha_bar - jnp.log(-jnp.expm1(log_alpha_bar))
+        return self._where_noisy(t, _log_snr, jnp.inf)
+
+    def log_ratio(self, s: Levels, t: Levels) -> Values:
+        """log ᾱ_t/ᾱ_s for any s < t, with all digits of float32 however close s and t are."""
+        (value_s, rest_s), (value_t, rest_t) = self._at(s), self._at(t)
+        return (value_t - value_s) + (rest_t - rest_s)
 
     def beta(self, s: Levels, t: Levels) -> Values:
         """1 − ᾱ_t/ᾱ_s, the variance of q(x_t | x_s) for any s < t; this is β_t if s = t−1."""
-        return -jnp.expm1(self.log_alpha_bar_at(t) - self.log_alpha_bar_at(s))
+        return -jnp.expm1(self.log_ratio(s, t))
+
+    def betas(self) -> Float64[np.ndarray, 'T']:
+        """β_1 … β_T in float64, the inverse of `from_betas`."""
+        log_alpha_bar = np.asarray(self.log_alpha_bar, np.float64) + np.asarray(self.remainder, np.float64)
+        return -np.expm1(np.diff(log_alpha_bar))
+
+
+def _log_snr(log_alpha_bar: Values) -> Values:
+    return log_alpha_bar - jnp.log(-jnp.expm1(log_alpha_bar))
 
 
 def from_betas(betas: Float[np.ndarray, 'T'] | Sequence[float]) -> Schedule:
-    """Build the schedule with ᾱ_t = ∏_{i≤t} (1−β_i), computed in float64 and rounded to float32 once.
+    """Build the schedule with ᾱ_t = ∏_{i≤t} (1−β_i), computed in float64 and stored in twice float32.
 
     Args:
         betas: (T,), β_1 … β_T, each in (0, 1). Only β_T may be 1; then ᾱ_T = 0.
@@ -107,7 +147,9 @@ def from_betas(betas: Float[np.ndarray, 'T'] | Sequence[float]) -> Schedule:
         raise ValueError(f'β_{t} is {betas[t - 1]}, not in (0, 1); only the last β may be 1')
     with np.errstate(divide='ignore'):  # log(1−β_T) = −inf is correct for β_T = 1
         log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-betas))])
-    return Schedule(jnp.asarray(log_alpha_bar, jnp.float32))
+    rounded = log_alpha_bar.astype(np.float32)
+    remainder = np.subtract(log_alpha_bar, rounded, where=np.isfinite(rounded), out=np.zeros(len(rounded)))
+    return Schedule(jnp.asarray(rounded), jnp.asarray(remainder, jnp.float32))
 
 
 def linear(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:

@@ -1,12 +1,14 @@
 """Closed forms by the papers' formulas in float64, without the code under test."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax.numpy as jnp
 import numpy as np
 
 
+@functools.cache
 def betas(name, T, beta_start=1e-4, beta_end=0.02, offset=0.008, max_beta=0.999):
     """β_1 … β_T as the papers define them, in mpmath's arithmetic of 40 digits."""
     import mpmath as mp

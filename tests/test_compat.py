@@ -96,6 +96,19 @@ def test_arguments_that_a_codebase_does_not_fix_are_kept():
     assert compat.resolve('diffusers', T, **ASKED | {'spacing': 'quad'})['spacing'] == 'leading'
 
 
+@pytest.mark.parametrize('name', compat.COMPAT)
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+def test_no_codebase_ends_up_with_the_large_variance_but_at_eta_1(name, eta):
+    """Asked for by name, it is refused where no codebase replaces it; 'auto' never is."""
+    how = compat.resolve(name, T, **ASKED | {'eta': eta, 'variance': 'auto'})
+    assert how['variance'] == ('large' if how['eta'] == 1 and name != 'diffusers-ddim' else 'small')
+    if name == '' and eta < 1:
+        with pytest.raises(ValueError, match=f"belongs to eta=1, not to eta={eta:g}.*variance 'small'"):
+            compat.resolve(name, T, **ASKED | {'eta': eta, 'variance': 'large'})
+    else:
+        assert compat.resolve(name, T, **ASKED | {'eta': eta, 'variance': 'large'})['eta'] in (eta, 1.0)
+
+
 @pytest.mark.parametrize('eta', [0.0, 0.7])
 def test_pairs_that_meet_are_a_chain(eta):
     levels = schedule.timesteps(T, 10)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion import autoconfig, build, workdir
+from diffusion import autoconfig, build, compat, workdir
 from diffusion.configs import default
 from diffusion.data.pictures import CROPS
 from diffusion.networks import NETWORKS
@@ -64,5 +64,18 @@ def test_there_is_a_config_for_each_dataset():
 def test_variances_are_those_of_the_authors_code():
     """Ho et al. sample with β in run_cifar.py, and with the posterior variance in run_lsun.py and run_celebahq.py."""
     names = ('cifar10', 'lsun_church', 'lsun_bedroom', 'ffhq')
-    variances = [importlib.import_module(f'diffusion.configs.{name}').get_config().sample.variance for name in names]
-    assert variances == ['large', 'small', 'small', 'small']
+    assert [resolved(name)['variance'] for name in names] == ['large', 'small', 'small', 'small']
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'celeba', 'imagenet64', 'digits', 'lsun_church'])
+@pytest.mark.parametrize('eta', [0.0, 0.2, 0.5, 0.9])
+def test_another_eta_alone_means_the_eta_family(name, eta):
+    assert {key: resolved(name, eta=eta)[key] for key in ('eta', 'variance')} == {'eta': eta, 'variance': 'small'}
+
+
+def resolved(name, **asked):
+    """How a config samples, with these keys changed."""
+    config = importlib.import_module(f'diffusion.configs.{name}').get_config()
+    keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip')
+    how = {key: config.sample[key] for key in keys} | asked
+    return compat.resolve(config.sample.compat, config.schedule.T, **how)

@@ -70,6 +70,31 @@ def test_at_level_0_it_is_exactly_x0(eta):
     assert mean == np.float32(0.37) and std == 0
 
 
+@pytest.mark.parametrize('eta', [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(('name', 't', 's'), [('linear', 9, 5), ('cosine', 1, 0), ('jsd', 20, 7), ('jsd', 20, 0)])
+def test_the_derivative_of_a_step_with_respect_to_the_schedule(name, t, s, eta):
+    """Against differences of DDIM Eq. 12 and 16 in float64; ᾱ_0 is the number 1, and log ᾱ_t = −∞ has no derivative."""
+    sch = schedule.SCHEDULES[name](20)
+
+    def ours(sch):
+        mean, std = gaussian.posterior(sch, Prediction(jnp.float32(0.3), jnp.float32(2.0)), s, t, eta=eta)
+        return mean + 3 * std
+
+    def exact(log_s, log_t):
+        a_s, a_t = np.exp(log_s), np.exp(log_t)
+        sigma = eta * np.sqrt((1 - a_s) / (1 - a_t)) * np.sqrt(1 - a_t / a_s)
+        direction = np.sqrt((1 - a_s) * (1 - eta**2 * (1 - a_t / a_s) / (1 - a_t)))  # √(1−ᾱ_s−σ²)
+        return np.sqrt(a_s) * 0.3 + direction * 2.0 + 3 * sigma
+
+    derivative = np.asarray(jax.grad(ours)(sch).log_alpha_bar)
+    assert np.isfinite(derivative).all()
+    log_s, log_t = np.asarray(sch.log_alpha_bar, np.float64)[[s, t]]
+    if s > 0:
+        by_s = (exact(log_s + 1e-6, log_t) - exact(log_s - 1e-6, log_t)) / 2e-6
+        by_t = (exact(log_s, log_t + 1e-6) - exact(log_s, log_t - 1e-6)) / 2e-6 if np.isfinite(log_t) else 0
+        np.testing.assert_allclose(derivative[[s, t]], [by_s, by_t], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize('eta', [-0.1, 1.1, float('nan')])
 def test_eta_outside_the_family_is_an_error(eta):
     with pytest.raises(ValueError, match='eta'):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import gaussian, sampler, schedule
+from diffusion import compat, gaussian, sampler, schedule
 from diffusion.schedule import timesteps
 from tests import oracles
 from tests.jaxprs import equations
@@ -78,6 +78,18 @@ def test_large_variance_adds_no_noise_at_the_end(num_steps):
     small = DATA.sample_moments(levels, 1.0)[1]
     noisy_end = var + 1 - ALPHA_BAR[levels[-2]]
     assert (abs(var / small - 1) > 0.01 and abs(noisy_end / var - 1) > 10 * np.sqrt(2 / samples.size)) or num_steps == T
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_samples_of_gaussian_data_have_its_width(eta):
+    """All 1,000 levels, as a config whose variance is 'auto' samples: N(0, 0.5²) comes out within 2 %."""
+    alpha_bar = np.cumprod(np.append(1.0, 1 - np.linspace(1e-4, 0.02, 1000)))
+    net = oracles.GaussianData(0.0, 0.5, alpha_bar).net('eps')
+    how = compat.resolve('', 1000, num_steps=1000, spacing='trailing', eta=eta, variance='auto', clip=False)
+    how = {key: how[key] for key in ('eta', 'variance', 'clip')}
+    draw = functools.partial(sampler.sample, schedule=schedule.linear(1000), net=net, shape=SHAPE, kind='eps', **how)
+    samples = jax.jit(lambda keys: draw(keys, timesteps=np.arange(1000, -1, -1)))(keys())
+    assert np.std(samples) == pytest.approx(0.5, rel=0.02)
 
 
 @pytest.mark.parametrize('eta', [0.0, 0.5])
@@ -286,6 +298,7 @@ def test_keys_are_typed_and_there_is_one_for_each_image(wrong):
         ({'variance': np.array([1, 1, -1, 1, 1])}, 'not negative'),
         ({'variance': np.array([1, 1, np.nan, 1, 1])}, 'finite'),
         ({'variance': 'large', 'eta': 0.0}, 'eta=0'),
+        ({'variance': 'large', 'eta': 0.5}, "eta=1, not to eta=0.5.*variance 'small'"),
         ({'eta': 1.5}, 'eta'),
         ({'rule': 'heun'}, "rule is 'heun', but must be one of kernel"),
         ({'schedule': schedule.jsd(T), 'timesteps': timesteps(T, 5)}, "'x0' or 'v'"),

@@ -1,5 +1,7 @@
 """The schedule against arithmetic of 40 digits, and the spacings against the codebases they are named after."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +15,17 @@ from tests import oracles
 NAMES = sorted(schedule.SCHEDULES)
 
 
-@pytest.mark.parametrize('T', [1000, 4000])
+@functools.cache
+def exact_alpha_bars(name, T):
+    """ᾱ_0 … ᾱ_T to 40 digits."""
+    return oracles.alpha_bars(oracles.betas(name, T))
+
+
+@pytest.mark.parametrize('T', [1000, 4000, 10_000])
 @pytest.mark.parametrize('name', NAMES)
 def test_table_is_exact(name, T):
     sch = schedule.SCHEDULES[name](T)
-    exact = oracles.alpha_bars(oracles.betas(name, T))
+    exact = exact_alpha_bars(name, T)
     assert sch.T == T
     t = np.arange(T + 1)
     one_minus = np.array([float(1 - a) for a in exact])
@@ -42,15 +50,55 @@ def test_derived_quantities(name):
     np.testing.assert_allclose(sch.snr(t), a / (1 - a), rtol=4e-5)
     np.testing.assert_allclose(sch.log_snr(t), np.log(a) - np.log1p(-a), rtol=1e-6, atol=4e-6)
     assert sch.snr(0) == np.inf and sch.log_snr(0) == np.inf
-    np.testing.assert_allclose(sch.beta(t - 1, t), [float(b) for b in oracles.betas(name, 1000)][:999], rtol=1e-3)
-    np.testing.assert_allclose(sch.beta(np.zeros_like(t), t), 1 - a, rtol=1e-6)
 
 
-def test_ten_thousand_levels_keep_their_variances():
-    """β_t, a difference of two float32 sums, against the β_t that went into the schedule."""
-    t = np.arange(1, 10_001)
-    beta = schedule.linear(10_000, 1e-5, 2e-3).beta(t - 1, t)
-    np.testing.assert_allclose(beta, np.linspace(1e-5, 2e-3, 10_000), rtol=1e-3)
+@pytest.mark.parametrize('T', [1000, 4000, 10_000])
+@pytest.mark.parametrize('name', NAMES)
+def test_every_variance_has_all_digits_of_float32(name, T):
+    """β(s, t) from every s to the next level, to a tenth of the chain and to its end: differences of the tables."""
+    sch, exact, s = schedule.SCHEDULES[name](T), exact_alpha_bars(name, T), np.arange(T)
+    for t in (s + 1, np.minimum(s + T // 10, T), np.full(T, T)):
+        expected = [float(1 - exact[j] / exact[i]) for i, j in zip(s, t, strict=True)]
+        np.testing.assert_allclose(sch.beta(s, t), expected, rtol=4e-7)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_betas_come_back(name):
+    """As an export lists them: with more digits than float32 has."""
+    expected = [float(beta) for beta in oracles.betas(name, 10_000)]
+    np.testing.assert_allclose(schedule.SCHEDULES[name](10_000).betas(), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_variances_between_real_levels_have_all_digits(name):
+    """Within one interval ᾱ_t/ᾱ_s is a power of 1 − β: halves and quarters of all intervals of 10,000 levels."""
+    s = np.arange(10_000 - (name == 'jsd'))
+    beta = np.array([float(b) for b in oracles.betas(name, 10_000)])[s]
+    sch = schedule.SCHEDULES[name](10_000)
+    for lower, upper in ((0.0, 0.5), (0.5, 1.0), (0.25, 0.75)):
+        expected = -np.expm1((upper - lower) * np.log1p(-beta))
+        found = sch.beta((s + lower).astype(np.float32), (s + upper).astype(np.float32))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_derivative_at_whole_levels_is_that_of_the_next_interval(name):
+    """d log ᾱ/dt = log(1 − β_{t+1}), at the end log(1 − β_T); the other quantities by the chain rule in float64."""
+    T = 50
+    sch = schedule.SCHEDULES[name](T)
+    quantities = (sch.log_alpha_bar_at, sch.alpha_bar, sch.signal, sch.noise, sch.log_snr, sch.snr)
+    derivative = jax.jit(jax.vmap(jax.jacfwd(lambda t: jnp.stack([quantity(t) for quantity in quantities]))))
+    found = np.asarray(derivative(jnp.arange(T + 1.0)))
+    assert np.isfinite(found).all()
+    end = T - (name == 'jsd')  # the last level with ᾱ > 0
+    a = np.array([float(a) for a in oracles.alpha_bars(oracles.betas(name, T))])[: end + 1]
+    beta = np.array([float(b) for b in oracles.betas(name, T)])
+    slope = np.log1p(-np.append(beta[:end], beta[end - 1]))
+    np.testing.assert_allclose(found[: end + 1, :3].T, [slope, a * slope, 0.5 * np.sqrt(a) * slope], rtol=1e-5)
+    a, slope = a[1:], slope[1:]
+    expected = [-0.5 * a * slope / np.sqrt(1 - a), slope / (1 - a), a * slope / (1 - a) ** 2]
+    np.testing.assert_allclose(found[1 : end + 1, 3:].T, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(found[end + 1 :], 0)  # ᾱ is constant there
 
 
 def test_jsd_ends_at_exactly_no_signal():

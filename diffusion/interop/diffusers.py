@@ -92,7 +92,8 @@ SCHEDULES = {
     'sigmoid': 'sigmoid',
 }
 KINDS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
-VARIANCES = {'fixed_small': 'small', 'fixed_small_log': 'small', 'fixed_large': 'large'}
+# 'auto' is the large variance for η = 1 alone, as in diffusers: its DDIMScheduler has only the small one.
+VARIANCES = {'fixed_small': 'small', 'fixed_small_log': 'small', 'fixed_large': 'auto'}
 SPACINGS = {'leading': 'leading', 'trailing': 'trailing', 'linspace': 'linspace'}
 
 

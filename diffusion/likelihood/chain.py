@@ -151,11 +151,12 @@ def forward(chain: Chain, s: Int[Array, '*B'], t: Int[Array, '*B']) -> tuple[Flo
     Returns:
         ρ and √(1−ρ²), of the shape of `s` and `t`.
     """
-    eta = jnp.where(s > 0, chain.eta, 1.0)
-    beta = chain.schedule.beta(s, t)
+    eta = jnp.where(s > 0, chain.eta, 1.0).astype(jnp.float32)
     noise_s, noise_t = chain.schedule.noise(s), chain.schedule.noise(t)
-    rho = jnp.sqrt((1 - eta**2) + eta**2 * (1 - beta) * (noise_s / noise_t) ** 2)
-    return rho, eta * jnp.sqrt(beta) / noise_t
+    kept = eta * jnp.exp(0.5 * chain.schedule.log_ratio(s, t)) * noise_s / noise_t
+    square = (1 - eta**2) + kept**2
+    rho = jnp.where(s > 0, jnp.sqrt(jnp.where(s > 0, square, 1)), 0)  # the root of 0 has no finite derivative
+    return rho, eta * jnp.sqrt(chain.schedule.beta(s, t)) / noise_t
 
 
 def log_ratio(z: Images, mean1: Images, std1: Width, mean2: Images | float, std2: Width | float) -> Float[Array, 'B']:

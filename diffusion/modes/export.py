@@ -8,11 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
-from diffusion import build, workdir
+from diffusion import build, compat, workdir
 from diffusion.build import Experiment
 from diffusion.interop import diffusers, diffusers_export
 from diffusion.networks import unet
@@ -117,9 +116,9 @@ def diffusers_scheduler(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
         T=schedule.T,
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
-        betas=-np.expm1(np.diff(np.asarray(exp.schedule.log_alpha_bar, np.float64))),
+        betas=exp.schedule.betas(),
         kind=config.model.kind,
-        variance=asked.variance,
+        variance=compat.choose_variance(asked.variance, 1),  # that of DDPMScheduler; DDIMScheduler has none
         clip=asked.clip,
         spacing=asked.spacing,
     )

@@ -75,7 +75,7 @@ def test_a_schedule_is_written_by_name_or_by_its_betas(name, theirs):
         assert 'name' not in settings['schedule']
     assert settings['schedule'].items() >= {'T': 4, 'beta_start': 0.1, 'beta_end': 0.4}.items()
     assert settings['model'] == {'kind': 'v'}
-    assert settings['sample'].items() >= {'variance': 'large', 'clip': False, 'spacing': 'linspace'}.items()
+    assert settings['sample'].items() >= {'variance': 'auto', 'clip': False, 'spacing': 'linspace'}.items()
 
 
 def test_a_spacing_that_diffusers_lacks_becomes_leading():

@@ -144,7 +144,8 @@ def pixels(shape):
         (10, [10, 0], 'v', 0.5, 'small', (8,)),
         (1000, None, 'v', 1.0, 'small', (8,)),
         (1000, None, 'x0', 0.5, 'small', ()),
-        (1000, timesteps(1000, 28, 'quad'), 'v', 0.3, 'large', (8,)),
+        (1000, timesteps(1000, 28, 'quad'), 'v', 1.0, 'large', (8,)),
+        (1000, timesteps(1000, 28, 'quad'), 'v', 0.3, 'small', (8,)),
         (1000, timesteps(1000, 7, 'leading'), 'eps', 0.8, 'small', (2, 2, 2)),
     ],
 )
@@ -203,7 +204,7 @@ def test_the_loss_of_one_level_is_a_difference_of_signal_to_noise_ratios():
 
 @jax.jit
 def tiny_terms(key, sch, weights, x0):
-    how = dict(kind='v', eta=0.7, variance='large', timesteps=[6, 4, 3, 1, 0])
+    how = dict(kind='v', eta=0.7, variance=np.array([0.8, 0.5, 0.4, 0.1]), timesteps=[6, 4, 3, 1, 0])
     return [
         elbo(key, sch, functools.partial(tiny_net, weights), x0, form=form, **how)
         for form in ('posterior', 'transition')
@@ -383,6 +384,7 @@ def test_the_bound_of_one_step():
         ({'form': 'eq8'}, "'eq8'.*posterior, transition, printed"),
         ({'decoder': 'laplace'}, "'laplace'.*discretized, gaussian"),
         ({'variance': 'huge'}, "'small', 'large'"),
+        ({'variance': 'large', 'eta': 0.5}, 'eta=1, not to eta=0.5'),
         ({'variance': np.ones(3)}, 'shape'),
         ({'variance': np.ones(9)}, 'shape'),
         ({'variance': np.zeros(10)}, 'no density'),

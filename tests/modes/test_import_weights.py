@@ -96,7 +96,7 @@ def test_the_images_are_theirs(exp_and_net, expected):
 def test_it_can_be_sampled_and_exported_as_it_came(tmp_path, imported):
     path = shutil.copytree(imported, tmp_path / 'run')
     config = config_of(path, sample__num_images=2, sample__num_steps=4, sample__compat='diffusers')
-    assert (config.schedule.T, config.sample.variance, config.sample.spacing) == (100, 'large', 'leading')
+    assert (config.schedule.T, config.sample.variance, config.sample.spacing) == (100, 'auto', 'leading')
     assert sample.run(config, str(path)) == 0
     ((record,)) = path.glob('samples/step0-ema-eta1-4leading-large-as-diffusers-*/record.json')
     record = json.loads(record.read_text())

@@ -241,6 +241,7 @@ def test_stopped_and_resumed_gives_the_same(trained, monkeypatch, capsys):
         ({'levels': 99}, 'levels'),
         ({'eta': 0.0}, 'no bound'),
         ({'variance': 'huge'}, "'small', 'large'"),
+        ({'variance': 'large', 'eta': 0.5}, "variance 'large' .* eta=1, not to eta=0.5"),
         ({'num_steps': 5}, '1 to 4'),
         ({'rtol': 0.0}, 'rtol'),
         ({'weights': 'best'}, "'ema', 'raw'"),

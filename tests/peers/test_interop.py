@@ -194,7 +194,7 @@ def test_networks_of_others(name, tmp_path):
             {
                 'schedule': {'name': 'quadratic', 'T': 1000, 'beta_start': 1e-4, 'beta_end': 0.012},
                 'model': {'kind': 'eps'},
-                'sample': {'eta': 1.0, 'variance': 'large', 'clip': False, 'spacing': 'leading', 'num_steps': 1000},
+                'sample': {'eta': 1.0, 'variance': 'auto', 'clip': False, 'spacing': 'leading', 'num_steps': 1000},
             },
         ),
         (
