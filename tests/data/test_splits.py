@@ -145,6 +145,8 @@ def test_any_folder_can_be_named_as_the_split(tmp_path, kind):
         ValueError, match=r"no split 'extr' .*train has all 8 pictures(.|\n)*--config.data.split=FOLDER"
     ):
         open_source(source, 'extr')
+    with pytest.raises(ValueError, match="no split ''"):
+        open_source(source, '')
 
 
 def test_classes_do_not_include_the_folders_of_the_splits(tmp_path):

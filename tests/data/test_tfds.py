@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from diffusion import data
 from diffusion.data.sources import open_source
@@ -47,6 +48,21 @@ def test_celeb_a_is_read_as_tfds_prepares_it(tmp_path):
     assert source.read(2).shape == (218, 178, 3) and source.label(2) is None
     assert source.classes is None and 'celeb_a, train, example 2' in source.names
     assert len(open_source('tfds:celeb_a', 'test', str(tmp_path))) == 1  # the held-out split has another name
+
+
+def test_features_are_read_as_tfds_writes_them(tmp_path):
+    folder = write_tfds(tmp_path, 'mine', {'train': [(PNG[0], 1)]}, classes=['a', 'b'])
+    features = {
+        'attributes': {'smiling': np.bool_},
+        'boxes': tfds.features.Sequence({'box': tfds.features.BBoxFeature()}),
+        'image': tfds.features.Image(shape=(8, 8, 3)),
+        'label': tfds.features.ClassLabel(names=['a cat', 'a dog']),
+        'name': tfds.features.Text(),
+    }
+    tfds.features.FeaturesDict(features).save_config(str(folder))
+    source = open_source('tfds:mine', 'train', str(tmp_path))
+    np.testing.assert_array_equal(source.read(0), IMAGES[0])
+    assert source.classes == ['a cat', 'a dog'] and source.label(0) == 1
 
 
 def test_the_newest_version_is_used(tmp_path):

@@ -12,6 +12,9 @@ import zipfile
 from collections.abc import Callable, Set
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+from jaxtyping import UInt8
+
 from diffusion.data import pictures
 from diffusion.util import open_regular, say
 
@@ -76,7 +79,7 @@ class Files:
             why = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
             raise ValueError(f'cannot be read ({why})') from error
 
-    def picture(self, file: File, max_pixels: int) -> Any:
+    def picture(self, file: File, max_pixels: int) -> UInt8[np.ndarray, 'H W C']:
         """Return the decoded picture, as `pictures.decode` does."""
         with _one_large if file.size > LARGE else contextlib.nullcontext():
             return pictures.decode(self.encoded(file, max_pixels), max_pixels)

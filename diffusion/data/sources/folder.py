@@ -50,7 +50,7 @@ def open_folder(place: str, split: str, data_dir: str = '', max_pixels: int = pi
     if name:
         places = {folder: at for folder, at in guessed.items() if at.split}
     else:
-        name, places = split, splits.below(guessed, split)
+        name, places = split, splits.below(guessed, split) if split else {}
         if not places:
             raise ValueError(_no_split(split, path, list(filter(None, counts)), about[0]))
     folders = {folder for folder, at in places.items() if at.split == name}
