@@ -75,6 +75,11 @@ LAYOUTS = {
     'one folder, test': (files('test/a', 'test/b'), None, under('test/a', 'test/b')),
     'only the held-out pictures have a folder': (files('', 'test'), under(''), under('test')),
     'held-out pictures beside classes': (files('cat', 'dog', 'test'), under('cat', 'dog'), under('test')),
+    'held-out pictures beside classes, one of them called train': (
+        files(*CLASSES, *(f'test/{name}' for name in CLASSES)),
+        under(*CLASSES),
+        under(*(f'test/{name}' for name in CLASSES)),
+    ),
     'splits in each class': (
         files('cat/train', 'cat/test', 'dog/train', 'dog/test'),
         under('cat/train', 'dog/train'),

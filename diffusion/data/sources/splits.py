@@ -68,8 +68,13 @@ def guess(folders: Collection[str]) -> dict[str, Place]:
             children[path[:depth]].add(child)
 
     def is_pair(parent: tuple[str, ...]) -> bool:
-        found = {split_of(child) for child in children[parent]}
-        return 'train' in found and not found.isdisjoint(HELD_OUT)
+        found = {child: split_of(child) for child in children[parent]}
+        train = {child for child, split in found.items() if split == 'train'}
+        others = {child for child, split in found.items() if split is None}
+        held_out = [child for child, split in found.items() if split in HELD_OUT]
+        classes = {child for folder in held_out for child in children[*parent, folder]}
+        # apple/, train/ and test/ beside each other, if test/ has apple/ and train/: 'train' is a class.
+        return bool(train and held_out) and not (train & classes and others & classes)
 
     pairs = {parent for parent in list(children) if is_pair(parent)}
     if not pairs:
