@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     config.schedule.max_beta = 0.999  # of cosine
 
     config.train = ConfigDict()
-    config.train.loss = 'simple'  # 'simple' is DDPM Eq. 14, 'vlb' the ELBO in bits/dim
+    config.train.loss = 'simple'  # 'simple' is DDPM Eq. 14, 'vlb' the ELBO in bits/dim; loss.py has the others' sources
     config.train.batch_size = 128  # images per step
     config.train.accumulate = 1  # parts of a batch that are computed one after the other, to save memory
     config.train.num_steps = 800_000  # steps

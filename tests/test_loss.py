@@ -75,7 +75,7 @@ def test_the_key_decides():
 @pytest.mark.parametrize('weighting', WEIGHTINGS)
 def test_levels_and_noise_are_drawn_apart(weighting):
     """No key is used twice, and over many keys level and noise are uncorrelated."""
-    program = jit(jax.vmap(lambda key: draw(key, T, (1, 3), weighting=weighting)))
+    program = jit(jax.vmap(lambda key: draw(key, SCH, (1, 3), weighting=weighting)))
     keys = jax.random.split(jax.random.key(1), 10_000)
     with jax.debug_key_reuse(True):
         t, eps = program(keys)
@@ -107,10 +107,64 @@ def test_unknown_weighting():
 
 def test_a_weighting_added_to_the_table(monkeypatch):
     """Levels of its own, and a loss that returns them."""
-    last = Weighting(lambda key, T, batch_size: jnp.full(batch_size, T), lambda schedule, net, x0, t, eps, kind: 2 * t)
+    last = Weighting(
+        lambda key, sch, batch_size: jnp.full(batch_size, sch.T), lambda schedule, net, x0, t, eps, kind: 2 * t
+    )
     monkeypatch.setitem(WEIGHTINGS, 'last', last)
     values = loss(jax.random.key(0), SCH, None, jnp.zeros((3, 1)), kind='eps', weighting='last')
     np.testing.assert_array_equal(values, 3 * [2 * T])
+
+
+SIGMA = np.sqrt((1 - ALPHA_BAR[1:]) / ALPHA_BAR[1:])  # of x_t/√ᾱ_t
+# {weighting: (its weight of ‖x_0 − x̂_0‖², its unnormalized density of λ = −2·ln σ, or None if levels are uniform)}
+WEIGHTS = {
+    'snr': (SIGMA**-2, None),
+    'truncated_snr': (np.where(SIGMA > 1, 1, SIGMA**-2), None),
+    'min_snr': (np.where(SIGMA**-2 < 5, SIGMA**-2, 5), None),
+    'p2': (1 / (1 + SIGMA**2), None),
+    'sigmoid': (SIGMA**-2, lambda lam: np.exp(2) / (np.exp(2) + np.exp(lam))),
+    'edm': ((SIGMA**2 + 0.5**2) / (SIGMA * 0.5) ** 2, lambda lam: stats.norm.pdf(-lam / 2, -1.2, 1.2)),
+}
+
+
+@pytest.mark.parametrize('weighting', WEIGHTS)
+def test_weightings_are_weighted_elbos(weighting):
+    """The mean over draws is the integral over levels; the optimal network's E‖x_0 − x̂_0‖² is known for Gaussian data.
+
+    Every kind of network with the same x̂_0 has the same loss.
+    """
+    weight, density = WEIGHTS[weighting]
+    lam = -2 * np.log(SIGMA)
+    edges = np.concatenate([lam[:1], (lam[1:] + lam[:-1]) / 2, lam[-1:]])
+    probability = np.full(T, 1 / T) if density is None else density(lam) * (edges[:-1] - edges[1:])
+    probability = probability / probability.sum()
+    data = oracles.GaussianData(0.3, 0.4, ALPHA_BAR)
+    a = ALPHA_BAR[1:]
+    variance = 0.4**2 * (1 - a) / (a * 0.4**2 + 1 - a)
+    x0 = 0.3 + 0.4 * jax.random.normal(jax.random.key(0), (40_000, 1))
+    losses = jit(
+        lambda x0: [
+            loss(jax.random.key(1), SCH, data.net(kind), x0, kind=kind, weighting=weighting) for kind in gaussian.KINDS
+        ]
+    )(x0)
+    values = np.asarray(losses[0], np.float64)
+    assert abs(values.mean() - (probability * weight * variance).sum()) < 4.5 * values.std() / np.sqrt(len(values))
+    for other in losses[1:]:
+        np.testing.assert_allclose(other, losses[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('weighting', ['sigmoid', 'edm'])
+def test_levels_of_a_density_have_its_quantiles(weighting):
+    """On a schedule of many levels, the λ drawn lie where the density, cut off at the schedule's ends, has them."""
+    sch = schedule.linear(4000, 2.5e-5, 5e-3)
+    t = WEIGHTINGS[weighting].levels(jax.random.key(0), sch, 10_000)
+    log_snr = np.sort(np.asarray(sch.log_snr(t), np.float64))
+    ends = np.asarray(sch.log_snr(np.array([4000, 1])), np.float64)
+    grid = np.linspace(*ends, 100_001)
+    cdf = np.cumsum(WEIGHTS[weighting][1](grid))
+    expected = np.interp((np.arange(10_000) + 0.5) / 10_000, cdf / cdf[-1], grid)
+    inner = slice(100, -100)
+    np.testing.assert_allclose(log_snr[inner], expected[inner], atol=0.1)  # λ of neighbouring levels differ by as much
 
 
 def test_vlb_is_minus_the_elbo_in_bits_per_dim():

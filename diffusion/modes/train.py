@@ -181,7 +181,7 @@ def train_step(
         jax.random.fold_in(domain_key(seed, domain), state.step) for domain in ('flips', 'noise', 'dropout')
     )
     x0 = augment(flip_key, images if indices is None else images[indices], flip=flip)
-    t, eps = draw(noise_key, exp.schedule.T, x0.shape, weighting=weighting)
+    t, eps = draw(noise_key, exp.schedule, x0.shape, weighting=weighting)
 
     def mean_loss(params, dropout_key, x0, t, eps):
         net = exp.network.net(params, dropout_key=dropout_key)

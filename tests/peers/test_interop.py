@@ -49,13 +49,13 @@ def net_of(path, weights='ema'):
     config = configs_workdir.get_config(str(path))
     exp = build.build(config)
     _, params = workdir.load_params(exp.abstract_state(), config, str(path), weights)
-    return jit(exp.network.net(params))
+    return exp.network.net(params)
 
 
 def assert_equal_networks(path, network, weights='ema'):
     """A workdir's network computes at level t what theirs computes at timestep t − 1."""
     x, t = inputs(LAYOUT, t=[1, 2, 38, 1000])
-    assert distance(net_of(path, weights)(x, t), call(network, x, t - 1)) < 1e-5
+    assert distance(jit(net_of(path, weights))(x, t), call(network, x, t - 1)) < 1e-5
 
 
 # ── The fixture of tests/interop/fixture.py ──────────────────────────────────────────────────────────────────────────
@@ -159,7 +159,7 @@ def test_networks_of_others(name, tmp_path):
     import_to(path, f'diffusers:{folder}', {'data.image_size': size})
     x, t = inputs({'image_size': size, 'image_channels': channels}, t=[1, 2, 38, 1000])
     net = net_of(path)
-    assert distance(net(x, t), call(network, x, t - 1)) < 1e-5
+    assert distance(jit(net)(x, t), call(network, x, t - 1)) < 1e-5
 
     pipeline = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler.from_config(scheduler.config))
     pipeline.scheduler.set_timesteps(10)
@@ -167,18 +167,9 @@ def test_networks_of_others(name, tmp_path):
     with torch.no_grad():
         for timestep in pipeline.scheduler.timesteps:
             theirs = pipeline.scheduler.step(network(theirs, timestep).sample, timestep, theirs, eta=0.0).prev_sample
-    levels = schedule.timesteps(1000, 10, 'leading')
-    ours = sampler.sample(
-        jax.random.split(jax.random.key(0), 2),
-        schedule.linear(1000),
-        net,
-        shape=x.shape[1:],
-        timesteps=levels,
-        kind='eps',
-        eta=0.0,
-        clip=False,
-        x_T=x[:2],
-    )
+    how = dict(shape=x.shape[1:], timesteps=schedule.timesteps(1000, 10, 'leading'), kind='eps', eta=0.0, clip=False)
+    keys = jax.random.split(jax.random.key(0), 2)
+    ours = jit(lambda x_T: sampler.sample(keys, schedule.linear(1000), net, x_T=x_T, **how))(x[:2])
     assert distance(ours, theirs.permute(0, 2, 3, 1)) < 1e-4
 
     assert export.run(configs_workdir.get_config(str(path)), str(path)) == 0
@@ -324,11 +315,11 @@ def test_the_ddim_authors_checkpoints(form, ddim_network, tmp_path):
     if form == 'a run without EMA':
         ddim_network = their_network(**DDIM_LAYOUT, groups=32)
         ddim_network.load_state_dict({name: 1.5 * tensor for name, tensor in ddim_network.state_dict().items()})
-    assert distance(net_of(tmp_path / 'ours')(x, t), call(ddim_network, x, t - 1)) < 1e-5
+    assert distance(jit(net_of(tmp_path / 'ours'))(x, t), call(ddim_network, x, t - 1)) < 1e-5
     assert (record['params_sha256'] == record['ema_sha256']) == (form != 'a run')
     if form == 'a run':
-        raw = net_of(tmp_path / 'ours', 'raw')(x, t)
-        assert distance(raw, net_of(tmp_path / 'ours')(x, t)) > 0.1
+        raw = jit(net_of(tmp_path / 'ours', 'raw'))(x, t)
+        assert distance(raw, jit(net_of(tmp_path / 'ours'))(x, t)) > 0.1
 
 
 def without(state, name):
