@@ -27,6 +27,7 @@ MODES = {
     'likelihood': 'compute every likelihood, term by term',
     'evaluate': 'measure how good images are that were made elsewhere',
     'sweep': "draw with other numbers of steps and other η, and compare: DDIM's Table 1",
+    'compare': 'test the difference of two records of images: --mode=compare A/record.json B/record.json',
     'reference': 'compute the features of the data, with which samples are compared',
     'data': 'show what the network will see',
     'import_weights': "make a workdir from another project's weights",
@@ -62,7 +63,36 @@ flags.mark_flags_as_required(['config', 'workdir'])  # `parse` fills in the conf
 
 def main() -> None:
     """Run the command in sys.argv, and exit."""
-    app.run(_run, flags_parser=parse)
+    records = to_compare(sys.argv[1:])
+    if records is None:
+        app.run(_run, flags_parser=parse)
+    else:
+        compare(records)
+
+
+def to_compare(words: Sequence[str]) -> list[str] | None:
+    """Return what follows --mode=compare, which takes two files and nothing else; None for another mode."""
+    text = '\n'.join(words)
+    mode = re.search(r'^--?mode(=|\n)compare$', text, re.MULTILINE)
+    rest = text[: mode.start()] + text[mode.end() :] if mode else ''
+    return [word for word in rest.split('\n') if word] if mode else None
+
+
+def compare(records: list[str]) -> None:
+    """Compare two records, and exit."""
+    flag = next((word for word in records if word.startswith('-')), None)
+    if flag and re.fullmatch(r'--?(help\w*|h)', flag):
+        print(help_text(), flush=True)
+        sys.exit(0)
+    if flag:
+        sys.exit(f'error: {flag}: --mode=compare takes two records, and no other flags')
+    from diffusion import util  # imports JAX
+    from diffusion.modes.compare import run
+
+    try:
+        sys.exit(run(records))
+    except util.RunError as error:
+        sys.exit(f'error: {error}')
 
 
 def _run(argv):

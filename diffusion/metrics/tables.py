@@ -122,7 +122,8 @@ class Metric(NamedTuple):
     """A number that says how good samples are.
 
     Attributes:
-        compute: Comparison → {'value', 'standard_error', …}; raises ValueError, with the reason, if there is none.
+        compute: Comparison → {'value', 'standard_error', …}, and perhaps 'influences', how much each sample changes the
+            value; raises ValueError, with the reason, if there is none.
         features: a key of FEATURES.
         output: which of its outputs.
         dialects: those in which the metric is defined; () for all.
@@ -138,7 +139,12 @@ class Metric(NamedTuple):
 
 def _frechet(c):
     error = frechet.standard_error(c.influences)
-    return {'value': c.distance, 'standard_error': error, 'bias': 'upwards, by a term in 1/n'}
+    return {
+        'value': c.distance,
+        'standard_error': error,
+        'bias': 'upwards, by a term in 1/n',
+        'influences': c.influences,
+    }
 
 
 def _frechet_infinity(c):

@@ -66,8 +66,7 @@ def run(config: ConfigDict, path: str) -> int:
     # Record and report.
     record = {'images': {'place': place, 'count': len(images), 'sha256': digest, 'shape': list(shape)}}
     with workdir.writing(folder, key='evaluate.folder'):
-        details = {'numerics': numerics(), 'versions': versions()}
-        write_json(os.path.join(folder, 'record.json'), record | found | details)
+        write_found(folder, record, found, {'numerics': numerics(), 'versions': versions()})
     say(f'{len(images)} images of {place}')
     tell(found)
     say(os.path.join(folder, 'record.json'))
@@ -227,11 +226,12 @@ def measure(
 
     Returns:
         {'metrics': [{'name', 'features', 'dialect', 'value', 'standard_error', 'n', 'reference', …}],
-        'left_out': {metric: why}, 'memorization': [{'features', 'copies', …}]}.
+        'left_out': {metric: why}, 'memorization': [{'features', 'copies', …}], 'influences': {'metric|dialect': (N,)}}.
     """
     metrics: list[dict[str, Any]] = []
     copies: list[dict[str, Any]] = []
     left_out = dict(plan.left_out)
+    influences: dict[str, np.ndarray] = {}
     for network in plan.networks:
         rows = {
             name: row
@@ -264,6 +264,8 @@ def measure(
                     if rows[name].needs and isinstance(compared, str):
                         raise ValueError(compared)
                     value = rows[name].compute(comparison)
+                    if 'influences' in value:
+                        influences[f'{name}|{network.dialect}'] = value.pop('influences')
                 except ValueError as error:
                     left_out[name] = str(error)
                     continue
@@ -278,7 +280,20 @@ def measure(
         'metrics': sorted(metrics, key=lambda entry: order.index(entry['name'])),
         'left_out': left_out,
         'memorization': copies,
+        'influences': influences,
     }
+
+
+def write_found(folder: str, before: dict[str, Any], found: dict[str, Any], after: dict[str, Any]) -> None:
+    """Write record.json with what `measure` found between other facts, and influences.npz for comparisons.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    os.makedirs(folder, exist_ok=True)
+    influences = found.pop('influences')
+    np.savez(os.path.join(folder, 'influences.npz'), **influences)
+    write_json(os.path.join(folder, 'record.json'), before | found | after)
 
 
 def compare_features(samples: np.ndarray, compared: Reference | str, output: str, dialect: str) -> Comparison:

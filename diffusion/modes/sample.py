@@ -25,7 +25,7 @@ from diffusion.report.grid import save_each, save_grid
 from diffusion.runtime import hosts, mesh
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
-from diffusion.util import naming, numerics, say, versions, write_json
+from diffusion.util import naming, numerics, say, versions
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -49,6 +49,7 @@ def run(config: ConfigDict, path: str) -> int:
     with naming('config.sample'):
         keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip')
         chain = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys})
+    first_level = int(np.asarray(chain['timesteps']).flat[0])  # whose noise x_T is
     done = {key: chain.pop(key) if key in ('num_steps', 'spacing') else chain[key] for key in keys}
     step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
@@ -94,8 +95,8 @@ def run(config: ConfigDict, path: str) -> int:
         'model': config.model.to_dict(),
         'params_sha256': params_sha256,
         'schedule': config.schedule.to_dict(),
+        'first_level': first_level,
         'quantization': 'rounded to 8 bits',
-        **found,
         'colour_drift': None if drift is None else drift.tolist(),
         'compile_seconds': round(compiled - began, 3),
         'wall_seconds': round(finished - compiled, 3),
@@ -105,7 +106,7 @@ def run(config: ConfigDict, path: str) -> int:
         'versions': versions(),
     }
     with workdir.writing(folder, key='sample.folder'):
-        write_json(os.path.join(folder, 'record.json'), record)
+        evaluate.write_found(folder, record, found, {})
         drawn.remove()
 
     # Report.

@@ -183,7 +183,7 @@ def compute(
     if images is not None:
         with workdir.writing(folder, key='sweep.folder'):
             np.save(cell_path(folder, cell, 'npy'), images[:SHOWN])
-            write_json(result, found)
+            write_json(result, {key: value for key, value in found.items() if key != 'influences'})
             drawn.remove()
     return found
 

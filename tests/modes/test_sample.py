@@ -59,7 +59,8 @@ def test_images_a_grid_and_a_record_are_written(five):
     assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8
     assert len({image.tobytes() for image in images}) == 5
     assert images.std() > 10
-    assert sorted(path.name for path in folder.iterdir()) == ['grid.png', 'record.json', 'samples.npz']
+    written = sorted(path.name for path in folder.iterdir())
+    assert written == ['grid.png', 'influences.npz', 'record.json', 'samples.npz']
     with Image.open(folder / 'grid.png') as picture:
         grid = np.asarray(picture)
     corners = []
@@ -330,7 +331,13 @@ def test_each_setting_makes_other_images_in_a_folder_of_their_own(trained, five,
     images, record, folder = draw(trained, asking(**{key: value}))
     ours, theirs = record, five[1]
     assert record[key] == value
-    assert {name for name in ours if ours[name] != theirs[name]} <= {key, 'metrics', 'wall_seconds', 'compile_seconds'}
+    assert {name for name in ours if ours[name] != theirs[name]} <= {
+        key,
+        'first_level',
+        'metrics',
+        'wall_seconds',
+        'compile_seconds',
+    }
     assert folder.name.partition('-')[2] != five[2].name.partition('-')[2]
     assert (images != five[0]).any()
 

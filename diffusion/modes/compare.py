@@ -1,0 +1,103 @@
+"""--mode=compare RECORD RECORD: whether one set of images is measurably better than another."""
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from diffusion.util import RunError, read_json, say
+
+# What two entries have to agree in, beside their reference; and what their references have to agree in.
+SAME = ('features', 'dialect', 'weights_sha256', 'n')
+SAME_REFERENCE = ('images_sha256', 'file_sha256', 'flip', 'count')
+SAME_NOISE = ('seed', 'count', 'first_level')  # records that agree in these started from the same noise
+
+
+def run(paths: list[str]) -> int:
+    """Test the difference of every number that two records both have.
+
+    The difference is that of the first record less that of the second. If both sets of images started from the same
+    noise, image by image, the errors of those numbers that are known image by image are paired; otherwise they are
+    those of independent images.
+
+    Args:
+        paths: two files record.json, of --mode=sample or --mode=evaluate, or their folders.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        RunError: there are not two records, or they cannot be compared; the message names the keys that differ.
+    """
+    if len(paths) != 2:
+        raise RunError(
+            f'--mode=compare takes two records, but got {len(paths)}: --mode=compare A/record.json B/record.json'
+        )
+    paths = [os.path.join(path, 'record.json') if os.path.isdir(path) else path for path in paths]
+    records = [_read(path) for path in paths]
+    first, second = ({(e['name'], e['dialect']): e for e in record['metrics']} for record in records)
+    both = [key for key in first if key in second]
+    if not both:
+        names = (', '.join(name for name, _ in entries) or 'nothing' for entries in (first, second))
+        raise RunError(f'the records have no number in common: {paths[0]} has {next(names)}, {paths[1]} {next(names)}')
+    unlike = differences([(first[key], second[key]) for key in both])
+    if unlike:
+        lines = ''.join(f'\n    {line}' for line in unlike)
+        raise RunError(f'{paths[0]} and {paths[1]} cannot be compared:{lines}')
+    paired = all(key in record for record in records for key in SAME_NOISE) and all(
+        records[0][key] == records[1][key] for key in SAME_NOISE
+    )
+    influences = [_influences(path) if paired else {} for path in paths]
+    for key in both:
+        a, b = first[key], second[key]
+        name = '|'.join(key)
+        if all(name in known for known in influences):
+            changes = influences[0][name] - influences[1][name]
+            error, how = float(np.std(changes, ddof=1) / math.sqrt(len(changes))), 'paired'
+        else:
+            error, how = math.hypot(a['standard_error'], b['standard_error']), 'not paired'
+        say(
+            f'{key[0]} ({a["features"]}, {key[1]}): {a["value"]:.4f} − {b["value"]:.4f} = {verdict(a, b, error)}, {how}'
+        )
+    return 0
+
+
+def verdict(a: dict[str, Any], b: dict[str, Any], error: float) -> str:
+    """Return the difference of two values, its standard error, and the two-sided p-value of the normal test."""
+    difference = a['value'] - b['value']
+    p = 2 * scipy.stats.norm.sf(abs(difference) / error) if error else float(difference == 0)
+    return f'{difference:+.4f} ± {error:.4f}, p = {p:.2g}'
+
+
+def differences(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """Return a line for each key in which entries differ that have to agree in it."""
+    found = []
+    for a, b in pairs:
+        compared = {key: (a.get(key), b.get(key)) for key in SAME}
+        references = (a.get('reference') or {}, b.get('reference') or {})
+        compared |= {f'reference.{key}': (references[0].get(key), references[1].get(key)) for key in SAME_REFERENCE}
+        found += [f'{a["name"]}: {key} is {x!r} and {y!r}' for key, (x, y) in compared.items() if x != y]
+    return found
+
+
+def _read(path):
+    """Read a record that has metrics."""
+    try:
+        record = read_json(path)
+        _ = [(e['name'], e['dialect'], float(e['value']), float(e['standard_error'])) for e in record['metrics']]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f'{path} is no record of --mode=sample or --mode=evaluate ({type(error).__name__}: {error})'
+        ) from error
+    return record
+
+
+def _influences(path):
+    """The influence of each image on the numbers of a record, as far as they are known."""
+    try:
+        with np.load(os.path.join(os.path.dirname(path), 'influences.npz')) as file:
+            return dict(file)
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,102 @@
+"""--mode=compare: differences with their errors, and what is refused."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from diffusion.metrics import frechet
+from diffusion.modes import compare
+from diffusion.util import RunError
+from tests.runs import assert_refused, main
+
+
+def entry(value, error, **changes):
+    reference = {'images_sha256': 'abc', 'flip': False, 'count': 100}
+    return {
+        'name': 'FD-pixels',
+        'features': 'pixels',
+        'dialect': '[-1,1]',
+        'value': value,
+        'standard_error': error,
+        'n': 200,
+        'weights_sha256': None,
+        'reference': reference,
+    } | changes
+
+
+def write(folder, metrics, influences=None, **record):
+    """A folder with a record, and perhaps the influences of each image."""
+    folder.mkdir(parents=True)
+    (folder / 'record.json').write_text(json.dumps({'metrics': metrics} | record), encoding='utf-8')
+    if influences is not None:
+        np.savez(folder / 'influences.npz', **{'FD-pixels|[-1,1]': influences})
+    return str(folder)
+
+
+def test_independent_errors_add_in_squares(tmp_path, capsys):
+    paths = [write(tmp_path / 'a', [entry(5.0, 0.3)]), write(tmp_path / 'b', [entry(4.0, 0.4)])]
+    assert compare.run(paths) == 0
+    assert '5.0000 − 4.0000 = +1.0000 ± 0.5000, p = 0.046, not paired' in capsys.readouterr().out
+
+
+def test_images_of_the_same_noise_are_paired(tmp_path, capsys):
+    """Equal influences leave no error; those of other seeds are not paired."""
+    influences = np.random.default_rng(0).normal(size=200)
+    noise = {'seed': 0, 'count': 200, 'first_level': 1000}
+    a = write(tmp_path / 'a', [entry(5.0, 0.3)], influences, **noise)
+    b = write(tmp_path / 'b', [entry(4.9, 0.3)], influences + 0.01 * influences[::-1], **noise)
+    assert compare.run([a, b]) == 0
+    error = float(re.search(r'\+0\.1000 ± ([\d.]+), p = .*, paired', capsys.readouterr().out)[1])
+    assert error == pytest.approx(0.01 * influences.std() / 200**0.5, abs=1e-4)
+    c = write(tmp_path / 'c', [entry(4.9, 0.3)], influences, **noise | {'seed': 1})
+    assert compare.run([a, c]) == 0
+    assert 'not paired' in capsys.readouterr().out
+    assert compare.run([a, a]) == 0
+    assert '= +0.0000 ± 0.0000, p = 1, paired' in capsys.readouterr().out
+
+
+def test_the_paired_error_covers_the_mean_difference():
+    """Two sets of vectors of the same noise: their distances differ far less than two independent ones would."""
+    rng = np.random.default_rng(0)
+    other, found = (np.zeros(6), np.eye(6)), []
+    for _ in range(150):
+        noise = rng.normal(size=(300, 6))
+        sets = noise * 0.8, noise * 0.8 + 0.1 + 0.05 * rng.normal(size=(300, 6))
+        moments = [frechet.moments([vectors]) for vectors in sets]
+        changes = [frechet.influence(vectors, own, other) for vectors, own in zip(sets, moments, strict=True)]
+        difference = frechet.distance(moments[0], other) - frechet.distance(moments[1], other)
+        errors = [frechet.standard_error(change) for change in (changes[0] - changes[1], *changes)]
+        found.append((difference, errors[0], np.hypot(*errors[1:])))
+    differences, paired, unpaired = np.array(found).T
+    assert 135 <= np.sum(np.abs(differences - differences.mean()) < 1.96 * paired) <= 149
+    assert unpaired.mean() > 1.3 * paired.mean()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'n': 300}, 'n is 200 and 300'),
+        ({'features': 'inception'}, "features is 'pixels' and 'inception'"),
+        ({'weights_sha256': 'def'}, "weights_sha256 is None and 'def'"),
+        ({'reference': {'images_sha256': 'xyz', 'flip': True, 'count': 100}}, "reference.images_sha256 is 'abc' and"),
+        ({'reference': {'images_sha256': 'abc', 'flip': True, 'count': 100}}, 'reference.flip is False and True'),
+        ({'dialect': 'other'}, 'no number in common: .*FD-pixels.*FD-pixels'),
+    ],
+)
+def test_unlike_records_are_refused_with_the_keys_that_differ(tmp_path, changes, words):
+    paths = [write(tmp_path / 'a', [entry(5.0, 0.3)]), write(tmp_path / 'b', [entry(4.0, 0.4, **changes)])]
+    with pytest.raises(RunError, match=words):
+        compare.run(paths)
+
+
+def test_the_command_line_takes_two_records(tmp_path):
+    paths = [write(tmp_path / 'a', [entry(5.0, 0.3)]), write(tmp_path / 'b', [entry(4.0, 0.4)])]
+    done = main('--mode=compare', *paths)
+    assert done.returncode == 0 and '+1.0000 ± 0.5000' in done.stdout, done.stderr
+    assert_refused(main('--mode', 'compare', paths[0], '--config=digits'), '--config=digits', 'takes two records')
+    (tmp_path / 'no.json').write_text('{}', encoding='utf-8')
+    for paths, words in (([], 'got 0'), ([str(tmp_path / 'no.json')] * 2, 'no.json is no record')):
+        with pytest.raises(RunError, match=words):
+            compare.run(paths)
