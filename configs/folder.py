@@ -1,8 +1,10 @@
 """Your own pictures, in a folder or a zip file.
 
+    diffusion --config=folder --workdir=runs/mine --mode=data --config.data.source=folder:/path/to/pictures
     diffusion --config=folder --workdir=runs/mine --config.data.source=folder:/path/to/pictures
 
-Image size, channels and network are chosen from the pictures and printed; --mode=data shows what the network will see.
+The first command shows what the network will see, and which folders are taken for the splits; the second trains. Image
+size, channels and network are chosen from the pictures and printed.
 Pictures that are not square are cropped to their largest central square. If the pictures differ in size, image_size is
 the largest power of two that 99 of 100 of them reach, at most 64; a few that are far smaller are left out. Each choice
 can be made by hand, for example --config.data.image_size=128 --config.model.channels=64. The choices of the first
