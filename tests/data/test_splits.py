@@ -3,6 +3,8 @@
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffusion.data.sources import open_source, splits
 from tests.galleries import encoded, fill, noise, write_tfds, zipped
@@ -80,6 +82,11 @@ LAYOUTS = {
         under(*CLASSES),
         under(*(f'test/{name}' for name in CLASSES)),
     ),
+    'held-out pictures in each class': (
+        files('cat', 'cat/test', 'dog', 'dog/test'),
+        under('cat', 'dog'),
+        under('cat/test', 'dog/test'),
+    ),
     'splits in each class': (
         files('cat/train', 'cat/test', 'dog/train', 'dog/test'),
         under('cat/train', 'dog/train'),
@@ -114,6 +121,30 @@ def test_layouts_of_data_sets(tmp_path, layout, kind):
 )
 def test_names_of_splits(name, split):
     assert splits.split_of(name) == split
+
+
+NAMES = st.sampled_from(['train', 'test', 'val', 'cat', 'dog'])
+FOLDERS = st.sets(st.lists(NAMES, max_size=3).map('/'.join), min_size=1)
+
+
+@given(FOLDERS)
+def test_outer_folders_and_capitals_do_not_matter(folders):
+    found = splits.guess(folders)
+    outside = splits.guess({f'archive/data/{folder}'.rstrip('/') for folder in folders})
+    capital = splits.guess({folder.upper() for folder in folders})
+    for folder, place in found.items():
+        assert outside[f'archive/data/{folder}'.rstrip('/')].split == capital[folder.upper()].split == place.split
+
+
+@given(FOLDERS)
+def test_what_lies_in_a_folder_for_test_is_not_trained_on(folders):
+    """Unless it has a folder for training in turn, as a folder of tests may have."""
+    for folder, place in splits.guess(folders).items():
+        named = [part for part in folder.split('/') if splits.split_of(part)]
+        if place.split == 'train' and named:
+            assert 'train' in named[:2]
+        if not any('test' in path or 'val' in path for path in folders):
+            assert place.split == 'train'
 
 
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
@@ -160,6 +191,7 @@ def test_classes_do_not_include_the_folders_of_the_splits(tmp_path):
         'sets in sets': ['a'],
         'a class called train in a split': CLASSES,
         'splits in each class': ['cat', 'dog'],
+        'held-out pictures in each class': ['cat', 'dog'],
     }.items():
         source = source_of(tmp_path / layout, 'folder', LAYOUTS[layout][0])
         assert open_source(source, 'train').classes == open_source(source, 'test').classes == expected

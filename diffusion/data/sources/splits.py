@@ -53,7 +53,7 @@ def guess(folders: Collection[str]) -> dict[str, Place]:
 
     Folders are splits if one that is named as training data lies beside one that is named as held-out data, at any
     depth and in any number of places; what lies beside them is outside. Without such a pair, folders that are named
-    as held-out data are held out, and everything else is for training: a class may be called 'train'.
+    as held-out data, at any depth, are held out, and all else is for training: a class may be called 'train'.
 
     Args:
         folders: paths relative to the source, '/'-separated; '' is the source itself.
@@ -113,11 +113,14 @@ def _without_pairs(paths: dict[str, tuple[str, ...]]) -> dict[str, Place]:
     only = next(filter(None, map(split_of, reversed(outer))), None)
     if only:  # all pictures are in one folder of this name
         return _whole(paths, only)
-    places = {}
+    places = _whole(paths, 'train')
     for folder, path in paths.items():
-        split = split_of(path[len(outer)]) if len(path) > len(outer) else None
-        held_out = split in HELD_OUT
-        places[folder] = _place(split if held_out else 'train', path[: len(outer) + held_out], path)
+        for depth in range(len(outer), len(path)):
+            if split_of(path[depth]) in HELD_OUT:
+                classes = path[len(outer) : depth] + path[depth + 1 :]
+                root = '/'.join(path[: depth + 1])
+                places[folder] = Place(split_of(path[depth]), root, classes[0] if classes else None)
+                break
     return places
 
 
