@@ -24,9 +24,9 @@ version_tests := tests/networks tests/runtime tests/data tests/modes/test_train.
 
 .PHONY: demo prepare test test-slow test-newer test-versions peers chaos bench lint install clean
 
-install: $(VENV)/installed
+install: $(VENV)/installed-$(EXTRAS)
 
-$(VENV)/installed: setup.cfg constraints.txt
+$(VENV)/installed-$(EXTRAS): setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version): try make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -3,7 +3,7 @@
 The same as the installed command `diffusion`; diffusion/cli.py has it all.
 """
 
-from diffusion.cli import main
+from diffusion.__main__ import main
 
 if __name__ == '__main__':
     main()

@@ -69,7 +69,9 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every = 5000  # steps
     config.train.keep_checkpoints = 3  # number of checkpoints that are kept, the newest ones
     config.train.log_every = 100  # steps
-    config.train.sample_every = 10_000  # steps between sheets of samples (DDIM, 20 steps, EMA weights); 0 draws none
+    # Steps between sheets of samples (DDIM, 20 steps, EMA weights); 0 draws none. Smaller sheets come before the first,
+    # after 50, 100, 200, 500, … steps.
+    config.train.sample_every = 10_000
 
     config.sample = ConfigDict()
     config.sample.num_images = 256  # images

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from diffusion import data, gaussian, schedule, workdir
 from diffusion.networks import IMPLEMENTATIONS, NETWORKS
-from diffusion.runtime import hosts, mesh
-from diffusion.util import RunError, naming
+from diffusion.runtime import devices, hosts, mesh
+from diffusion.util import RunError, naming, say, warn
 
 # What may differ between the hosts of a run: the host's number, and where it finds and keeps files.
 PER_HOST = (
@@ -120,13 +120,13 @@ def build(config: ConfigDict) -> Experiment:
     with naming('config.model.kind'):
         gaussian.require_signal(noise_schedule, config.model.kind, noise_schedule.T)
     with naming('config.mesh'):
-        devices = mesh.make_mesh(config.mesh.fsdp)
-    implementation = IMPLEMENTATIONS[_implementation(config.model.implementation, devices)]
+        device_mesh = mesh.make_mesh(config.mesh.fsdp)
+    implementation = IMPLEMENTATIONS[_implementation(config.model.implementation, device_mesh)]
     with naming('config.model'):
         network = make_network(config, NETWORKS | implementation.NETWORKS)
         _ = network.graph  # raises ValueError now
     optimizer, learning_rate = make_optimizer(config.train)
-    return Experiment(noise_schedule, network, optimizer, learning_rate, devices, implementation)
+    return Experiment(noise_schedule, network, optimizer, learning_rate, device_mesh, implementation)
 
 
 def make_schedule(config: ConfigDict) -> schedule.Schedule:
@@ -196,9 +196,12 @@ def join_hosts(config: ConfigDict, mode: str) -> None:
     """Join the other hosts of the run, before anything touches a device, and check that all were asked for the same.
 
     On a lone CPU, the modes that draw or measure images make each core a device, so that the cores share a batch.
+    It starts the devices, prints them, and warns of those that JAX cannot use. On a lone CPU, --mode=sample makes each
+    core a device, so that the cores share a batch.
 
     Raises:
-        RunError: the settings do not fit together, or the hosts differ in settings, versions or mode.
+        RunError: the settings do not fit together, there is no device, or the hosts differ in settings, versions or
+            mode.
         NotMetError: the hosts do not meet.
     """
     with naming('config.distributed'):
@@ -207,6 +210,9 @@ def join_hosts(config: ConfigDict, mode: str) -> None:
         mesh.use_cores(min(config.sample.batch_size, config.sample.num_images))
     if mode in ('evaluate', 'reference'):
         mesh.use_cores(config.metrics.batch_size)
+    say(f'devices: {devices.start()}')
+    if warning := devices.unused():
+        warn(warning)
     if jax.distributed.is_initialized():
         asked = {f'config.{key}': repr(value) for key, value in _flat(config.to_dict()) if key not in PER_HOST}
         versions = {f'the version of {name}': importlib.metadata.version(name) for name in LIBRARIES}
@@ -223,11 +229,11 @@ def require_same(values: dict[str, str], advice: str) -> None:
         raise RunError(f'{" and ".join(found)} {verb} not the same on all hosts{lines}\n{advice}')
 
 
-def _implementation(name, devices):
+def _implementation(name, device_mesh):
     """The implementation that 'auto' stands for: the fast one for CPUs, the plain one for everything else."""
     if name != 'auto':
         return name
-    return 'cpu' if devices.devices.flat[0].platform == 'cpu' else 'plain'
+    return 'cpu' if device_mesh.devices.flat[0].platform == 'cpu' else 'plain'
 
 
 def _call(function, values):

@@ -10,16 +10,18 @@ import importlib
 import io
 import os
 import re
-import signal
 import sys
 import tokenize
+import traceback
 from collections.abc import Iterator, Sequence
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion import limits
+from diffusion.runtime import interrupt
 from diffusion.runtime.interrupt import EXIT_STATUS
+from diffusion.util import PATIENCE, Output, RunError, first_line, say_here
 
 MODES = {
     'train': 'train, or resume training',
@@ -63,11 +65,32 @@ flags.mark_flags_as_required(['config', 'workdir'])  # `parse` fills in the conf
 
 def main() -> None:
     """Run the command in sys.argv, and exit."""
-    records = to_compare(sys.argv[1:])
-    if records is None:
-        app.run(_run, flags_parser=parse)
-    else:
-        compare(records)
+    interrupt.listen()
+    logging.set_verbosity(logging.FATAL)  # what libraries log reaches the user as our errors, or by --verbosity
+    try:
+        records = to_compare(sys.argv[1:])
+        if records is None:
+            app.run(_run, flags_parser=parse)
+        else:
+            compare(records)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            Output(sys.stderr, PATIENCE).write(f'{stop.code}\n')
+            stop = SystemExit(1)
+        raise stop
+    finally:
+        _give_up_dead_streams()
+
+
+def _give_up_dead_streams():
+    """Let what a stream could not write end in /dev/null: at exit, Python would make a failure of it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def to_compare(words: Sequence[str]) -> list[str] | None:
@@ -82,64 +105,63 @@ def compare(records: list[str]) -> None:
     """Compare two records, and exit."""
     flag = next((word for word in records if word.startswith('-')), None)
     if flag and re.fullmatch(r'--?(help\w*|h)', flag):
-        print(help_text(), flush=True)
-        sys.exit(0)
+        print_help()
     if flag:
         sys.exit(f'error: {flag}: --mode=compare takes two records, and no other flags')
-    from diffusion import util  # imports JAX
-    from diffusion.modes.compare import run
+    from diffusion.modes.compare import run  # imports JAX
 
     try:
         sys.exit(run(records))
-    except util.RunError as error:
+    except RunError as error:
         sys.exit(f'error: {error}')
 
 
 def _run(argv):
     if len(argv) > 1:
         sys.exit(f'error: unexpected argument {argv[1]!r}: flags start with --')
+    require_keys(flags.FLAGS.config)
     workdir = folder(flags.FLAGS.workdir)
     record_command()
-    if not flags.FLAGS['verbosity'].present:
-        logging.set_verbosity(logging.FATAL)  # problems that libraries log reach the user as our errors
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, wherever no Interrupt listens
     mode = ALIASES.get(flags.FLAGS.mode, flags.FLAGS.mode)
-    try:
-        from diffusion import build, util  # imports JAX
-        from diffusion.runtime import hosts
+    say_here('loading JAX …')
+    from diffusion import build
+    from diffusion.runtime import hosts, memory
 
-        run = importlib.import_module(f'diffusion.modes.{mode}').run
-    except KeyboardInterrupt as stop:
-        _end(stop)
+    module = importlib.import_module(f'diffusion.modes.{mode}')
     try:
         build.join_hosts(flags.FLAGS.config, mode)
-        sys.exit(run(flags.FLAGS.config, workdir))
-    except util.RunError as error:
-        sys.exit(f'error: {error}')
-    except KeyboardInterrupt as stop:
-        _end(stop)
+        interrupt.listen()  # again: JAX has a handler of its own for several hosts
+        sys.exit(module.run(flags.FLAGS.config, workdir))
+    except KeyboardInterrupt:  # at the end of what a signal had to wait for
+        interrupt.end()
     except Exception as error:
-        message = hosts.lost(error)
-        if message is None:
-            raise
-        print(f'error: {message}', file=sys.stderr, flush=True)
-        os._exit(EXIT_STATUS)  # at once: handlers that run at exit would wait for the lost host
+        lost, exhausted = hosts.lost(error), memory.exhausted(error)
+        if lost:
+            _report(lost)
+            os._exit(EXIT_STATUS)  # at once: handlers that run at exit would wait for the lost host
+        if exhausted:
+            message = f'{exhausted}: {getattr(module, "MEMORY", "free some")}'
+        elif isinstance(error, RunError):
+            message = str(error)
+        else:  # a bug
+            Output(sys.stderr, PATIENCE).write(traceback.format_exc())
+            hosts.end_all(f'{type(error).__name__}: {first_line(error)}')
+            sys.exit(1)
+        _report(message)
+        hosts.end_all(message)
+        sys.exit(1)
 
 
-def _end(stop):
-    """Report a signal that ended the run, and exit with the status that asks for the same command again."""
-    where = str(stop) or 'nothing is written yet; the same command starts over'
-    print(f'interrupted: {where}', file=sys.stderr, flush=True)
-    sys.exit(EXIT_STATUS)
+def _report(message):
+    """Print the one line of an error."""
+    Output(sys.stderr, PATIENCE).write(f'error: {message}\n')
 
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parse the flags. Exit with one line about the flag that is wrong, or after printing the help."""
     text = '\n'.join(argv)
     if re.search(r'^--?(help\w*|h|\?)$', text, re.MULTILINE):
-        with contextlib.suppress(BrokenPipeError):  # a pager that has read enough
-            print(help_text(), flush=True)
-        os._exit(0)  # without flushing stdout once more
+        print_help()
     argv, path = find_config(config_of_run(argv))
     file = path.partition(':')[0]
     if path and not (os.path.isfile(file) and file.endswith('.py')):
@@ -150,16 +172,25 @@ def parse(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         if not path and 'flag --config=None' in str(error):
             sys.exit('error: --config is missing, a name or PATH.py; only a --workdir that holds a run needs none')
+        if path and re.search(r'^flag --config=None:', str(error)):
+            sys.exit(f'error: --config={path}: get_config() returns None; it must return the config')
         if 'TypeError: get_config() takes 0 positional arguments' in str(error):
             sys.exit(
                 f'error: --config={path}: {file} takes nothing after a colon; configs/workdir.py takes a workdir there'
             )
+        if 'Error whilst parsing config file' in str(error):  # the text of a TypeError's traceback
+            lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', str(error))
+            where = f'line {lines[-1]}' if lines else 'get_config'
+            sys.exit(f'error: --config={path}: {where}: {str(error).strip().splitlines()[-1]}')
         sys.exit(f'error: {error}')
-    except (AttributeError, KeyError, TypeError) as error:
+    except Exception as error:
+        wrong_line = error_in(file, error)
+        if wrong_line:
+            sys.exit(f'error: --config={path}: {wrong_line}')
         # The message names the key, or a dotted path whose last part was looked up in a value instead of a group.
         key = re.search(r'lookup: [\w.]*?(\w+)\W*$', str(error)) or re.search(r'(\w+)', str(error))
         wrong = [word for word in argv if key and key[1] in word.partition('=')[0].split('.')]
-        if not key or not wrong:  # the config file itself is wrong: its author needs the traceback
+        if not key or not wrong:
             raise
         near = re.search(r'Did you mean "(\w+)"', str(error))
         hint = f'did you mean {near[1]!r}?' if near else 'configs/default.py has all keys, and --help lists them'
@@ -183,6 +214,37 @@ def record_command() -> None:
     ours = os.path.realpath(os.path.dirname(path)) == os.path.realpath(CONFIGS)
     command.config = os.path.abspath(path) if not ours else '' if name == RUN else name
     command.overrides = tuple(sorted(config_flags.get_override_values(flags.FLAGS['config'])))
+
+
+def print_help() -> None:
+    """Print the help, and exit."""
+    Output(sys.stdout, 3600).write(f'{help_text()}\n')  # a pager reads slowly
+    sys.exit(0)
+
+
+def error_in(file: str, error: Exception) -> str | None:
+    """Return the line and the message of an error that a config file has, or None if it is not the file's."""
+    if isinstance(error, SyntaxError) and error.filename and os.path.abspath(error.filename) == os.path.abspath(file):
+        return f'line {error.lineno}: {error.msg}'
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    if lines:
+        return f'line {lines[-1]}: {type(error).__name__}: {first_line(error)}'
+    if "no attribute 'get_config'" in str(error):
+        return 'it has no function get_config, which returns the config'
+    return None
+
+
+def require_keys(config: object) -> None:
+    """Exit with one line unless a config has every key."""
+    if not isinstance(config, ConfigDict):
+        sys.exit(f'error: --config: get_config() returns a {type(config).__name__}; it must return a ConfigDict')
+    for key, _, _ in documented_keys():
+        group, _, name = key.rpartition('.')
+        if name not in (config.get(group, {}) if group else config):
+            sys.exit(
+                f'error: --config: the config lacks {key}: begin with `config = default.get_config()`, where default '
+                'is diffusion.configs.default'
+            )
 
 
 def find_config(argv: Sequence[str]) -> tuple[list[str], str]:
@@ -264,3 +326,7 @@ def documented_keys() -> Iterator[tuple[str, str, str]]:
             comments[line] for line in range(above + 1, (node.end_lineno or node.lineno) + 1) if line in comments
         ]
         yield ast.unparse(node.targets[0]).removeprefix('config.'), value, ' '.join(comment)
+
+
+if __name__ == '__main__':
+    main()

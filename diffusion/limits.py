@@ -35,7 +35,7 @@ class Integers:
         return self._low <= value <= self._high
 
     def __str__(self):
-        return f'at least {self._low}' if self._high == LARGEST_COUNT else f'{self._low} to {self._high}{self._reason}'
+        return f'{self._low} to {self._high}{self._reason}'
 
 
 class Reals:

@@ -1,18 +1,35 @@
-"""Helpers that several parts of the project share: files, locks, errors, output."""
+"""Helpers that several parts of the project share: files, locks, errors, output.
+
+It imports nothing heavy, so that the command line can print before JAX is imported.
+"""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import select
+import shutil
 import socket
 import stat
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
-import jax
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+PATIENCE = 5  # seconds that a line of output waits for a pipe or a terminal that takes none
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems
+REMINDER = 15.0  # seconds after which a stage says that it is still going; then after twice as many, and so on
+PIECE = 1024  # characters, at most 4 bytes each: what a pipe takes without blocking if it takes anything
+UNFINISHED: set[str] = set()  # folders that are to be removed if the process is ended, see `unfinished`
 
 # Settings of JAX, and variables with flags of compilers, that change numbers; and flags that do not.
 JAX_SETTINGS = (
@@ -32,10 +49,103 @@ def first_line(error: BaseException | None, most: int = 300) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)[:most]
 
 
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A text stream that never fails: output is no reason to stop.
+
+    What cannot be written is dropped: if the disk is full, the reader of the pipe is gone or has stopped reading, the
+    terminal is closed, or the process was started without the stream (then it is None). Characters that the stream's
+    encoding lacks become '?'.
+    """
+
+    stream: TextIO | None
+    patience: float = 0  # seconds to wait for a reader
+
+    def write(self, text: str) -> None:
+        """Write text, and flush it."""
+        stream = self.stream
+        if stream is None:
+            return
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            for start in range(0, len(text), PIECE):
+                with contextlib.suppress(io.UnsupportedOperation):  # a stream that is no file takes everything
+                    if not select.select([], [stream], [], self.patience)[1]:
+                        return
+                piece = text[start : start + PIECE]
+                try:
+                    stream.write(piece)
+                except UnicodeEncodeError:
+                    stream.write(piece.encode(stream.encoding, 'replace').decode(stream.encoding))
+                stream.flush()
+
+    def flush(self) -> None:
+        """Do nothing, as all is flushed."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What tqdm asks about the stream: whether it is a terminal, and its encoding."""
+        return getattr(self.stream, name)
+
+
 def say(message: str = '') -> None:
     """Print a line, on the first host only."""
+    import jax
+
     if jax.process_index() == 0:
-        print(message, flush=True)
+        say_here(message)
+
+
+def say_here(message: str) -> None:
+    """Print a line, on every host; it may be called before the hosts have met."""
+    Output(sys.stdout, PATIENCE).write(f'{message}\n')
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(f'warning: {message}', file=Output(sys.stderr))
+
+
+def progress(*, total: int, doing: str, unit: str, initial: int = 0, hidden: bool = False) -> 'tqdm':
+    """Return a progress bar on stderr.
+
+    Args:
+        total: the number of units.
+        doing: a word for what is counted.
+        unit: the name of one.
+        initial: the number of units that are done already.
+        hidden: show nothing.
+    """
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        desc=doing,
+        unit=unit,
+        initial=initial,
+        file=Output(sys.stderr),
+        dynamic_ncols=True,
+        disable=hidden or sys.stderr is None,
+    )
+
+
+@contextlib.contextmanager
+def stage(doing: str) -> Iterator[None]:
+    """Say what is being done within the context, and now and then, ever more rarely, that it still is."""
+    say(f'{doing} …')
+    began, over = time.monotonic(), threading.Event()
+
+    def remind():
+        pause = REMINDER
+        while not over.wait(pause):
+            say(f'… still {doing}, for {time.monotonic() - began:.0f} s')
+            pause *= 2
+
+    threading.Thread(target=remind, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def open_regular(path: str | os.PathLike, mode: str = 'r') -> IO[Any]:
@@ -132,10 +242,43 @@ def versions() -> dict[str, str]:
     return {'python': platform.python_version(), **packages}
 
 
+@contextlib.contextmanager
+def unfinished(folder: str) -> Iterator[None]:
+    """Remove a folder if the context fails, or if a signal ends the process within it."""
+    UNFINISHED.add(folder)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        UNFINISHED.discard(folder)
+
+
+def _lock(file: TextIO) -> bool:
+    """Lock a file for this process; return False if its file system has no locks, as some NFS and Lustre mounts.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    for lock in (fcntl.flock, fcntl.lockf):  # some have one kind only
+        try:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno == errno.EACCES:  # lockf may say so instead
+                raise BlockingIOError(error.errno, error.strerror) from error
+            if error.errno not in NO_LOCKS:
+                raise
+    return False
+
+
 class FileLock:
     """Context manager that holds a lock file until the process ends, however it ends.
 
-    The file names the process that holds it.
+    The file names the process that holds it. Where the file system has no locks, it warns and holds none.
     """
 
     def __init__(self, path: str):
@@ -160,7 +303,9 @@ class FileLock:
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         file = open(self._path, 'a+', encoding='utf-8')  # noqa: SIM115 (held open)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _lock(file):
+                folder = os.path.dirname(self._path)
+                warn(f'the file system of {folder} has no locks: make sure that no other process trains there')
         except BlockingIOError as error:
             with file:
                 file.seek(0)
@@ -187,14 +332,20 @@ def exclusive(path: str, waiting: str) -> Iterator[None]:
     """Hold a lock file within the context; if another process holds it, print `waiting` and wait.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or its file system has no locks.
     """
     with open(path, 'w', encoding='utf-8') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(waiting, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        waits = False
+        while True:
+            try:
+                if not _lock(file):
+                    raise OSError(errno.ENOLCK, 'its file system has no locks')
+                break
+            except BlockingIOError:
+                if not waits:
+                    say_here(waiting)
+                waits = True
+                time.sleep(0.2)
         yield
 
 

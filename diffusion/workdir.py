@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from diffusion import autoconfig, data, limits
 from diffusion.configs import default
 from diffusion.data.sources import SOURCES
-from diffusion.runtime import hosts, mesh
+from diffusion.runtime import hosts, interrupt, mesh
 from diffusion.runtime.checkpoints import Checkpoints, DamagedError, OtherArraysError, newest_record
 from diffusion.runtime.compilation import cache_programs, private_folder
 from diffusion.util import FileLock, RunError, cache_folder, first_line, read_json, say, write_json
@@ -329,15 +329,28 @@ def lock(workdir: str) -> Iterator[FileLock | None]:
 def writing(folder: str, error_type: type[Exception] = OSError, *, key: str = '') -> Iterator[None]:
     """Turn an OSError, or an `error_type`, within the context into a RunError that names the folder.
 
-    If a key of the config names the folder, the advice is to set it.
+    If a key of the config names the folder, the advice is to set it. A signal waits until the context ends.
     """
     try:
-        yield
+        with interrupt.finishing('file'):
+            yield
     except (OSError, error_type) as error:
         other = f'another folder by --config.{key}=…, beside the same --workdir' if key else 'another --workdir'
         raise RunError(
             f'{folder} cannot be written ({first_line(error)}): free some space or repair it, or choose {other}'
         ) from error
+
+
+def wrote(folder: str, *names: str) -> None:
+    """Name files as they are complete; the last line of a command that is interrupted from now on says that they are.
+
+    Args:
+        folder: where they are.
+        names: of the files.
+    """
+    for name in names:
+        say(os.path.join(folder, name))
+    interrupt.leaves('the files named above are complete; the same command computes the rest again')
 
 
 def make_folder(*path: str, key: str = '') -> str:

@@ -3,11 +3,12 @@
     python -m tests.chaos [--kills=15] [--corruptions=40] [--seed=0] [--write]
 
 A tiny network learns the digits once without a disturbance. Then the same command is killed at random moments, also
-during saves, by SIGKILL, SIGTERM and Ctrl-C, and repeated until it is done: its checkpoint and the logged numbers must
-be those of the undisturbed run, bit by bit. Files of its checkpoints are truncated, changed, deleted and exchanged: the
-run must resume from an intact checkpoint with a warning, or report that there is none, and never use wrong numbers. Its
-disk is filled (a small tmpfs, if one can be mounted). Prints a table of faults and outcomes; --write puts it into
-docs/reliability.md. The exit status is 1 if anything went wrong.
+during saves, by SIGKILL and by signals that ask it to stop, and repeated until it is done: its checkpoint and the
+logged numbers must be those of the undisturbed run, bit by bit. Sampling is asked to stop at random moments: it must
+end with status 75. Files of its checkpoints are truncated, changed, deleted and exchanged: the run must resume from an
+intact checkpoint with a warning, or report that there is none, and never use wrong numbers. Its disk is filled (a small
+tmpfs, if one can be mounted). Prints a table of faults and outcomes; --write puts it into docs/reliability.md. The exit
+status is 1 if anything went wrong.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from ml_collections import ConfigDict
 
 from diffusion import build
 from diffusion.runtime.checkpoints import Checkpoints, DamagedError
+from diffusion.runtime.interrupt import SIGNALS
 from tests.runs import ROOT, checkpoint
 
 STEPS = 400
@@ -47,16 +49,16 @@ SETTINGS = {
 MARK = '<!-- the table below is written by python -m tests.chaos --write -->'
 
 
-def command(workdir, **changes):
+def command(workdir, *more, **changes):
     """The command line of the run; runs share their compiled programs, because compiling takes most of the time."""
     settings = SETTINGS | {'compile_cache': workdir.parent / 'compiled'} | changes
     flags = [f'--config.{key}={value}' for key, value in settings.items()]
-    return [sys.executable, 'main.py', '--config=configs/digits.py', f'--workdir={workdir}', *flags]
+    return [sys.executable, 'main.py', '--config=configs/digits.py', f'--workdir={workdir}', *flags, *more]
 
 
-def start(workdir, **changes):
+def start(workdir, *more, **changes):
     return subprocess.Popen(
-        command(workdir, **changes), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(workdir, *more, **changes), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -103,7 +105,7 @@ def kills(table, folder, reference, number, rng):
         while True:
             before = unfinished(workdir)
             process = start(workdir)
-            what = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            what = rng.choice([*3 * [signal.SIGKILL], *SIGNALS])
             if killed < number:
                 wait_to_kill(process, workdir, rng.uniform(0, 1.2 * seconds), rng.random() < 0.3)
                 inside = bool(unfinished(workdir) - before)
@@ -113,13 +115,10 @@ def kills(table, folder, reference, number, rng):
                 break
             killed += 1
             fault = f'{what.name}, {"inside a save" if inside else "between saves"}'
-            if what == signal.SIGKILL or (what, status) == (signal.SIGTERM, -signal.SIGTERM):
-                table.add(fault, 'ended at once', status == -what, output)  # SIGTERM: before the run listens to it
-            elif status == 75:
-                table.add(fault, 'saved, exit status 75', 'Traceback' not in output, output)
-            else:  # before it listens, or after it is done
-                idle = 'compiling' not in output or 'complete:' in output
-                table.add(fault, 'ended before or after its steps', idle, f'{status} {output}')
+            if what == signal.SIGKILL:
+                table.add(fault, 'ended at once', status == -what, output)
+            else:
+                table.add(fault, *outcome(what, status, output))
         seconds = min(seconds, time.monotonic() - begun)
         table.add(
             'a run killed again and again until it is done',
@@ -130,6 +129,33 @@ def kills(table, folder, reference, number, rng):
         right = logged(workdir) == logged(reference)
         table.add('its log', 'each step once, with the same numbers' if right else 'ANOTHER LOG', right, str(workdir))
         shutil.rmtree(workdir)
+
+
+def outcome(what, status, output):
+    """(outcome, whether it is right, details) of a process that was asked to stop."""
+    if not output:  # Python was starting, and listens to nothing
+        return 'ended at once', status in (-what, 75), str(status)
+    if 'interrupted:' in output:
+        return 'there was nothing to save: ended at once, exit status 75', status == 75, f'{status} {output}'
+    return 'saved, exit status 75', status == 75 and 'Traceback' not in output, f'{status} {output}'
+
+
+def stops(table, reference, number, rng):
+    """Ask sampling to stop at random moments: while it imports, reads, compiles, draws, measures and writes."""
+    sample = {'sample.num_images': 512, 'sample.num_steps': 100, 'compile_cache': 'off'}
+    begun = time.monotonic()
+    finish(start(reference, '--mode=sample', **sample))
+    seconds = time.monotonic() - begun
+    for _ in range(number):
+        process = start(reference, '--mode=sample', **sample)
+        what = rng.choice(SIGNALS)
+        time.sleep(rng.uniform(0, seconds))
+        process.send_signal(what)
+        status, output = finish(process)
+        if status == 0:
+            table.add(f'{what.name} while sampling', 'it was complete', 'record.json' in output, output)
+        else:
+            table.add(f'{what.name} while sampling', *outcome(what, status, output))
 
 
 def unfinished(workdir):
@@ -268,6 +294,7 @@ def main():
         corruptions(table, folder, reference, asked.corruptions, rng)
         full_disk(table, folder, reference)
         kills(table, folder, reference, asked.kills, rng)
+        stops(table, reference, asked.kills, rng)
     print(table.markdown())
     print(f'{time.monotonic() - begun:.0f} s')
     if asked.write:

@@ -1,6 +1,7 @@
 """The command line: an error is one or two lines without a traceback, and an exit status that is not 0."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -42,6 +43,43 @@ def test_wrong_flags_are_named(flags, words, tmp_path):
     assert_refused(done, *words)
     assert done.stdout == '' and len(done.stderr.splitlines()) <= 2, done.stderr
     assert not (tmp_path / 'run').exists()
+
+
+OWN = """from diffusion.configs import default
+def get_config():
+    config = default.get_config()
+    {line}
+"""
+
+
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        ('def get_config(:\n', ('line 1', 'syntax')),
+        ('import nowhere\n', ('line 1', "No module named 'nowhere'")),
+        (OWN.format(line='config.train.batchsize = 4'), ('line 4', 'batchsize')),
+        (OWN.format(line='return undefined'), ('line 4', "name 'undefined' is not defined")),
+        (OWN.format(line='return None'), ('get_config() returns None',)),
+        (OWN.format(line='return config.to_dict()'), ('returns a dict', 'ConfigDict')),
+        (OWN.format(line='return config.train'), ('lacks', 'default.get_config()')),
+        ('config = 3\n', ('no function get_config',)),
+        ('get_config = 3\n', ("get_config: TypeError: 'int' object is not callable",)),
+        (OWN.format(line='config.seed = 1 + None'), ('line 4', 'TypeError')),
+    ],
+)
+def test_an_own_config_that_is_wrong_is_named_with_the_line(content, words, tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text(content)
+    done = main(f'--config={path}', f'--workdir={tmp_path / "run"}')
+    assert_refused(done, '--config', *words)
+    assert done.stdout == '' and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_number_that_is_too_large_is_told_what_is_allowed():
+    with pytest.raises(ValueError, match=r'config.seed is 99999999999, but must be 0 to 2147483647'):
+        config = default.get_config()
+        config.seed = 99_999_999_999
+        limits.check(config)
 
 
 def test_a_missing_workdir_is_named():
@@ -113,6 +151,15 @@ def test_a_workdir_that_cannot_be_a_folder_is_refused(tmp_path):
     assert_refused(main(CONFIG, '--workdir=gs://bucket/run'), 'gs://bucket/run', 'mount')
     assert not (ROOT / 'gs:').exists()
     assert_refused(main(CONFIG, '--workdir='), 'is not a folder')
+
+
+@pytest.mark.parametrize('how', ['| head -1', '>&-', '>&- 2>&-', '2>&1 >/dev/full', ''])
+def test_output_that_is_closed_full_or_not_in_utf_8_is_no_failure(how):
+    """The help has letters that latin-1 lacks."""
+    command = f'set -o pipefail; "{sys.executable}" main.py --help {how}'
+    environment = os.environ | {'PYTHONIOENCODING': 'latin-1'}
+    done = subprocess.run(['bash', '-c', command], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b''), done
 
 
 @pytest.mark.parametrize('flag', ['--help', '-help', '-?', '-h', '--helpfull', '--helpshort'])

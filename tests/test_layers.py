@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # Each may import those after it, and those of its own folder.
 ORDER = [
+    '__main__',
     'cli',
     'modes',
     'build',
@@ -31,7 +32,7 @@ ORDER = [
 PAPER = ORDER[ORDER.index('loss') :]
 SUPPLIERS = ['networks', 'data', 'runtime', 'interop', 'metrics', 'report']
 # May import suppliers and util.
-ABOVE_SUPPLIERS = ['cli', 'modes', 'build', 'workdir', 'autoconfig']
+ABOVE_SUPPLIERS = ['__main__', 'cli', 'modes', 'build', 'workdir', 'autoconfig']
 ANNOTATED = [*PAPER, 'networks', 'metrics']
 
 

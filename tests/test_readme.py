@@ -166,7 +166,8 @@ def test_commands_exist(page):
     for target in re.findall(r'(?:`|^ {4}|&& )make (?:[A-Z]\S* )*([a-z][\w-]*)', text, re.M):
         assert re.search(rf'^{target}:', makefile, re.M), target
     for module in re.findall(r'python -m ((?:benchmarks|diffusion|tests)[\w.]*)', text):
-        assert (ROOT / f'{module.replace(".", "/")}.py').exists(), module
+        path = ROOT / module.replace('.', '/')
+        assert path.with_suffix('.py').exists() or (path / '__main__.py').exists(), module
     for key in re.findall(r'--config\.([a-z][\w.]*)', text):
         part, _, name = key.partition('.')
         assert (name or part) in (CONFIG[part] if name else CONFIG) or key == 'model.width', key  # of CONTRIBUTING.md

@@ -1,12 +1,19 @@
-"""Helpers that several parts share: files and locks."""
+"""Helpers that several parts share: files, locks and output."""
 
+import contextlib
+import errno
+import fcntl
+import io
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 
-from diffusion.util import FileLock, first_line, write_json
+from diffusion import util
+from diffusion.util import FileLock, Output, exclusive, first_line, progress, stage, warn, write_json
 
 
 def test_json_is_written_completely_or_not_at_all(tmp_path):
@@ -60,3 +67,100 @@ def test_a_lock_file_that_is_moved_is_lost_and_can_be_acquired_again(tmp_path):
         assert not lock.lost()
         with pytest.raises(BlockingIOError), FileLock(str(path)):
             pass
+
+
+@pytest.fixture
+def pipe():
+    """(a stream that writes into a pipe, the pipe's other end)."""
+    read_end, write_end = os.pipe()
+    with (
+        open(read_end, 'rb') as reader,
+        contextlib.suppress(BrokenPipeError),
+        open(write_end, 'w', encoding='utf-8') as stream,
+    ):
+        yield stream, reader
+
+
+def test_output_is_written_at_once(pipe):
+    stream, reader = pipe
+    Output(stream).write('step 1\n')
+    assert reader.readline() == b'step 1\n'
+
+
+def test_output_that_nobody_reads_is_dropped(pipe):
+    """The reader is gone, or has stopped reading: then nothing waits for it."""
+    stream, reader = pipe
+    for _ in range(100):
+        Output(stream).write(9999 * 'x' + '\n')
+    reader.close()
+    Output(stream).write('nobody\n')
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='it is a device of Linux')
+def test_output_on_a_full_disk_is_dropped():
+    with contextlib.suppress(OSError), open('/dev/full', 'w', encoding='utf-8') as stream:
+        for _ in range(100):
+            Output(stream).write(999 * 'x' + '\n')
+
+
+def test_output_without_a_stream_is_dropped():
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        Output(stream).write('nothing\n')
+
+
+def test_characters_that_the_output_lacks_are_replaced():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding='latin-1')
+    Output(stream).write('2 × cpu … √ᾱ\n')
+    assert raw.getvalue().decode('latin-1').startswith('2 × cpu ? ?')
+
+
+def test_bars_and_warnings_survive_an_output_that_is_gone(pipe, monkeypatch):
+    stream, reader = pipe
+    monkeypatch.setattr(sys, 'stderr', stream)
+    with progress(total=3, doing='train', unit='step') as bar:
+        bar.update()
+        warn('first')
+        assert b'warning: first\n' in reader.read1()
+        reader.close()
+        bar.update()
+        bar.refresh()
+        warn('second')
+    monkeypatch.setattr(sys, 'stderr', None)
+    with progress(total=3, doing='train', unit='step') as bar:
+        bar.update()
+    warn('third')
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys, number):
+    """As some NFS and Lustre mounts are."""
+
+    def no_lock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, 'flock', no_lock)
+    with FileLock(str(tmp_path / 'run' / '.lock')) as lock:  # lockf is enough
+        assert not lock.lost()
+    assert capsys.readouterr().err == ''
+    monkeypatch.setattr(fcntl, 'lockf', no_lock)
+    with FileLock(str(tmp_path / 'run' / '.lock')) as lock:
+        assert not lock.lost()
+        (tmp_path / 'run' / '.lock').unlink()
+        assert lock.lost()
+    assert f'the file system of {tmp_path / "run"} has no locks' in capsys.readouterr().err
+    with pytest.raises(OSError, match='no locks'), exclusive(str(tmp_path / 'cache.lock'), 'waiting'):
+        pass
+
+
+def test_a_long_stage_says_that_it_is_still_going(monkeypatch, capsys):
+    """Ever more rarely, and not once it is over."""
+    monkeypatch.setattr(util, 'REMINDER', 0.05)
+    with stage('compiling it'):
+        time.sleep(0.25)
+    time.sleep(0.2)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == 'compiling it …'
+    assert 1 <= len(others) <= 2 and all(line.startswith('… still compiling it, for ') for line in others)

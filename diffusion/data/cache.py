@@ -17,12 +17,11 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float64, Int32, UInt8
-from tqdm import tqdm
 
 from diffusion.data.images import Images, Undecoded
 from diffusion.data.pictures import Preprocessing
 from diffusion.data.sources import Source
-from diffusion.util import exclusive, read_json, say, write_json
+from diffusion.util import exclusive, progress, read_json, say, unfinished, write_json
 
 CHUNK = 64  # pictures in one task of the thread pool
 CHECKED = 100  # pictures whose contents are compared whenever an entry is used
@@ -146,8 +145,8 @@ def _build(
 ) -> None:
     """Decode everything into the folder `new` beside `entry`; rename it when it is complete."""
     shutil.rmtree(new, ignore_errors=True)  # left by a process that was killed
-    os.makedirs(new)
-    try:
+    with unfinished(new):
+        os.makedirs(new)
         path = os.path.join(new, 'images.bin')
         images = _allocate(path, len(source), preprocess.shape) if keep and len(source) else None
         contents = _contents(source)  # before decoding: what changes meanwhile is noticed later
@@ -181,9 +180,6 @@ def _build(
             if not os.path.exists(entry):
                 raise
             shutil.rmtree(new)  # without locks, another process was faster
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
 
 
 def _allocate(path: str, count: int, shape: tuple[int, int, int]) -> UInt8[np.memmap, 'N H W C']:
@@ -258,7 +254,7 @@ def _decode(source: Source, preprocess: Preprocessing, images: UInt8[np.memmap, 
     workers = 2 * (os.cpu_count() or 1)
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(source), desc='decode', unit='image', dynamic_ncols=True) as bar,
+        progress(total=len(source), doing='decode', unit='image') as bar,
     ):
         try:
             for found, chunk_sums in _map_ahead(pool, decode_chunk, range(0, len(source), CHUNK), 2 * workers):

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion import build, data, workdir
 from diffusion.data.sources import open_source
@@ -28,7 +27,7 @@ from diffusion.modes.reference import (
 )
 from diffusion.report.grid import save_grid
 from diffusion.runtime import hosts
-from diffusion.util import RunError, naming, numerics, say, versions, write_json
+from diffusion.util import RunError, naming, numerics, progress, say, versions, write_json
 
 CLOSEST = 10  # pairs of a sample and its nearest training image that are drawn
 
@@ -400,8 +399,8 @@ def extract_all(
     if program not in plan.known:
         plan.known[program] = extractor(network, devices, shape, outputs, size)
     found: dict[str, np.ndarray] = {}
-    show = dict(desc=f'features ({network})', unit='image', dynamic_ncols=True, disable=not hosts.is_first())
-    with tqdm(total=count, **show) as bar:
+    doing = f'features ({network})'
+    with progress(total=count, doing=doing, unit='image', hidden=not hosts.is_first()) as bar:
         for start in range(0, count, size):
             stop = min(start + size, count)
             batch = images[start:stop] if hosts.is_first() else np.zeros((stop - start, *shape), np.uint8)

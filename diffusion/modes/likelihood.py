@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion import build, data, workdir
 from diffusion.build import Experiment, Network
@@ -23,11 +22,13 @@ from diffusion.likelihood.flow import flow, num_probes
 from diffusion.likelihood.importance import log_weight
 from diffusion.report.terms import save_terms
 from diffusion.runtime import hosts, mesh
+from diffusion.runtime.compilation import compiling
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
 from diffusion.schedule import timesteps
-from diffusion.util import RunError, naming, numerics, say, versions, write_json
+from diffusion.util import RunError, naming, numerics, progress, say, versions, write_json
 
+MEMORY = 'lower config.likelihood.batch_size'  # if there is too little
 QUANTITIES = (*FORMS, 'importance', 'flow')
 
 
@@ -211,9 +212,9 @@ def compute(
 
     programs: dict[str, Callable] = {}
     stopped = hosts.AnyHost(exp.mesh)
-    show = dict(desc='likelihood', unit='part', dynamic_ncols=True, disable=not hosts.is_first())
     done = len(parts) - len(missing)
-    with tqdm(total=len(parts), initial=done, **show) as bar, jax.default_matmul_precision('highest'):
+    bar = progress(total=len(parts), initial=done, doing='likelihood', unit='part', hidden=not hosts.is_first())
+    with bar, jax.default_matmul_precision('highest'):
         for part in missing:
             if stopped(interrupt):
                 break
@@ -224,9 +225,9 @@ def compute(
                 key = jax.random.fold_in(key, number)
             arguments = key, params, mesh.put_whole(batch, mesh.split_batch(exp.mesh))
             if part.quantity not in programs:
-                with naming('config.likelihood'):
+                with naming('config.likelihood'), compiling(f'the quantity {part.quantity}'):
                     programs[part.quantity] = compiled(functions[part.quantity], *arguments)
-            terms = programs[part.quantity](*arguments)
+            terms = mesh.fetch(programs[part.quantity](*arguments))
             if hosts.is_first():
                 count = part.stop - part.start
                 kept = {name: np.broadcast_to(v, (size, *v.shape[1:]))[:count] for name, v in terms.items()}

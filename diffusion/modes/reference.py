@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion import build, data, workdir
 from diffusion.interop.pytorch_file import read_state_dict
@@ -22,7 +21,8 @@ from diffusion.metrics import frechet
 from diffusion.metrics.frechet import Moments
 from diffusion.metrics.tables import FEATURES, METRICS
 from diffusion.runtime import hosts, mesh
-from diffusion.util import RunError, cache_folder, naming, say, write_json
+from diffusion.runtime.compilation import compiling
+from diffusion.util import RunError, cache_folder, naming, progress, say, unfinished, write_json
 
 MOST_VECTORS = 200_000  # images whose features are kept; of more, every second or every third …
 # What has to agree between statistics in a file and what is asked.
@@ -165,12 +165,13 @@ def extractor(
 
     params = jax.tree.map(lambda leaf: mesh.put(leaf, mesh.replicated(devices)), network.params)
     images = jax.ShapeDtypeStruct((batch_size, *shape), np.uint8, sharding=batch)
-    program = jax.jit(extract, out_shardings=mesh.replicated(devices)).lower(params, images).compile()
+    with compiling(f'the features {network}'):
+        program = jax.jit(extract, out_shardings=mesh.replicated(devices)).lower(params, images).compile()
 
     def run(images):
         whole = images[np.arange(batch_size) % len(images)]  # a short batch is filled up
-        found = program(params, mesh.put_whole(whole, batch))
-        return {name: np.asarray(values)[: len(images)] for name, values in found.items()}
+        found = mesh.fetch(program(params, mesh.put_whole(whole, batch)))
+        return {name: values[: len(images)] for name, values in found.items()}
 
     return run
 
@@ -252,9 +253,9 @@ def _compute(network, images, devices, folder, described, batch_size):
     totals = dict.fromkeys(outputs, frechet.NOTHING)
     if hosts.is_first():
         os.makedirs(new)
-    try:
-        show = dict(desc=f'reference ({network})', unit='image', dynamic_ncols=True, disable=not hosts.is_first())
-        with tqdm(total=count, **show) as bar:
+    with unfinished(new):
+        doing = f'reference ({network})'
+        with progress(total=count, doing=doing, unit='image', hidden=not hosts.is_first()) as bar:
             for start in range(0, count, size):
                 rows = np.arange(start, min(start + size, count))
                 batch = images[rows % len(images)]
@@ -281,10 +282,10 @@ def _compute(network, images, devices, folder, described, batch_size):
             for file in files.values():
                 file.flush()
             write_json(os.path.join(new, 'record.json'), record)
-            if not os.path.exists(folder):
+            if os.path.exists(folder):  # another process was faster
+                shutil.rmtree(new)
+            else:
                 os.rename(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _read(folder):

@@ -15,17 +15,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion import build, compat, data, sampler, workdir
 from diffusion.build import Experiment
 from diffusion.metrics import colour
 from diffusion.modes import evaluate
 from diffusion.report.grid import save_each, save_grid
-from diffusion.runtime import hosts, mesh
+from diffusion.runtime import hosts, memory, mesh
+from diffusion.runtime.compilation import compiling
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
-from diffusion.util import naming, numerics, say, versions
+from diffusion.util import naming, numerics, progress, say, stage, versions
+
+MEMORY = 'lower config.sample.batch_size'  # if there is too little
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -51,6 +53,7 @@ def run(config: ConfigDict, path: str) -> int:
         chain = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys})
     first_level = int(np.asarray(chain['timesteps']).flat[0])  # whose noise x_T is
     done = {key: chain.pop(key) if key in ('num_steps', 'spacing') else chain[key] for key in keys}
+    say(f'reading a checkpoint of {path}')
     step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     plan = evaluate.prepare(config, shape)
@@ -68,23 +71,26 @@ def run(config: ConfigDict, path: str) -> int:
     with workdir.writing(folder, key='sample.folder'), Interrupt('batch') as interrupt:
         drawn = Drawn(folder, shape, settings_sha256(config, params_sha256, done, chain))
         count = draw_all(draw, params, asked, batch_size, drawn, exp.mesh, interrupt)
-        if count < asked.num_images:
+        if count < asked.num_images or (interrupt and jax.process_count() == 1):
             reason = interrupt or 'a signal to another host'
             say(f'{reason}: {count} of {asked.num_images} images are drawn and kept; the same command resumes')
             return EXIT_STATUS
     finished = time.perf_counter()
     images = drawn.images() if hosts.is_first() else None
+    if images is not None:  # before they are measured, which takes a while
+        with workdir.writing(folder, key='sample.folder'):
+            save_grid(os.path.join(folder, 'grid.png'), images)
+            save_npz(os.path.join(folder, 'samples.npz'), images)
+            if asked.png:
+                save_each(os.path.join(folder, 'png'), images)
+        workdir.wrote(folder, 'grid.png', 'samples.npz', *(['png'] if asked.png else []))
     trained_on = (workdir.read_config(path) or {}).get('images')  # an imported run records none
-    found = evaluate.measure(config, plan, images, count, exp.mesh, trained_on, folder)
+    with stage('measuring the samples'):
+        found = evaluate.measure(config, plan, images, count, exp.mesh, trained_on, folder)
     if images is None:
         return 0
 
     # Record.
-    with workdir.writing(folder, key='sample.folder'):
-        save_grid(os.path.join(folder, 'grid.png'), images)
-        save_npz(os.path.join(folder, 'samples.npz'), images)
-        if asked.png:
-            save_each(os.path.join(folder, 'png'), images)
     drift, warning = colour.drift(images, trained_on['channel_means']) if trained_on else (None, None)
     record = {
         'checkpoint_step': step,
@@ -108,6 +114,7 @@ def run(config: ConfigDict, path: str) -> int:
     with workdir.writing(folder, key='sample.folder'):
         evaluate.write_found(folder, record, found, {})
         drawn.remove()
+    workdir.wrote(folder, 'record.json')
 
     # Report.
     seconds = f'{finished - compiled:.1f} s, and {compiled - began:.1f} s to compile'
@@ -115,8 +122,6 @@ def run(config: ConfigDict, path: str) -> int:
     evaluate.tell(found)
     if warning:
         say(f'warning: {warning}')
-    for file in ('grid.png', 'samples.npz', *(['png'] if asked.png else []), 'record.json'):
-        say(os.path.join(folder, file))
     return 0
 
 
@@ -181,8 +186,8 @@ def draw_all(
     """Draw the images of config.sample that are missing; return how many there are now."""
     stopped = hosts.AnyHost(devices)
     done = int(hosts.from_first(np.array(drawn.count() if hosts.is_first() else 0)))
-    show = dict(desc='sample', unit='image', dynamic_ncols=True, disable=not hosts.is_first())
-    with tqdm(total=asked.num_images, initial=done, **show) as bar:
+    bar = progress(total=asked.num_images, initial=done, doing='sample', unit='image', hidden=not hosts.is_first())
+    with bar:
         while done < asked.num_images and not stopped(interrupt):
             stop = min(done + batch_size, asked.num_images)
             images = data.to_uint8(draw(params, asked.seed, done, stop))
@@ -228,8 +233,10 @@ def make_sampler(
         x_T = None if start is None else sampler.noise(keys, start, shape)
         return sampler.sample(keys, exp.schedule, net, shape=shape, x_T=x_T, **how)
 
-    program = exp.implementation.compile(draw, params, 0, 0, out_shardings=mesh.replicated(exp.mesh))
-    return lambda params, seed, start, stop: np.asarray(program(params, seed, start))[: stop - start]
+    with compiling('the sampler'):
+        program = exp.implementation.compile(draw, params, 0, 0, out_shardings=mesh.replicated(exp.mesh))
+    memory.require(memory.of_program(program), f'a batch of {batch_size} samples, as XLA plans it,', MEMORY)
+    return lambda params, seed, start, stop: mesh.fetch(program(params, seed, start))[: stop - start]
 
 
 def name_of(config: ConfigDict, step: int, done: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion import build, data, workdir
 from diffusion.build import Experiment, Skipped, TrainState
@@ -23,15 +21,23 @@ from diffusion.loss import WEIGHTINGS, draw
 from diffusion.metrics import colour
 from diffusion.modes.sample import make_sampler
 from diffusion.report.grid import save_grid
-from diffusion.runtime import hosts, mesh
+from diffusion.runtime import hosts, memory, mesh
 from diffusion.runtime.checkpoints import Checkpoints
-from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
+from diffusion.runtime.compilation import compiling
+from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt, leaves, until
 from diffusion.runtime.keys import domain_key
 from diffusion.runtime.logs import Writer
 from diffusion.schedule import timesteps
-from diffusion.util import FileLock, RunError, first_line, naming, say, write_json
+from diffusion.util import FileLock, RunError, first_line, naming, progress, say, warn, write_json
 
+# If there is too little.
+MEMORY = (
+    'lower config.train.batch_size, or raise config.train.accumulate; config.model.remat=True and '
+    'config.model.dtype=bfloat16 take less as well'
+)
 PREVIEW_IMAGES, PREVIEW_STEPS = 64, 20
+EARLY_IMAGES = 16
+EARLY_SHEETS = (50, 100, 200, 500, 1000, 2000, 5000)  # steps
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -50,11 +56,15 @@ def run(config: ConfigDict, path: str) -> int:
     config = workdir.resolve(config, path, training=True)
     exp = build.build(config)
     require_equal_parts(config, exp)
+    require_memory(config, exp)
     workdir.check_config(config, path)  # before the images are decoded
     images = build.load_same_images(config)
     require_enough(config, images)
 
-    with workdir.lock(path) as lock, Interrupt() as interrupt, contextlib.ExitStack() as stack:
+    with workdir.lock(path) as lock, contextlib.ExitStack() as stack:
+        interrupt = Interrupt()
+        if jax.process_count() > 1:  # hosts stop together, at the earliest before the first step
+            stack.enter_context(interrupt)
         workdir.check_config(config, path, images)  # once more: now no other process can change it
         workdir.use_compile_cache(config)
         checkpoints = stack.enter_context(workdir.open_checkpoints(config, path, writing=True))
@@ -64,20 +74,28 @@ def run(config: ConfigDict, path: str) -> int:
             say(f'complete: {start} steps of train.num_steps={num_steps}; checkpoints in {checkpoints.directory}')
             return 0
         stored = workdir.write_config(config, path, images, start)
+        if start:
+            leaves('the same command continues from the last checkpoint')
 
-        say(f'{len(images)} images of {config.data.source}; step {start} of {num_steps}; compiling …')
-        batches = feed(config, exp, images, start)
+        say(f'{len(images)} images of {config.data.source}; step {start} of {num_steps}')
+        if not start and not os.path.exists(os.path.join(path, 'data')):
+            say('the same command with --mode=data shows what the network will see')
+        batches = feed(config, exp, images, start, stop=lambda: jax.process_count() == 1 and bool(interrupt))
         first = next(batches)
         began = time.perf_counter()
-        step_fn = compile_step(config, exp, state, *first)
+        with compiling('the training step'):
+            step_fn = compile_step(config, exp, state, *first)
+        memory.require(memory.of_program(step_fn), 'the training step, as XLA plans it,', MEMORY)
         flops = exp.implementation.flops(step_fn, config.train.accumulate)
         say(f'{describe(exp, state, flops)}; compiled in {time.perf_counter() - began:.1f} s')
+        preview = Preview(config, exp, path, images.record['channel_means'], state.ema, start)
 
         checkpoints.reserve(**state.trees())
         log = stack.enter_context(Log(os.path.join(path, 'logs'), config, exp, flops, start))
         saver = Saver(config, path, stored, checkpoints, lock, log, start)
-        preview = Preview(config, exp, path, images.record['channel_means'])
         stopped = hosts.AnyHost(exp.mesh)
+        if jax.process_count() == 1:  # until now, a signal ended the process at once
+            stack.enter_context(interrupt)
         state = loop(
             step_fn,
             state,
@@ -123,7 +141,10 @@ def loop(
     step, metrics = int(state.step), None
     while step < num_steps and not stop():
         previous = metrics
-        state, metrics = step_fn(state, *next(batches))
+        batch = next(batches, None)
+        if batch is None:  # a signal came before it did
+            break
+        state, metrics = step_fn(state, *batch)
         step += 1
         jax.block_until_ready(previous)  # at most two steps in flight: each takes memory, and a signal waits for them
         log.advance()
@@ -235,7 +256,9 @@ def augment(key: jax.Array, images: jax.Array, *, flip: bool) -> jax.Array:
     return x0
 
 
-def compile_step(config: ConfigDict, exp: Experiment, state: TrainState, images: jax.Array, indices: Any) -> Callable:
+def compile_step(
+    config: ConfigDict, exp: Experiment, state: TrainState, images: jax.Array, indices: Any
+) -> jax.stages.Compiled:
     """Compile `train_step` with everything that stays the same from step to step; it reuses the state's buffers."""
     step_fn = functools.partial(
         train_step,
@@ -275,7 +298,8 @@ def restore(config: ConfigDict, exp: Experiment, path: str, checkpoints: Checkpo
         if os.path.exists(os.path.join(path, 'logs', 'metrics.jsonl')):
             say(f'no checkpoint was saved: beginning at step 0, with new logs in {path}/logs')
         key = domain_key(config.seed, 'init')
-        return exp.implementation.compile(exp.init, key, out_shardings=_shardings(abstract), once=True)(key)
+        init = exp.implementation.compile(exp.init, key, out_shardings=_shardings(abstract), once=True)
+        return jax.block_until_ready(init(key))  # raises if memory ran out
     step, trees = found
     if saved is not None and saved > there[0]:
         warn(f'step {saved} was saved, but its checkpoint is gone: the steps after {there[0]} are done again')
@@ -283,16 +307,24 @@ def restore(config: ConfigDict, exp: Experiment, path: str, checkpoints: Checkpo
     return TrainState(mesh.put_whole(np.int32(step), abstract.step.sharding), *trees)
 
 
-def feed(config: ConfigDict, exp: Experiment, images: data.Images, start: int) -> Iterator[tuple[jax.Array, Any]]:
+def feed(
+    config: ConfigDict,
+    exp: Experiment,
+    images: data.Images,
+    start: int,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[jax.Array, Any]]:
     """Yield (images, indices) on the devices for each step from `start` on, as `train_step` takes them.
 
     With data.placement 'device' all images are kept on the devices and only indices are sent; with 'host' batches are
-    sent, gathered ahead of the step that needs them; 'auto' keeps the images on the devices if they fit.
+    sent, gathered ahead of the step that needs them; 'auto' keeps the images on the devices if they fit. A batch that
+    does not come, because a file system hangs, is not waited for once `stop()`: the batches end.
 
     Raises:
         RunError: data.placement is 'device', but the decoded images are not kept.
     """
-    placement, stop = config.data.placement, config.train.num_steps
+    placement, end = config.data.placement, config.train.num_steps
     if placement == 'device' and not config.data.cache:
         raise RunError(
             "config.data.placement is 'device', but config.data.cache=False decodes images anew for each batch: "
@@ -305,8 +337,9 @@ def feed(config: ConfigDict, exp: Experiment, images: data.Images, start: int) -
     fits = config.data.cache and mesh.fits(exp.mesh, images.images.nbytes)
     if placement == 'device' or (placement == 'auto' and fits):
         everything = mesh.put(images.images, mesh.replicated(exp.mesh))
-        return ((everything, mesh.put(order[step], sharding)) for step in range(start, stop))
-    return ((mesh.put(batch, sharding), None) for batch in data.prefetch(images, order, start, stop))
+        return ((everything, mesh.put(order[step], sharding)) for step in range(start, end))
+    batches = until(stop, data.prefetch(images, order, start, end))
+    return ((mesh.put(batch, sharding), None) for batch in batches)
 
 
 def require_equal_parts(config: ConfigDict, exp: Experiment) -> None:
@@ -317,6 +350,25 @@ def require_equal_parts(config: ConfigDict, exp: Experiment) -> None:
             f'config.train.batch_size is {config.train.batch_size}, which {exp.mesh.size} devices with '
             f'train.accumulate={config.train.accumulate} cannot divide evenly: use a multiple of {unit}'
         )
+
+
+def require_memory(config: ConfigDict, exp: Experiment) -> None:
+    """Raise RunError unless the state and a gradient fit on a device: nothing smaller than the network would help."""
+    state = exp.abstract_state()
+    memory.require(
+        held_by_device(state)
+        + sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
+        'parameters, gradient, EMA and optimizer state of this network',
+        f'lower config.model.channels={config.model.channels} or shorten config.model.multipliers='
+        f'{tuple(config.model.multipliers)}; several devices can share the state (config.mesh.fsdp)',
+    )
+
+
+def held_by_device(state: TrainState) -> int:
+    """Return the bytes of a TrainState that each device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    )
 
 
 def require_enough(config: ConfigDict, images: data.Images) -> None:
@@ -331,14 +383,11 @@ def require_enough(config: ConfigDict, images: data.Images) -> None:
 def describe(exp: Experiment, state: TrainState, flops: float) -> str:
     """Return one line with hosts, devices, mesh, parameters, state per device, and operations per step."""
     devices, kind = exp.mesh, exp.mesh.devices.flat[0].device_kind
-    held = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
-    )
     several = f'{jax.process_count()} hosts, ' if jax.process_count() > 1 else ''
     return (
         f'{several}{devices.size} × {kind} as data {devices.shape["data"]} × fsdp {devices.shape["fsdp"]}; '
-        f'{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters; {held / 1e6:.1f} MB of state per '
-        f'device; {flops / 1e9:.3g} GFLOP per step and device'
+        f'{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters; '
+        f'{held_by_device(state) / 1e6:.1f} MB of state per device; {flops / 1e9:.3g} GFLOP per step and device'
     )
 
 
@@ -357,13 +406,8 @@ class Log:
     def __init__(self, folder: str, config: ConfigDict, exp: Experiment, flops: float, start: int):
         self._folder, self._batch_size = folder, config.train.batch_size
         self._flops, self._peak = flops, mesh.peak_flops(exp.mesh.devices.flat[0])
-        self._bar = tqdm(
-            total=config.train.num_steps,
-            initial=start,
-            desc='train',
-            unit='step',
-            dynamic_ncols=True,
-            disable=not hosts.is_first(),
+        self._bar = progress(
+            total=config.train.num_steps, initial=start, doing='train', unit='step', hidden=not hosts.is_first()
         )
         self._files = contextlib.ExitStack()
         self._writer: Writer | None = None
@@ -400,7 +444,7 @@ class Log:
 
     def write(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Write a step's metrics and the speed since the last call; return the metrics as floats."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = {name: float(value) for name, value in mesh.fetch(metrics).items()}
         with self.paused():
             rate = self._steps / self._seconds
             self._steps, self._seconds = 0, 0.0
@@ -502,23 +546,44 @@ class Saver:
 
 
 class Preview:
-    """Sheets of images from the EMA weights (DDIM, 20 steps, always the same x_T), to watch the network learn."""
+    """Sheets of images from the EMA weights (DDIM, 20 steps, always the same x_T), to watch the network learn.
 
-    def __init__(self, config: ConfigDict, exp: Experiment, path: str, data_means: list[float]):
-        self._config, self._exp, self._data_means = config, exp, np.asarray(data_means)
+    The sheets before the first `train.sample_every` steps, after EARLY_SHEETS steps, show fewer images.
+    """
+
+    def __init__(self, config: ConfigDict, exp: Experiment, path: str, data_means: list[float], ema: Any, start: int):
+        """Compile the sampler now if any sheet will be drawn: in the loop, a signal would have to wait for it."""
+        self._every, self._num_steps = config.train.sample_every, config.train.num_steps
         self._folder = os.path.join(path, 'samples', 'progress')
-        self._sampler: Callable | None = None
+        self._data_means = np.asarray(data_means)
         self._colours_were_right = False
+        regular = (start // self._every + 1) * self._every if self._every else 0
+        if any(start < step <= self._num_steps and self.due(step) for step in (*EARLY_SHEETS, regular)):
+            try:
+                self._sampler = _compile_preview(config, exp, ema)
+            except RunError as error:
+                self._give_up(error, str(error))
 
     def due(self, step: int) -> bool:
         """Return whether a sheet should be drawn after this step."""
-        every = self._config.train.sample_every
-        return every > 0 and step % every == 0
+        return self._every > 0 and (step % self._every == 0 or (step in EARLY_SHEETS and step < self._every))
+
+    def _give_up(self, error, why):
+        """Train on without sheets if there is no memory for them. Several hosts would have to agree on it."""
+        if not why or jax.process_count() > 1:
+            raise error
+        warn(f'no sheets of samples are drawn: {why}')
+        self._every = 0
 
     def draw(self, step: int, ema: Any, log: Log) -> None:
         """Draw and write a sheet; warn if its colours are not those of the data."""
-        self._sampler = self._sampler or self._compile(ema)
-        images = data.to_uint8(self._sampler(ema, 0, 0, PREVIEW_IMAGES))
+        count = EARLY_IMAGES if step < self._every else PREVIEW_IMAGES
+        try:
+            parts = [self._sampler(ema, 0, i, i + EARLY_IMAGES) for i in range(0, count, EARLY_IMAGES)]
+        except jax.errors.JaxRuntimeError as error:
+            self._give_up(error, memory.exhausted(error))
+            return
+        images = data.to_uint8(np.concatenate(parts))
         if not hosts.is_first():
             return
         path = os.path.join(self._folder, f'{step:08d}.png')
@@ -527,27 +592,23 @@ class Preview:
             log.image(step, save_grid(path, images), colour_drift=float(np.abs(drift).max()))
         except OSError as error:
             warn(f'{path} could not be written ({error}); training continues without it')
-        late = 2 * step >= self._config.train.num_steps
+        late = 2 * step >= self._num_steps
         if warning and (self._colours_were_right or late):  # the first sheets are noise
             warn(f'{warning} at step {step}')
         self._colours_were_right |= not warning
 
-    def _compile(self, ema):
-        size, T = self._config.data.image_size, self._exp.schedule.T
-        return make_sampler(
-            self._exp,
-            ema,
-            (size, size, self._config.data.channels),
-            batch_size=PREVIEW_IMAGES,
-            timesteps=timesteps(T, min(PREVIEW_STEPS, T)),
-            kind=self._config.model.kind,
-            eta=0.0,
-        )
 
-
-def warn(message: str) -> None:
-    """Print a warning above the progress bar."""
-    tqdm.write(f'warning: {message}', file=sys.stderr)
+def _compile_preview(config, exp, ema):
+    size, T = config.data.image_size, exp.schedule.T
+    return make_sampler(
+        exp,
+        ema,
+        (size, size, config.data.channels),
+        batch_size=EARLY_IMAGES,
+        timesteps=timesteps(T, min(PREVIEW_STEPS, T)),
+        kind=config.model.kind,
+        eta=0.0,
+    )
 
 
 def _shardings(tree):

@@ -1,11 +1,16 @@
-"""Compiled programs on disk."""
+"""Compiling programs, and keeping them on disk."""
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from diffusion.util import RunError, first_line, stage
+
+LOST = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'CANCELLED')  # what XLA says if another host has failed
 MIN_SECONDS = 0.2  # programs that compile faster than this are not worth a file
 LARGEST_CACHE = 5e9  # bytes; the programs that were written first are removed beyond it
 
@@ -57,3 +62,21 @@ def cache_programs(folder: str) -> None:
     jax.config.update('jax_compilation_cache_dir', os.path.abspath(os.path.expanduser(folder)))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_SECONDS)
     compilation_cache.reset_cache()  # otherwise JAX keeps the cache it had at its first compilation
+
+
+@contextlib.contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Say that something is being compiled within the context, and now and then that it still is.
+
+    Raises:
+        RunError: XLA cannot compile it, which it could not the next time either.
+    """
+    kept = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    faster = ' (the next start is faster)' if kept else ''
+    try:
+        with stage(f'compiling {what}{faster}'):
+            yield
+    except jax.errors.JaxRuntimeError as error:
+        if str(error).startswith(('RESOURCE_EXHAUSTED', *LOST)):  # reported as such
+            raise
+        raise RunError(f'XLA cannot compile {what}: {first_line(error)}') from error

@@ -15,16 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # has the key-value store of the hosts, to which there is no public way
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from diffusion.runtime.interrupt import EXIT_STATUS
 from diffusion.runtime.mesh import put, replicated, split_batch
-from diffusion.util import first_line
+from diffusion.util import PATIENCE, Output, first_line, say_here
 
 MIN_TIMEOUT = 60  # seconds: hosts rarely start at the same moment, and importing JAX takes a while on each
+DETERMINISTIC = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # errors that every start would meet
+FAILED = 'diffusion/failed'  # what a host that fails leaves for the others, in JAX's coordination service
+POLL = 1.0  # seconds between two looks at it
 AGAIN = 'the same command on all hosts tries again'
 ALONE = 'if there is only this process, use --config.distributed.detect=False'
+
+
+_ending = threading.Event()  # this process has failed itself
 
 
 class NotMetError(Exception):
@@ -69,7 +76,7 @@ def connect(*, coordinator: str, num_processes: int, process_id: int, detect: bo
             f'config.distributed.coordinator={coordinator} within {patience} s: start all of them, with an address at '
             'which each can reach process 0'
         )
-        print(f'process {process_id}: waiting for {num_processes} processes at {coordinator} …', flush=True)
+        say_here(f'process {process_id}: waiting for {num_processes} processes at {coordinator} …')
         if process_id:
             _wait_for(host, port, patience)
     elif (num_processes, process_id) != (0, -1):
@@ -92,6 +99,7 @@ def connect(*, coordinator: str, num_processes: int, process_id: int, detect: bo
             return
         reason = f'{error}: {first_line(error.__cause__)}' if error.__cause__ else first_line(error)
         raise NotMetError(f'the processes of this run do not meet ({reason}); {AGAIN}; {ALONE}') from error
+    _watch_failures()
 
 
 def _address(coordinator: str) -> tuple[str, int]:
@@ -123,7 +131,7 @@ def _exit_after(seconds: float, message: str) -> Iterator[None]:
     """End the process if the context takes longer: JAX's initialization cannot be interrupted from Python."""
 
     def end() -> None:
-        print(f'error: {message}', file=sys.stderr, flush=True)
+        Output(sys.stderr, PATIENCE).write(f'error: {message}\n')
         os._exit(EXIT_STATUS)
 
     timer = threading.Timer(seconds, end)
@@ -139,12 +147,53 @@ def lost(error: BaseException) -> str | None:
     """Return a message if an exception most likely means that another host failed or never came, else None."""
     if isinstance(error, NotMetError):
         return str(error)
-    if jax.process_count() == 1 or not isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)):
+    if not isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)) or jax.process_count() == 1:
+        return None
+    if str(error).startswith(DETERMINISTIC):
         return None
     return (
         f'process {jax.process_index()} of {jax.process_count()} cannot continue, most likely because another host '
         f'failed ({first_line(error)}); the same command on all hosts continues from the last checkpoint'
     )
+
+
+def _watch_failures() -> None:
+    """End this process with status 1 once another host has called `end_all`, whatever it is doing."""
+    service: Any = distributed.global_state.client
+
+    def watch() -> None:
+        while not _ending.wait(POLL):
+            try:
+                message = service.key_value_try_get(FAILED)
+            except Exception as error:
+                if 'NOT_FOUND' in str(error):
+                    continue
+                return  # the service has ended
+            if not _ending.is_set():
+                Output(sys.stderr, PATIENCE).write(f'\nerror: {message}\n')
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_all(message: str) -> None:
+    """End this process and those of all other hosts with status 1, because another start would fail alike.
+
+    Without it, the other hosts would wait for this one, and then ask to be started again. A process without others
+    returns.
+
+    Args:
+        message: for the other hosts.
+    """
+    state: Any = distributed.global_state
+    if not jax.distributed.is_initialized() or state.num_processes == 1:
+        return
+    _ending.set()
+    with contextlib.suppress(Exception):  # another host was faster, or the service has ended
+        state.client.key_value_set(FAILED, f'process {state.process_id}: {message}')
+    if state.process_id == 0:  # which has the service
+        time.sleep(3 * POLL)
+    os._exit(1)
 
 
 def is_first() -> bool:

@@ -1,85 +1,271 @@
-"""Ctrl-C and SIGTERM: the first signal asks a run to stop after its current step, a second one stops it at once."""
+"""Signals that ask a process to end: it ends at once, or once what it is saving is complete.
+
+A signal never raises an exception, because that would land in whatever runs at the moment: some callbacks swallow it
+(garbage collection's, for one), and XLA's compiler crashes when it is unwound. Python's own handlers only set a flag. A
+thread reads the signals from a pipe, also while the main thread is inside one long call, and ends the process if
+nothing is being saved.
+"""
 
 import contextlib
 import os
+import queue
 import select
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, TypeVar
 
+from diffusion.util import UNFINISHED
+
+Item = TypeVar('Item')
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: not complete, and the same command continues the run
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 2  # seconds that Python has to handle a second signal before the process is ended for it
-DUPLICATE = 1  # seconds within which a second signal may be a copy of the first, as `timeout` sends it twice
+# Ctrl-C, schedulers, a closed terminal, and what SLURM and submitit send before the time is over.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+DUPLICATE = 0.3  # seconds within which a second signal is a copy of the first, as `timeout` sends it twice
 
 
-class Interrupt:
-    """Context manager that is true once a signal has arrived; its string is then the signal's name.
+class _Listener:
+    """Reads the signals of this process while it is started."""
 
-    The first signal is announced on stderr at once, even while Python is inside a long call such as a compilation.
-    """
-
-    def __init__(self, unit: str = 'step'):
-        """Create the context manager.
+    def __init__(self, *, owns_process: bool):
+        """Create the listener.
 
         Args:
-            unit: what is finished and saved before the run stops, for the announcement.
+            owns_process: signals may end the process. If False, only the first one is read, as a request, and the
+                handlers from before are back in place for the second.
         """
-        self._unit = unit
-        self._name: str | None = None
+        self._owns_process = owns_process
+        self._lock = threading.Lock()  # a signal is a request, or ends the process, but is never lost between the two
+        self._contexts: list[Interrupt] = []  # within which a signal is a request; the outermost first
+        self.name = ''  # of the first signal that was a request
+        self._since = 0.0  # when it came
+        self.answered = False  # whether an Interrupt has ended since, whose owner asked it
 
-    def __enter__(self) -> 'Interrupt':
-        self._name = None
-        # Python runs `_handle` only between two of its own instructions, but a compilation is a single one that may
-        # take minutes. The wakeup pipe receives the signal's number immediately, and a thread reads it.
+    def start(self) -> None:
+        """Install the handlers. Call it in the main thread; elsewhere it does nothing, as Python allows no more."""
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        # Python calls a handler only between two of its own instructions, but writes the signal's number into the
+        # wakeup pipe immediately.
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
-        self._reporter = threading.Thread(target=self._report, daemon=True)
-        self._reporter.start()
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
         self._previous_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        return self
+        self.install()
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self._restore_handlers()
-        signal.set_wakeup_fd(self._previous_wakeup)
-        os.close(self._write_end)
-        self._reporter.join()
-        os.close(self._read_end)
-        if self and kind is KeyboardInterrupt:
-            raise KeyboardInterrupt('stopped at once; the same command continues from what is saved')
+    def install(self) -> None:
+        """Install the handlers, also once more after a library has replaced them."""
+        for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
+            previous = signal.signal(number, self._handle)
+            self._previous.setdefault(number, previous)
 
-    def __bool__(self) -> bool:
-        return self._name is not None
-
-    def __str__(self) -> str:
-        return str(self._name)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._name = signal.Signals(number).name
-        self._restore_handlers()
+    def stop(self) -> None:
+        """Put the handlers from before back."""
+        if self._previous:
+            self._restore_handlers()
+            signal.set_wakeup_fd(self._previous_wakeup)
+            os.close(self._write_end)
+            self._thread.join()
+            os.close(self._read_end)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _report(self) -> None:
-        """Announce the first signal, and end the process after a second one that Python does not handle in time."""
-        first = None
+    def enter(self, context: 'Interrupt') -> None:
+        """From now on the first signal is a request."""
+        with self._lock:
+            self._contexts.append(context)
+
+    def leave(self) -> bool:
+        """End what `enter` began; return whether nothing is being saved any more."""
+        with self._lock:
+            self._contexts.pop()
+            return not self._contexts
+
+    def _unit(self) -> str:
+        """What is finished before the process stops: that of the innermost context whose owner asks for requests."""
+        asking = [context for context in self._contexts if context.asks]
+        return (asking or self._contexts)[-1].unit
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # The thread does all that is to be done, but may come a moment later than the next question for the name.
+        if self._contexts and not self.name:
+            self.name = signal.Signals(number).name
+        if not self._owns_process:
+            self._restore_handlers()
+            if not self.name:  # it came when the last context had ended
+                signal.raise_signal(number)
+
+    def _read(self) -> None:
+        """Announce the first signal, or end the process."""
         while number := os.read(self._read_end, 1):
             if number[0] not in SIGNALS:
                 continue
-            if first is None:
-                first = time.monotonic()
-                with contextlib.suppress(OSError):  # stderr may be closed
-                    os.write(2, self._announcement(number[0]).encode())
-            elif self or time.monotonic() > first + DUPLICATE:
-                handled, _, _ = select.select([self._read_end], [], [], PATIENCE)  # __exit__ closes the pipe
-                if not handled or os.read(self._read_end, 1):
-                    os._exit(128 + number[0])
-                return
+            with self._lock:
+                if self._contexts and not self._since:
+                    self._since = time.monotonic()
+                    self.name = name = signal.Signals(number[0]).name
+                    second = '; a second signal stops at once' if self._owns_process else ''
+                    _print(f'\n{name}: stopping after this {self._unit()} is saved{second}\n')
+                elif not self._owns_process:
+                    return
+                elif not self._since:
+                    end()
+                elif time.monotonic() > self._since + DUPLICATE:
+                    end('stopped at once; the same command continues from what is saved')
 
-    def _announcement(self, number: int) -> str:
-        name = signal.Signals(number).name
-        return f'\n{name}: stopping after this {self._unit} is saved; a second signal stops at once\n'
+
+_listener: _Listener | None = None  # of the process, since `listen`, or of the outermost `Interrupt`
+_left = ['nothing is written yet; the same command starts over']
+
+
+def listen() -> None:
+    """End the process with EXIT_STATUS at the first signal from now on; within an `Interrupt`, at the second.
+
+    For programs: call it first. Call it again after a library that installs handlers of its own.
+    """
+    global _listener
+    if _listener is None:
+        _listener = _Listener(owns_process=True)
+        _listener.start()
+    else:
+        _listener.install()
+
+
+def leaves(text: str) -> None:
+    """Set what the last line of an interrupted command says: what it leaves behind, and what continues it."""
+    _left[:] = [text]
+
+
+def end(text: str = '') -> None:
+    """End the process with EXIT_STATUS from any thread, without unwinding anything.
+
+    Args:
+        text: for the last line; by default what `leaves` was told.
+    """
+    for path in list(UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
+    _print(f'\ninterrupted: {text or _left[0]}\n')
+    os._exit(EXIT_STATUS)
+
+
+class Interrupt:
+    """Context manager within which the first signal is a request to stop, which is announced on stderr at once.
+
+    It is true once there is a request; its string is then the signal's name. A program that called `listen` is ended by
+    a second signal; in other processes the handlers from before decide on it.
+    """
+
+    def __init__(self, unit: str = 'step', *, asks: bool = True):
+        """Create the context manager.
+
+        Args:
+            unit: what is finished and saved before the process stops, for the announcement.
+            asks: whether its owner asks it for requests, and ends then.
+        """
+        self.unit, self.asks = unit, asks
+        self._name = ''
+        self._listener: _Listener | None = None
+        self.unanswered = False  # once it has ended: whether there is a request, and no Interrupt around or in it asked
+
+    def __enter__(self) -> 'Interrupt':
+        global _listener
+        self._own = _Listener(owns_process=False) if _listener is None else None
+        if self._own:
+            _listener = self._own
+            self._own.start()
+        assert _listener
+        _listener.enter(self)
+        self._listener = _listener
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _listener
+        assert self._listener
+        outermost = self._listener.leave()
+        self._name = self._listener.name
+        self._listener.answered |= self.asks and bool(self._name)
+        self.unanswered = bool(self._name) and outermost and not self._listener.answered
+        if self._own:
+            self._own.stop()
+            _listener = None
+
+    def __bool__(self) -> bool:
+        return bool(str(self))
+
+    def __str__(self) -> str:
+        return self._name or (self._listener.name if self._listener else '')
+
+
+@contextlib.contextmanager
+def finishing(unit: str) -> Iterator[None]:
+    """Let what is done within the context be completed before a signal ends the process.
+
+    Raises:
+        KeyboardInterrupt: a signal came, at the end of the context; not within an `Interrupt`, which has the request.
+    """
+    with Interrupt(unit, asks=False) as interrupt:
+        yield
+    if interrupt.unanswered:
+        raise KeyboardInterrupt
+
+
+def until(stop: Callable[[], bool], items: Iterator[Item]) -> Iterator[Item]:
+    """Yield items that may be long in coming, as from a file system that hangs; end early if `stop()` meanwhile.
+
+    Args:
+        stop: asked now and then while there is no item.
+        items: are taken in another thread, one ahead.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(1)
+    over = threading.Event()
+
+    def put(what: str, value: Any) -> None:
+        while not over.is_set():
+            try:
+                ready.put((what, value), timeout=0.5)
+                break
+            except queue.Full:
+                continue
+
+    def take() -> None:
+        try:
+            for item in items:
+                put('item', item)
+                if over.is_set():
+                    return
+            put('end', None)
+        except BaseException as error:
+            put('error', error)
+
+    threading.Thread(target=take, daemon=True).start()
+    try:
+        while True:
+            try:
+                what, value = ready.get(timeout=0.5)
+            except queue.Empty:
+                if stop():
+                    return
+                continue
+            if what == 'error':
+                raise value
+            if what == 'end':
+                return
+            yield value
+    finally:
+        over.set()
+
+
+def _print(text: str) -> None:
+    """Write to stderr, unless it is closed or nobody reads it."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 1)[1]:
+            os.write(2, text.encode())

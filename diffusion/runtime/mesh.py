@@ -115,6 +115,15 @@ def put_whole(array: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def fetch(tree: Any) -> Any:
+    """Return the arrays of a tree in the host's memory.
+
+    Raises:
+        jax.errors.JaxRuntimeError: their computation failed. Without the wait, reading such an array may hang or abort.
+    """
+    return jax.device_get(jax.block_until_ready(tree))
+
+
 def gather(array: Any) -> np.ndarray:
     """Return the whole of an array that may be split over devices and hosts. All hosts must call it."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:

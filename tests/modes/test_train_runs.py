@@ -108,6 +108,17 @@ def test_sheets_of_samples_are_drawn_on_the_way_and_change_no_step(unbroken, tmp
             assert np.ptp(np.asarray(picture)) > 100
 
 
+def test_the_first_sheets_come_early(tmp_path):
+    """And are small."""
+    preview = train.Preview(quick({'train.sample_every': 1000}), None, str(tmp_path), [0.0], None, 0)
+    assert [step for step in range(1, 2001) if preview.due(step)] == [50, 100, 200, 500, 1000, 2000]
+    assert run(tmp_path, train__num_steps=55, train__sample_every=55, train__log_every=55) == 0
+    early, regular = sorted((tmp_path / 'samples' / 'progress').iterdir())
+    assert [path.name for path in (early, regular)] == ['00000050.png', '00000055.png']
+    with Image.open(early) as small, Image.open(regular) as large:
+        assert small.width < large.width and small.height < large.height
+
+
 def test_a_trained_run_can_be_sampled(unbroken):
     """By the command line, where each core is a device."""
     done = main(*flags(unbroken, QUICK, **RANDOM, sample__num_images=3, sample__num_steps=4), '--mode=sample')
@@ -244,6 +255,17 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(unbroken, tmp_path, ca
     assert f'step {step} of {LONG}' in capsys.readouterr().out
     assert_bitwise(checkpoint(path, LONG), checkpoint(unbroken, LONG))
     assert metrics(path) == metrics(unbroken)
+
+
+def test_training_goes_on_without_output(unbroken, tmp_path):
+    """The disk of the log is full, and who read the errors is gone."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, 'main.py', *flags(tmp_path, QUICK, **RANDOM, train__num_steps=4)]
+    with open('/dev/full', 'w', encoding='utf-8') as full, open(write_end, 'w', encoding='utf-8') as gone:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=gone, timeout=300)
+    assert done.returncode == 0
+    assert_bitwise(checkpoint(tmp_path, 4), checkpoint(unbroken, 4))
 
 
 @pytest.mark.parametrize('complete', [True, False], ids=['after a checkpoint', 'while one is written'])

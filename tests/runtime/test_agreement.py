@@ -57,3 +57,41 @@ def seen(tmp_path_factory):
 )
 def test_hosts_agree(seen, what, found):
     assert [of_host[what] for of_host in seen] == [found, found]
+
+
+FAILS = """
+import sys, time
+from diffusion.runtime import hosts
+port, process_id, failing = map(int, sys.argv[1:])
+address = f'127.0.0.1:{port}'
+hosts.connect(coordinator=address, num_processes=2, process_id=process_id, detect=False, timeout=100)
+if process_id == failing:
+    hosts.end_all('out of device memory')
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize('failing', [0, 1])
+def test_a_host_that_would_fail_again_ends_all(failing):
+    """With status 1, after which no launcher starts them again, whether the coordinator fails or another."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', FAILS, str(port), str(process_id), str(failing)],
+            cwd=ROOT,
+            env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process_id in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    assert f'error: process {failing}: out of device memory\n' in outputs[1 - failing][1]

@@ -1,0 +1,97 @@
+"""Memory: how much there is, how much a program takes, and what to say when it runs out."""
+
+import contextlib
+import os
+import re
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from diffusion.util import RunError
+
+UNITS = {'TB': 1e12, 'GB': 1e9, 'MB': 1e6, 'kB': 1e3}
+
+
+def of_host() -> int | None:
+    """Return the bytes of memory that this process may use: of the machine, its container and its limits."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):  # a system that does not say
+        found.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
+    for path in _cgroup_limits():
+        try:
+            with open(path, encoding='ascii') as file:
+                found.append(int(file.read()))
+        except (OSError, ValueError):  # there is no such limit, or it is 'max'
+            continue
+    found += [soft for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA) if (soft := resource.getrlimit(kind)[0]) > 0]
+    return min(found, default=None)
+
+
+def _cgroup_limits() -> Iterator[str]:
+    """Files with the limits of the container or the job that the process is in, and of those around it."""
+    yield '/sys/fs/cgroup/memory/memory.limit_in_bytes'  # version 1
+    try:
+        with open('/proc/self/cgroup', encoding='utf-8') as file:
+            group = file.read().rpartition('0::')[2].strip()
+    except OSError:
+        group = ''
+    while group.strip('/'):
+        yield f'/sys/fs/cgroup{group}/memory.max'
+        group = os.path.dirname(group)
+    yield '/sys/fs/cgroup/memory.max'
+
+
+def of_device(device: Any) -> int | None:
+    """Return the bytes of memory of a device of this host; CPU devices share the host's."""
+    if device.platform == 'cpu':
+        total = of_host()
+        return total // len(jax.local_devices()) if total else None
+    return (device.memory_stats() or {}).get('bytes_limit')
+
+
+def of_program(program: jax.stages.Compiled) -> int | None:
+    """Return the bytes that a compiled program takes on each device, arguments and results included, as XLA plans."""
+    plan = program.memory_analysis()
+    if plan is None:
+        return None
+    arrays = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return arrays + plan.temp_size_in_bytes
+
+
+def require(nbytes: int | None, what: str, advice: str) -> None:
+    """Raise RunError if something takes more memory than a device has.
+
+    Args:
+        nbytes: of each device; None if it is not known.
+        what: takes it, for the message.
+        advice: what to do, for the message.
+    """
+    device = jax.local_devices()[0]
+    there = of_device(device)
+    if nbytes and there and nbytes > there:
+        raise RunError(
+            f'{what} takes {size(nbytes)} on each device, but {device.device_kind} has {size(there)}: {advice}'
+        )
+
+
+def size(nbytes: int) -> str:
+    """Return a number of bytes in words."""
+    unit = next((unit for unit in UNITS if nbytes >= UNITS[unit]), 'kB')
+    return f'{nbytes / UNITS[unit]:,.1f} {unit}'
+
+
+def exhausted(error: BaseException) -> str | None:
+    """Return a message if an exception says that memory ran out, with what was asked for; else None."""
+    if isinstance(error, MemoryError):
+        return f'out of memory on the host: {error}' if str(error) else 'out of memory on the host'
+    if not isinstance(error, jax.errors.JaxRuntimeError) or 'RESOURCE_EXHAUSTED' not in str(error):
+        return None
+    asked = re.search(r'allocat\w+ (\d+)(?: bytes)?', str(error))
+    there = of_device(jax.local_devices()[0])
+    return (
+        'out of device memory'
+        + (f': {size(int(asked[1]))} could not be allocated' if asked else '')
+        + (f'; the device has {size(there)}' if there else '')
+    )

@@ -1,0 +1,86 @@
+"""Memory: what does not fit is refused before it is tried, and what runs out is reported, not waited for."""
+
+import resource
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diffusion.modes import train
+from diffusion.runtime import hosts, memory
+from diffusion.util import RunError
+from tests.runs import tiny
+from tests.runtime.common import python
+
+
+def test_the_memory_of_the_host_is_at_most_that_of_the_machine():
+    with open('/proc/meminfo', encoding='ascii') as file:
+        kilobytes = int(file.readline().split()[1])
+    assert 0 < memory.of_host() <= kilobytes * 1024
+
+
+def test_the_limits_of_the_process_count(monkeypatch):
+    monkeypatch.setattr(resource, 'getrlimit', lambda kind: (10**6, -1))
+    assert memory.of_host() == 10**6
+    device = jax.local_devices()[0]
+    if device.platform == 'cpu':
+        assert memory.of_device(device) == 10**6 // len(jax.local_devices())
+
+
+def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch):
+    monkeypatch.setattr(memory, 'of_device', lambda device: 8 * 10**9)
+    memory.require(8 * 10**9, 'it', 'nothing')
+    memory.require(None, 'it', 'nothing')
+    with pytest.raises(RunError, match=r'the step takes 2\.5 TB on each device, but .* has 8\.0 GB: use less'):
+        memory.require(25 * 10**11, 'the step', 'use less')
+
+
+def test_a_program_takes_its_arguments_results_and_temporaries():
+    program = jax.jit(lambda x: jnp.sort(x @ x)[::2]).lower(jnp.zeros((512, 512))).compile()
+    assert 1.5 * 2**20 <= memory.of_program(program) <= 8 * 2**20
+
+
+def test_a_network_that_cannot_fit_is_refused_before_anything_is_read(tmp_path):
+    """41 TB, by 2¹⁶ channels; without the check, initialization failed, and training waited for its result for ever."""
+    with pytest.raises(RunError, match=r'of this network takes? .* TB on each device, .*config.model.channels=65536'):
+        train.run(tiny({'model.channels': 2**16}), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_result_whose_computation_ran_out_of_memory_is_an_error():
+    """Reading it without `fetch` hangs, or aborts the process."""
+    done = python(
+        'import resource, jax, jax.numpy as jnp\n'
+        'from diffusion.runtime import memory, mesh\n'
+        'resource.setrlimit(resource.RLIMIT_AS, (2 * 2**32, 2 * 2**32))\n'
+        'made = jax.jit(lambda key: (jnp.int32(7), jax.random.normal(key, (2**31,))))(jax.random.key(0))\n'
+        'try:\n'
+        '    mesh.fetch(made[0])\n'
+        'except jax.errors.JaxRuntimeError as error:\n'
+        '    print(memory.exhausted(error))\n'
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == 'out of device memory: 8.6 GB could not be allocated; the device has 8.6 GB\n'
+
+
+@pytest.mark.parametrize(
+    ('error', 'words'),
+    [
+        (MemoryError('Unable to allocate 2.5 GiB'), 'out of memory on the host: Unable to allocate 2.5 GiB'),
+        (MemoryError(), 'out of memory on the host'),
+        (
+            jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3000000000 bytes.'),
+            'out of device memory: 3.0 GB could not be allocated',
+        ),
+    ],
+)
+def test_running_out_of_memory_is_said_with_what_was_asked_for(error, words):
+    assert memory.exhausted(error).startswith(words)
+    assert memory.exhausted(ValueError('RESOURCE_EXHAUSTED')) is None
+
+
+@pytest.mark.parametrize('status', ['RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED'])
+def test_what_every_start_would_meet_is_not_blamed_on_other_hosts(monkeypatch, status):
+    monkeypatch.setattr(hosts.jax, 'process_count', lambda: 4)
+    assert hosts.lost(jax.errors.JaxRuntimeError(f'{status}: something')) is None
+    assert hosts.lost(jax.errors.JaxRuntimeError('UNAVAILABLE: connection reset')) is not None
