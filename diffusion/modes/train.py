@@ -358,7 +358,7 @@ def require_memory(config: ConfigDict, exp: Experiment) -> None:
     memory.require(
         held_by_device(state)
         + sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
-        'parameters, gradient, EMA and optimizer state of this network',
+        'the state of this network (parameters, gradient, EMA and optimizer)',
         f'lower config.model.channels={config.model.channels} or shorten config.model.multipliers='
         f'{tuple(config.model.multipliers)}; several devices can share the state (config.mesh.fsdp)',
     )

@@ -1,11 +1,13 @@
 """Compiling programs, and keeping them on disk."""
 
 import contextlib
+import glob
 import os
 import stat
 from collections.abc import Iterator
 
 import jax
+from jax._src.compilation_cache import decompress_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 from diffusion.util import RunError, first_line, stage
@@ -51,6 +53,21 @@ def _remove_oldest(folder: str) -> None:
             os.remove(entry.path)
 
 
+def _remove_cut_short(folder: str) -> None:
+    """Remove the newest program if the process that wrote it was ended meanwhile: JAX never writes it again."""
+    programs = glob.glob(os.path.join(glob.escape(folder), '*-cache'))
+    with contextlib.suppress(OSError):  # another process was faster
+        newest = max(programs, key=os.path.getmtime, default=None)
+        if newest is None:
+            return
+        with open(newest, 'rb') as file:
+            content = file.read()
+        try:
+            decompress_executable(content)
+        except Exception:  # of zstd or zlib
+            os.remove(newest)
+
+
 def cache_programs(folder: str) -> None:
     """Keep compiled programs in a folder, where later runs find them instead of compiling again.
 
@@ -59,7 +76,9 @@ def cache_programs(folder: str) -> None:
     Args:
         folder: may begin with '~'; it is created when the first program is written.
     """
-    jax.config.update('jax_compilation_cache_dir', os.path.abspath(os.path.expanduser(folder)))
+    folder = os.path.abspath(os.path.expanduser(folder))
+    _remove_cut_short(folder)
+    jax.config.update('jax_compilation_cache_dir', folder)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_SECONDS)
     compilation_cache.reset_cache()  # otherwise JAX keeps the cache it had at its first compilation
 

@@ -1,5 +1,7 @@
 """The folder of compiled programs."""
 
+import os
+
 from tests.runtime.common import python
 
 PROGRAM = """
@@ -17,5 +19,17 @@ print(len(before), len([name for name in os.listdir(sys.argv[1] + '/programs') i
 
 
 def test_programs_are_kept_and_found_again(tmp_path):
-    done = [python(PROGRAM, tmp_path, HOME=str(tmp_path), JAX_PLATFORMS='cpu') for _ in range(2)]
-    assert [run.stdout.split() for run in done] == [['0', '1'], ['1', '1']], [run.stderr for run in done]
+    """One that was cut short, by a process that ended while it wrote, is written again: JAX would never do that."""
+
+    def compile_with_cache():
+        done = python(PROGRAM, tmp_path, HOME=str(tmp_path), JAX_PLATFORMS='cpu')
+        assert (done.returncode, done.stderr) == (0, '')
+        (program,) = (tmp_path / 'programs').glob('*-cache')
+        return done.stdout.split(), program, program.stat().st_size
+
+    outputs, _, size = compile_with_cache()
+    assert outputs == ['0', '1']
+    outputs, program, _ = compile_with_cache()
+    assert outputs == ['1', '1']
+    os.truncate(program, size // 2)
+    assert abs(compile_with_cache()[2] - size) < 100
