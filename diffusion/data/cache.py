@@ -26,7 +26,7 @@ from diffusion.util import exclusive, progress, read_json, say, unfinished, writ
 CHUNK = 64  # pictures in one task of the thread pool
 CHECKED = 100  # pictures whose contents are compared whenever an entry is used
 FORMAT = 2  # of the entries
-MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)  # what a call that a file system lacks returns
+MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what a call that a file system lacks returns
 
 Item = TypeVar('Item')
 Result = TypeVar('Result')
@@ -111,7 +111,7 @@ def _alone(entry: str) -> Iterator[str]:
             waiting = 'another process is decoding the same images; waiting for it …'
             stack.enter_context(exclusive(entry + '.lock', waiting))
         except OSError as error:
-            if error.errno not in MISSING:
+            if error.errno != errno.ENOLCK:
                 raise
             say(f'the file system of {entry} has no locks: processes that need the same images all decode them')
             new = f'{entry}.{socket.gethostname()}.{os.getpid()}.new'
@@ -152,7 +152,7 @@ def _build(
         contents = _contents(source)  # before decoding: what changes meanwhile is noticed later
         outcome = _decode(source, preprocess, images)
 
-        listed = entry + '.bad.txt'  # outside the folder, so that it outlives an error
+        listed = new.removesuffix('.new') + '.bad.txt'  # outside the folder, so that it outlives an error
         with open(listed, 'w', encoding='utf-8', errors='backslashreplace') as file:
             for i, reason in sorted(outcome.reasons.items()):
                 file.write(f'{source.names[i]} {reason}'.replace('\n', ' ') + '\n')
