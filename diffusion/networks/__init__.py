@@ -1,7 +1,7 @@
 """Networks, flax.nnx modules that map (x_t, t) to an output of x_t's shape, and their implementations.
 
-An implementation is a module with NETWORKS, the entries of the table below that it replaces by faster ones of the same
-parameter tree, and with `compile`, `fold` and `flops`, which `plain` documents.
+An implementation is a module that defines the functions `compile`, `fold` and `flops` (see `plain`) and a dict
+NETWORKS, whose entries replace those of the table below: faster networks with the same parameter tree.
 """
 
 from diffusion.networks import cpu, plain

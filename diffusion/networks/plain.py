@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-NETWORKS: dict[str, type[nnx.Module]] = {}  # replace entries of networks.NETWORKS
+NETWORKS: dict[str, type[nnx.Module]] = {}  # entries that replace those of networks.NETWORKS
 
 
 def compile(
@@ -23,11 +23,12 @@ def compile(
     Args:
         function: takes and returns pytrees of arrays.
         *args: arrays, or their shapes and shardings.
-        out_shardings: as of `jax.jit`.
-        donate: numbers of the arguments whose buffers the results may reuse.
-        largest_activation: elements of the largest activation that the backward pass needs, on each device; 0 without
-            a backward pass.
-        once: whether the function is called once, so that compiling it takes longer than running it.
+        out_shardings: shardings of the results, see `jax.jit`.
+        donate: positions of the arguments whose buffers the results may reuse.
+        largest_activation: elements of the largest activation that the backward pass needs, on each device; 0 if there
+            is no backward pass. Not used here.
+        once: whether the function is called only once, so that compiling it takes longer than running it. Not used
+            here.
 
     Returns:
         The compiled function.
@@ -40,9 +41,9 @@ def fold(body: Callable[[Any, Any], Any], carry: Any, parts: Any) -> Any:
     """Return body(… body(body(carry, part 0), part 1) …, last part).
 
     Args:
-        body: a function of a carry and a part, that returns the next carry.
+        body: (carry, part) -> the next carry.
         carry: a pytree of arrays.
-        parts: a pytree of arrays, whose first axis counts the parts.
+        parts: a pytree of arrays; their first axis counts the parts.
     """
     return jax.lax.scan(lambda carry, part: (body(carry, part), None), carry, parts)[0]
 

@@ -1,9 +1,9 @@
 """The U-Net of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B), as in their code.
 
 Every decoder block of a resolution with attention is followed by attention, and the last layer of every residual branch
-starts at zero. The U-Nets of diffusers' training script have the same parameters, but compute something else with them:
-they order and scale the time embedding, pad before downsampling and divide attention into heads in other ways, and
-their GroupNorm has another ε. `UNet` has an argument for each of these choices, whose default is DDPM's.
+starts at zero. The U-Nets of diffusers' training script have the same parameters, but use them differently: the order
+and the frequencies of the time embedding, the padding before downsampling, the number of attention heads and the ε of
+GroupNorm are not DDPM's. `UNet` has an argument for each of these choices; the default is DDPM's.
 """
 
 import math
@@ -57,8 +57,8 @@ def advance(
 
     Args:
         kernel: the layer's matrix.
-        embedding_order: as of `time_embedding`.
-        embedding_shift: as of `time_embedding`.
+        embedding_order: see `time_embedding`.
+        embedding_shift: see `time_embedding`.
 
     Returns:
         The new matrix, float32, computed in float64.
@@ -162,12 +162,12 @@ class Stage(nnx.Module):
         remat: bool,
     ):
         self.blocks = nnx.List(blocks)
-        self.attentions = nnx.List(attentions)  # one a block, or none
+        self.attentions = nnx.List(attentions)  # one per block, or none
         self.resample = resample  # leads to the next resolution, if there is one
         self.remat = remat
 
     def apply(self, i: int, inputs: Sequence[Images], emb: Embedding, dropout_key: DropoutKey) -> Images:
-        """Apply block i, and its attention, to images that are concatenated along the channels."""
+        """Concatenate the inputs along the channels, then apply block i and its attention, if there is one."""
 
         def run(inputs, emb, dropout_key):
             x = self.blocks[i](jnp.concatenate(inputs, axis=-1), emb, dropout_key)
@@ -214,23 +214,23 @@ class UNet(nnx.Module):
         Args:
             image_size: H and W, a multiple of 2^(len(multipliers) − 1); decides which blocks have attention.
             image_channels: C.
-            channels: width at full resolution.
-            multipliers: width at each resolution, in units of `channels`; each resolution halves the last.
-            num_blocks: residual blocks a resolution in the encoder; the decoder has one more.
+            channels: width that the multipliers multiply, and width of the first convolution.
+            multipliers: width at each resolution, in units of `channels`; each resolution is half of the one before.
+            num_blocks: residual blocks at each resolution of the encoder; the decoder has one more.
             attention_resolutions: image sizes, in pixels, at which blocks are followed by attention.
             dropout: probability, in [0, 1).
-            groups: of GroupNorm; divides each width.
+            groups: groups of GroupNorm; their number divides each width.
             dtype: of convolutions and matmuls. Norms, softmax, parameters and output are float32.
-            rngs: has a stream 'params'.
-            remat: whether the backward pass computes the activations of each block again.
-            head_channels: channels of each head of attention, which divide each width with attention; 0 is one head.
+            rngs: random streams; 'params' gives the initial parameters.
+            remat: whether the backward pass recomputes the activations of each block.
+            head_channels: channels of each attention head; they divide each width that has attention. 0 means one head.
             norm_epsilon: ε of GroupNorm.
             downsample_padding: pixels of zeros before and after each axis when the size is halved: (0, 1) or (1, 1).
-            embedding_order: as of `time_embedding`.
-            embedding_shift: as of `time_embedding`.
+            embedding_order: see `time_embedding`.
+            embedding_shift: see `time_embedding`.
 
         Raises:
-            ValueError: sizes do not fit together; the message names those that would.
+            ValueError: sizes do not fit together; the message names them.
         """
         _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups, head_channels)
         widths = [channels * m for m in multipliers]
@@ -289,11 +289,11 @@ class UNet(nnx.Module):
         Args:
             x: noisy images.
             t: noise levels.
-            deterministic: whether there is no dropout.
-            rngs: has a stream 'dropout', from which every block draws a key, unless `deterministic`.
+            deterministic: whether dropout is off.
+            rngs: random streams; each block draws a key from 'dropout'. Needed unless `deterministic`.
 
         Returns:
-            The prediction, whose meaning is up to the loss.
+            The prediction, of the shape of x. The loss decides what it predicts.
         """
 
         def key():
@@ -323,7 +323,7 @@ class UNet(nnx.Module):
 def _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups, head_channels):
     """Raise ValueError if sizes do not fit together."""
     if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
-        raise ValueError(f'multipliers is {multipliers}, but must be positive integers, one a resolution')
+        raise ValueError(f'multipliers is {multipliers}, but must be positive integers, one per resolution')
     if num_blocks < 1 or groups < 1:
         raise ValueError(f'num_blocks is {num_blocks} and groups is {groups}, but both must be at least 1')
     if not 0 <= dropout < 1:

@@ -1,4 +1,4 @@
-"""How XLA:CPU compiles programs, and loops that it compiles well."""
+"""Compiler options for XLA:CPU, and loops in a form that it compiles well."""
 
 import ctypes
 import math
@@ -24,11 +24,13 @@ def compile(
 ) -> jax.stages.Compiled:
     """Compile function(*args), as `plain.compile` does.
 
-    XLA:CPU starts operations early if they can run at the same time as others, which is good for small ones. Each of
-    the large ones keeps all cores busy, and what was started early waits in memory: so they are ordered for the least
-    memory. Convolutions and matrix products stay where JAX puts them, because others of its libraries are wrong if two
-    programs run at once (benchmarks/NOTES.md). What is called once is compiled without optimization: initial parameters
-    of a U-Net are ready in a fifth of the time, and the same bit by bit.
+    By default XLA:CPU starts operations as early as it can, so that they run concurrently. Small operations gain from
+    this. A large one keeps all cores busy by itself, and an early result only takes memory: programs with large
+    activations are therefore scheduled for the least memory. A function that is called once is compiled without
+    optimization: the initial parameters of a U-Net are ready in a fifth of the time, and identical bit by bit.
+
+    The libraries for convolutions and matrix products are those that JAX chooses. With Eigen's convolutions, results
+    are wrong if two programs run at once (benchmarks/NOTES.md).
     """
     options = QUICK_TO_COMPILE if once else LEAST_MEMORY if largest_activation > LARGE else {}
     jitted = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings, compiler_options=options)
@@ -47,8 +49,8 @@ def _return_free_memory():
 def fold(body: Callable[[Any, Any], Any], carry: Any, parts: Any) -> Any:
     """Return body(… body(body(carry, part 0), part 1) …, last part), as `plain.fold` does, without a loop.
 
-    Within loops XLA:CPU computes the gradients of convolutions by a slow fallback. Every part, random keys included,
-    waits for the one before, so that only one part's activations are in memory.
+    Inside loops XLA:CPU computes the gradients of convolutions by a slow fallback. Each part, random keys included,
+    waits for the part before it, so that only one part's activations are in memory.
     """
     for i in range(len(jax.tree.leaves(parts)[0])):
         done = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(carry))
@@ -58,4 +60,4 @@ def fold(body: Callable[[Any, Any], Any], carry: Any, parts: Any) -> Any:
 
 def flops(program: jax.stages.Compiled, parts: int = 1) -> float:
     """Return the floating-point operations of a compiled program on each device, as `plain.flops` does."""
-    return (program.cost_analysis() or {}).get('flops', math.nan)  # a `fold` is no loop here
+    return (program.cost_analysis() or {}).get('flops', math.nan)  # `fold` makes no loop here, so every part is counted

@@ -1,6 +1,6 @@
 """Convolutions by the algorithm that is fastest on CPUs, mostly Winograd's (benchmarks/NOTES.md has the figures).
 
-F(2, 3) computes two outputs of a kernel of three along one axis from four products instead of six:
+F(2, 3) computes two outputs of a kernel of size three along one axis by four products instead of six:
 y = Aᵀ[(G·k) ∘ (Bᵀ·d)], where d is the tile of four inputs. Along both axes it takes 16 products instead of 36, each of
 them a matrix product over the channels for all tiles at once (Winograd 1980; Lavin and Gray 2015, arXiv:1509.09308).
 If each pixel of the image is repeated first, as in the decoder of a U-Net, d is (x_{i−1}, x_i, x_i, x_{i+1}): one of
@@ -87,9 +87,9 @@ def conv(
         x: images.
         kernel: the kernel.
         strides: along H and W.
-        padding: as of conv_general_dilated.
+        padding: see jax.lax.conv_general_dilated.
         doubled: whether each pixel of x is repeated 2×2 times before the convolution.
-        **options: of conv_general_dilated.
+        **options: other arguments of jax.lax.conv_general_dilated.
 
     Returns:
         Images with O channels.
@@ -157,7 +157,7 @@ def _kernel_gradient(gradient, x, kernel, *, algorithm):
 
 
 def _phases(images, size):
-    """For each place in squares of size×size pixels, that pixel of all squares: a grid of arrays (C, B, ·, ·)."""
+    """Divide images into squares of size×size pixels: [i][j] is pixel (i, j) of all squares, (C, B, ·, ·)."""
     batch, height, width, channels = images.shape
     squares = images.reshape(batch, height // size, size, width // size, size, channels)
     return squares.transpose(2, 4, 5, 0, 1, 3)
@@ -167,7 +167,7 @@ def _whole(x, kernel):
     """`winograd` of images that are one tile each."""
     b, g, a = WHOLE
     products = jnp.einsum('pbc,pco->pbo', _dot(b, _pixels(x)), _dot(g, _taps(kernel)))
-    # XLA:CPU fuses the computation of an image with its transposition into a slow loop, unless it has two uses.
+    # XLA:CPU fuses the products with their transposition into a slow loop, unless they have a second use.
     return after(x[:, :1, :1, :1], _images(_dot(a, products)))
 
 
@@ -223,7 +223,7 @@ def _pad(images):
 
 
 def _tiles(images, method):
-    """For each place in a tile, that pixel of all tiles: a grid of images."""
+    """Divide images into overlapping tiles: [i][j] is pixel (i, j) of all tiles, as images."""
     size = method.b.shape[1]
 
     def take(images, i, axis):

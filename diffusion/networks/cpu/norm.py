@@ -1,4 +1,4 @@
-"""Group normalization in few passes over the images."""
+"""Group normalization in few passes over the activations."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from diffusion.networks.unet import Images
 class GroupNorm(unet.GroupNorm):
     """Group normalization as x·factor + offset, computed and returned in float32.
 
-    Sums over pixels come first, channel by channel, which on CPUs is several times faster than sums over groups at
-    once. The mean is never subtracted from x: the difference would be kept for the backward pass.
+    The sums run over the pixels of each channel first and then over the channels of each group. On CPUs this is several
+    times faster than one sum over both. The mean is never subtracted from x, because the difference would be kept for
+    the backward pass.
     """
 
     def __call__(self, x: Images) -> Images:  # type: ignore[override]
@@ -21,13 +22,13 @@ class GroupNorm(unet.GroupNorm):
         return x * factor + offset
 
     def affine(self, x: Images) -> tuple[Float[Array, 'B 1 1 C'], Float[Array, 'B 1 1 C']]:
-        """Return (factor, offset), for which the norm of x, float32, is x·factor + offset."""
+        """Return (factor, offset), with which the normalized x is x·factor + offset; x is float32."""
         assert self.scale is not None and self.bias is not None
         batch, height, width, channels = x.shape
         size = channels // self.num_groups
 
         def mean(values):
-            """(B, C): of each channel's group."""
+            """The mean over the group of each channel, (B, C)."""
             sums = values.sum((1, 2)).reshape(batch, self.num_groups, size).sum(2)
             return jnp.repeat(sums / (height * width * size), size, axis=1)
 

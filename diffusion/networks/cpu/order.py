@@ -1,6 +1,6 @@
-"""The order in which XLA:CPU computes: data dependences that change no number.
+"""The order in which XLA:CPU computes, imposed by data dependences that change no number.
 
-XLA:CPU drops jax.lax.optimization_barrier. It cannot drop a dependence on data.
+XLA:CPU drops jax.lax.optimization_barrier. It cannot drop a data dependence.
 """
 
 from collections.abc import Callable
@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
-LARGE = 2**19  # elements of an activation: more are faster to compute again than to fetch from memory
+LARGE = 2**19  # elements; recomputing a larger activation is faster than fetching it from memory
 
 
 def after(value: Array, x: Array) -> Array:
-    """Return x, which XLA cannot compute before it has `value`.
+    """Return x with a data dependence on `value`, so that XLA computes `value` first.
 
-    It adds zero to x: no value is greater than infinity, but XLA does not know that.
+    It adds (value > ∞) to x. That is always 0, but XLA does not know it.
 
     Args:
         value: floats, of a shape that broadcasts against x.
-        x: numbers, or random keys if `value` is a scalar.
+        x: numbers; or random keys, if `value` is a scalar.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(after(value, jax.random.key_data(x)), impl=jax.random.key_impl(x))
@@ -49,10 +49,10 @@ def apart(function: Callable[[Array], Array], x: Array) -> Array:
 
 
 def recomputed(run: Callable) -> Callable:
-    """Return `run` with a backward pass that keeps the arguments and computes everything else again.
+    """Return `run` with a backward pass that keeps the arguments and recomputes everything else.
 
-    It differs from jax.checkpoint in the order: the second computation waits for the output's gradient. XLA:CPU would
-    start it early, and save no memory. The result has no forward-mode derivatives.
+    It differs from jax.checkpoint in the order: the recomputation waits for the output's gradient. XLA:CPU would start
+    that of jax.checkpoint early and save no memory. The returned function has no forward-mode derivatives.
 
     Args:
         run: a function (x, given, fixed) → (B, …). x is a pytree of arrays (B, …) with as many axes as the result;
@@ -77,11 +77,11 @@ def recomputed(run: Callable) -> Callable:
 def in_order(run: Callable) -> Callable:
     """Return `run` with a backward pass that computes x's gradient after the parameters'.
 
-    XLA:CPU would first go back through all blocks, and keep what the parameters' gradients need in memory until then.
-    The result has no forward-mode derivatives.
+    XLA:CPU would first compute the gradients of x through all blocks, and meanwhile keep in memory what the parameters'
+    gradients need. The returned function has no forward-mode derivatives.
 
     Args:
-        run: as of `recomputed`.
+        run: see `recomputed`.
     """
 
     @jax.custom_vjp

@@ -24,7 +24,7 @@ class Conv(nnx.Conv):
 
 
 class Upsample(unet.Upsample):
-    """Upsampling that never forms the repeated image."""
+    """Upsampling that never stores the repeated pixels."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, conv_general_dilated=functools.partial(conv, doubled=True), **options)
@@ -33,9 +33,9 @@ class Upsample(unet.Upsample):
 
 
 def _activated_conv(norm, conv, x, *, training, mask=None, keep=1.0):
-    """conv(dropout(silu(norm(x)))). mask: the elements that dropout keeps, as bits packed along the channels.
+    """conv(dropout(silu(norm(x)))), where `mask` has a bit for each element, packed along the channels: 1 is kept.
 
-    In training, the backward pass of a large x keeps x alone and computes the rest again.
+    In training, the backward pass of a large x keeps only x and recomputes the rest.
     """
     graph, state = nnx.split(conv)
     x = x.astype(jnp.float32)  # so that the gradients of both uses of x are added before they are rounded
@@ -53,7 +53,7 @@ def _activated_conv(norm, conv, x, *, training, mask=None, keep=1.0):
 
 
 class ResBlock(unet.ResBlock):
-    """The block, with a dropout mask of packed bits: XLA would keep 64 random bits an element for the backward pass."""
+    """The block, with a bit-packed dropout mask: XLA would keep 64 random bits per element for the backward pass."""
 
     Conv = Conv
     GroupNorm = GroupNorm
@@ -70,12 +70,12 @@ class ResBlock(unet.ResBlock):
 
 
 class Attention(unet.Attention):
-    """Attention by two matrices instead of four, which one head allows.
+    """Attention with two matrices instead of four, which is possible if there is one head.
 
-        logits = (h·Wq + bq)·(h·Wk + bk)ᵀ/√C = (h·WqWkᵀ + bq·Wkᵀ)·hᵀ/√C + a term that all keys have in common
+        logits = (h·Wq + bq)·(h·Wk + bk)ᵀ/√C = (h·WqWkᵀ + bq·Wkᵀ)·hᵀ/√C + a term that is equal for all keys
         output = (softmax(logits)·(h·Wv + bv))·Wo + bo = (softmax(logits)·h)·WvWo + bv·Wo + bo
 
-    softmax does not depend on the common term, and nothing depends on bk.
+    The softmax does not depend on the common term, so nothing depends on bk.
     """
 
     GroupNorm = GroupNorm
@@ -95,9 +95,9 @@ class Attention(unet.Attention):
 
 
 def _affine(x, linear, matrix):
-    """(x·W + b)·matrix by the product W·matrix, rounded to x's type after it.
+    """(x·W + b)·matrix, where the product W·matrix is computed first and then rounded to x's type.
 
-    x becomes one matrix, so that the gradient of W·matrix is a plain matrix product.
+    x is reshaped to one matrix, so that the gradient of W·matrix is a plain matrix product.
     """
     product = (linear.kernel[...] @ matrix).astype(x.dtype)
     out = (x.reshape(-1, x.shape[-1]) @ product).reshape(*x.shape[:-1], matrix.shape[-1])
@@ -105,7 +105,7 @@ def _affine(x, linear, matrix):
 
 
 class Stage(unet.Stage):
-    """The blocks of a resolution, whose backward pass is in an order that needs little memory."""
+    """The blocks of one resolution, with a backward pass in an order that needs little memory."""
 
     def apply(self, i: int, inputs: Sequence[Images], emb: Embedding, dropout_key: DropoutKey) -> Images:
         if dropout_key is None:
@@ -120,13 +120,13 @@ class Stage(unet.Stage):
 
         if self.remat:
             run = recomputed(run)
-        if jax.device_count() == 1:  # several would exchange the gradients of each block by themselves
+        if jax.device_count() == 1:  # else each block's gradients would be reduced over devices separately
             run = in_order(run)
         return run(inputs, (state, emb), dropout_key)
 
 
 class UNet(unet.UNet):
-    """The network of the parts above."""
+    """The U-Net made of the parts above."""
 
     Conv = Conv
     Upsample = Upsample
