@@ -50,7 +50,7 @@ class TrainState:
     skipped: Skipped
 
     def trees(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the step."""
+        """Return what a checkpoint holds besides the step."""
         return {'params': self.params, 'ema': self.ema, 'opt_state': self.opt_state, 'skipped': self.skipped}
 
 
@@ -59,11 +59,11 @@ class Network:
     """A network without its parameters, which are a plain dict of arrays."""
 
     make: Callable[[nnx.Rngs], nnx.Module]
-    first_level: int = 1  # the number by which the module knows level 1
+    first_level: int = 1  # the t with which the module is called at level 1
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
-        """The structure of the module; making it raises ValueError if the network does not exist."""
+        """The structure of the module. Raises ValueError if the module refuses its arguments."""
         return nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))))[0]
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -71,10 +71,10 @@ class Network:
         return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(key))))
 
     def net(self, params: dict[str, Any], *, dropout_key: jax.Array | None = None) -> Callable:
-        """Return the callable (x_t (B, H, W, C), t (B,)) → (B, H, W, C); it has dropout if there is a key."""
+        """Return the callable (x_t (B, H, W, C), t (B,)) → (B, H, W, C), with dropout if a key is given."""
         module = nnx.merge(self.graph, params)
         mode = {} if dropout_key is None else dict(deterministic=False, rngs=nnx.Rngs(dropout=dropout_key))
-        # Our levels are 1 … T; weights trained by others have learned 0 … T−1.
+        # Our levels are 1 … T; weights of other projects were trained with 0 … T−1.
         return lambda x_t, t: module(x_t, t - (1 - self.first_level), **mode)
 
 
@@ -90,9 +90,9 @@ class Experiment:
     implementation: types.ModuleType  # an entry of networks.IMPLEMENTATIONS
 
     def init(self, key: jax.Array) -> TrainState:
-        """Return the TrainState at step 0, in which the EMA equals the parameters."""
+        """Return the TrainState at step 0, where the EMA equals the parameters."""
         params = self.network.init(key)
-        return self.start(params, jax.tree.map(jnp.copy, params))  # a donated buffer cannot serve twice
+        return self.start(params, jax.tree.map(jnp.copy, params))  # one buffer cannot be donated twice
 
     def start(self, params: Any, ema: Any) -> TrainState:
         """Return the TrainState at step 0 with these weights."""
@@ -112,7 +112,7 @@ def build(config: ConfigDict) -> Experiment:
     """Build the Experiment that a config describes.
 
     Raises:
-        RunError: it describes none; the message names the key.
+        RunError: a value is not allowed, or values do not fit together; the message names the key.
     """
     workdir.check(config)
     with naming(f'config.schedule ({", ".join(f"{key}={value!r}" for key, value in config.schedule.items())})'):
@@ -150,9 +150,9 @@ def make_network(config: ConfigDict, networks: dict[str, Callable]) -> Network:
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Build the optimizer, Adam behind a clipped gradient, and its learning rate after a number of updates.
+    """Build the optimizer, Adam with gradient clipping, and its learning rate as a function of the number of updates.
 
-    Both count updates: a skipped step is none.
+    A skipped step is not an update.
     """
 
     def learning_rate(updates):
@@ -175,10 +175,10 @@ def load_images(config: ConfigDict, split: str = '') -> data.Images:
 
 
 def load_same_images(config: ConfigDict, split: str = '') -> data.Images:
-    """Load one split of the images on all hosts, and check that they are the same everywhere.
+    """Load one split of the images on all hosts, and check that all hosts have the same images.
 
     Raises:
-        RunError: they are not, or one host has none; raised on all hosts.
+        RunError: the images differ, or a host has none; raised on all hosts.
     """
     failure = None
     try:
@@ -187,22 +187,21 @@ def load_same_images(config: ConfigDict, split: str = '') -> data.Images:
     except RunError as error:
         failure, found = error, str(error)
     require_same({'config.data.source': found}, 'Give each host the same images: all of them, and nothing else.')
-    if failure:  # raised once the other hosts know
+    if failure:  # only now, because the other hosts wait in `require_same`
         raise failure
     return images
 
 
 def join_hosts(config: ConfigDict, mode: str) -> None:
-    """Join the other hosts of the run, before anything touches a device, and check that all were asked for the same.
+    """Join the other hosts of the run, and check that all have the same command. Call it before anything uses a device.
 
-    On a lone CPU, the modes that draw or measure images make each core a device, so that the cores share a batch.
-    It starts the devices, prints them, and warns of those that JAX cannot use. On a lone CPU, --mode=sample makes each
-    core a device, so that the cores share a batch.
+    It starts the devices, prints them, and warns of those that JAX cannot use. On a single CPU host, the modes that draw
+    or measure images make each core a device, so that the cores share a batch.
 
     Raises:
         RunError: the settings do not fit together, there is no device, or the hosts differ in settings, versions or
             mode.
-        NotMetError: the hosts do not meet.
+        NotMetError: the hosts do not find each other.
     """
     with naming('config.distributed'):
         hosts.connect(**config.distributed)
@@ -221,7 +220,7 @@ def join_hosts(config: ConfigDict, mode: str) -> None:
 
 
 def require_same(values: dict[str, str], advice: str) -> None:
-    """Raise RunError, on all hosts, if a value differs between hosts. The hosts wait for each other."""
+    """Raise RunError on all hosts if a value differs between hosts. All hosts must call it, and wait for each other."""
     found = hosts.differences(values)
     if found:
         lines = ''.join(f'\n    {name}: {difference}' for name, difference in found.items())
@@ -230,14 +229,14 @@ def require_same(values: dict[str, str], advice: str) -> None:
 
 
 def _implementation(name, device_mesh):
-    """The implementation that 'auto' stands for: the fast one for CPUs, the plain one for everything else."""
+    """Resolve 'auto': the fast implementation on CPUs, the plain one on other devices."""
     if name != 'auto':
         return name
     return 'cpu' if device_mesh.devices.flat[0].platform == 'cpu' else 'plain'
 
 
 def _call(function, values):
-    """Call a function or a class with those values that it has parameters for."""
+    """Call a function or a class with the values that it has parameters for."""
     signature = inspect.signature(
         function.__init__ if inspect.isclass(function) else function
     )  # nnx hides a class's own
@@ -245,6 +244,6 @@ def _call(function, values):
 
 
 def _flat(tree, path=''):
-    """(dotted key, value) of everything in nested dicts."""
+    """Yield (dotted key, value) for each leaf of nested dicts."""
     for key, value in tree.items():
         yield from _flat(value, f'{path}{key}.') if isinstance(value, dict) else [(path + key, value)]

@@ -1,4 +1,4 @@
-"""How other codebases sample: which levels, which noise, and what is clipped, as arguments of `sampler.sample`."""
+"""How other codebases sample: levels, noise and clipping, as arguments of `sampler.sample`."""
 
 import math
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import numpy as np
 from diffusion.gaussian import Clip, require_room_for_noise
 from diffusion.schedule import timesteps
 
-Arguments = dict[str, Any]  # those of `sampler.sample`, and 'spacing' and 'num_steps' for the record
+Arguments = dict[str, Any]  # of `sampler.sample`; also 'spacing' and 'num_steps', for the record
 
 
 def choose_variance(variance: str, eta: float) -> str:
-    """Return the variance that 'auto' stands for, 'large' for η = 1 and 'small' for any other; others stand as asked.
+    """Resolve 'auto': 'large' if η = 1, else 'small'. Other values are returned unchanged.
 
-    Ho et al. sample CIFAR-10 with σ² = β, which belongs to η = 1 alone.
+    Ho et al. sample CIFAR-10 with σ² = β, which is defined for η = 1 alone.
 
     Args:
         variance: 'auto', 'small' or 'large'.
@@ -27,7 +27,7 @@ def choose_variance(variance: str, eta: float) -> str:
 def as_asked(
     T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip, exact: bool = True
 ) -> Arguments:
-    """Follow no codebase: sample with what is asked. Arguments, result and errors as in `resolve`."""
+    """Follow no codebase: use the arguments as they are. Arguments, result and errors as in `resolve`."""
     require_room_for_noise(variance, eta)
     levels = timesteps(T, num_steps, spacing, exact=exact)
     return {
@@ -49,10 +49,10 @@ def ho(T: int, **asked: Any) -> Arguments:
 def ddim(T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip) -> Arguments:
     """Follow the DDIM authors' code. Arguments, result and errors as in `resolve`.
 
-    Its spacing is 'quad', or 'uniform' if another one is asked for, with as many steps as the spacing gives
-    (`timesteps` with exact=False). Where it visits a level twice in a row, the second visit changes nothing (β = 0, so
-    σ = 0 and x_s = x_t); that visit is left out. Its variance is 'small' and it does not clip x̂_0, unless the variance
-    asked for is 'large' and η = 1: then it clips (`ddpm_noisy` in that code, σ̂ in the paper).
+    Its spacing is 'quad', or 'uniform' instead of any other, with as many steps as the spacing gives (`timesteps` with
+    exact=False). Where it visits a level twice in a row, the second visit changes nothing (β = 0, so σ = 0 and
+    x_s = x_t) and is left out. Its variance is 'small', and it does not clip x̂_0. The exception is variance 'large'
+    with η = 1 (`ddpm_noisy` in that code, σ̂ in the paper): then it clips.
     """
     noisy = variance == 'large' and eta == 1
     return as_asked(
@@ -69,8 +69,9 @@ def ddim(T: int, *, num_steps: int, spacing: str, eta: float, variance: str, cli
 def diffusers_ddim(T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip) -> Arguments:
     """Follow diffusers' DDIMScheduler. Arguments, result and errors as in `resolve`.
 
-    It steps from each level t to t − ⌊T/S⌋, wherever it evaluates the network next: the pairs do not meet if S does not
-    divide T or the spacing is 'linspace'. Its variance is always 'small'. It clips x̂_0 and keeps ε̂.
+    It steps from each level t to t − ⌊T/S⌋, where S is the number of steps, and evaluates the network at the next level
+    of the spacing, which is another one if S does not divide T or the spacing is 'linspace'. Its variance is always
+    'small'. When it clips x̂_0, it keeps ε̂.
     """
     arguments = _diffusers(T, num_steps=num_steps, spacing=spacing, eta=eta, variance='small', clip=clip)
     t = arguments['timesteps'][:-1]
@@ -81,7 +82,7 @@ def diffusers_ddim(T: int, *, num_steps: int, spacing: str, eta: float, variance
 def diffusers(T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip) -> Arguments:
     """Follow diffusers' DDPMScheduler if η = 1, else its DDIMScheduler. Arguments, result and errors as in `resolve`.
 
-    With variance 'large' its DDPMScheduler adds noise on the last step if that step starts above level 1.
+    With variance 'large', its DDPMScheduler also adds noise at the last step if that step starts above level 1.
     """
     asked: Arguments = dict(num_steps=num_steps, spacing=spacing, eta=eta, variance=variance, clip=clip)
     if eta != 1:
@@ -114,24 +115,24 @@ COMPAT: dict[str, Callable[..., Arguments]] = {
 def resolve(compat: str, T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip) -> Arguments:
     """Choose the arguments of `sampler.sample` that reproduce a codebase.
 
-    What the codebase fixes replaces what is asked for; the rest stays as asked for.
+    A value that the codebase fixes replaces the argument; the other arguments are kept.
 
     Args:
         compat: a key of `COMPAT`: which codebase to follow; '' for none.
         T: the number of noise levels of the schedule.
-        num_steps: the number of steps asked for, 1 to T.
-        spacing: the spacing asked for, a key of `schedule.SPACINGS`.
-        eta: η asked for, in [0, 1].
-        variance: the variance asked for, 'small', 'large' or 'auto', see `choose_variance`.
-        clip: the clipping asked for, as in `gaussian.predict`.
+        num_steps: the number of steps, 1 to T.
+        spacing: a key of `schedule.SPACINGS`.
+        eta: η, in [0, 1].
+        variance: 'small', 'large' or 'auto', see `choose_variance`.
+        clip: whether and how x̂_0 is clipped, see `gaussian.predict`.
 
     Returns:
         The arguments 'timesteps', 'eta', 'variance', 'clip' and 'last_noise' of `sampler.sample`, and the 'spacing' and
         'num_steps' that they come from.
 
     Raises:
-        ValueError: the codebase is unknown; `schedule.timesteps` refuses the levels; the variance is 'large' and η is
-            not 1; or the codebase would take a step from a level that does not exist.
+        ValueError: the codebase is unknown; `schedule.timesteps` refuses its arguments; the variance is 'large' and η
+            is not 1; or the codebase would take a step from a level that does not exist.
     """
     if compat not in COMPAT:
         raise ValueError(f'compat is {compat!r}, but must be one of {", ".join(map(repr, COMPAT))}')

@@ -28,9 +28,9 @@ class Rule(NamedTuple):
     Attributes:
         init: x_T (N, ...) -> state.
         step: one step from x_t (N, ...) at level t to x_s at level s < t, both levels scalars. `std` is None, or the
-            standard deviation of the noise if `sample` was asked for another variance than 'small'.
-            `predict(x_t, t)` returns the Prediction of the network and may be called more than once. `noise(level)`
-            returns standard normal noise (N, ...), the same at every call with the same level. `eta` is a Python float.
+            standard deviation of the noise if the variance is not 'small'. `predict(x_t, t)` returns the Prediction
+            of the network and may be called more than once. `noise(level)` returns standard normal noise (N, ...), the
+            same at every call with the same level. `eta` is a Python float.
     """
 
     init: Callable[[Batch], State]
@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
 
 def _kernel(state, x_t, t, s, std, *, schedule, predict, noise, eta):
-    """x_s = mean + σ·z, mean and σ of `gaussian.posterior`; draws no noise if η = 0 and σ is the kernel's own."""
+    """x_s = mean + σ·z with mean and σ from `gaussian.posterior`; draws no noise if η = 0 and `std` is None."""
     x_s, kernel_std = gaussian.posterior(schedule, predict(x_t, t), s, t, eta=eta)
     if eta > 0 or std is not None:
         x_s += (kernel_std if std is None else std) * noise(s)
@@ -69,7 +69,7 @@ def sample(
 
     η = 1 with all levels is DDPM's Algorithm 2; η = 0 is DDIM. No noise is added at s = 0. Image i depends on keys[i]
     alone: the noise of level s is drawn from fold_in(keys[i], s). With η = 0 and variance 'small' the compiled program
-    draws no noise but x_T.
+    draws x_T and no other noise.
 
     Args:
         keys: (N,) typed PRNG keys, one for each image.
@@ -123,7 +123,7 @@ def sample(
 
 
 def noise(keys: Key[Array, 'N'], level: Int[ArrayLike, ''], shape: tuple[int, ...]) -> Batch:
-    """Return the standard normal noise (N, *shape) of a level: that of image i depends on (keys[i], level) alone."""
+    """Return standard normal noise (N, *shape) for a level; the noise of image i depends on (keys[i], level) alone."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), shape))(keys)
 
 

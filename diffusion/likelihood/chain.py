@@ -58,7 +58,7 @@ def make_chain(
     decoder: str = 'discretized',
     bins: int = 256,
 ) -> Chain:
-    """Build the chain that all likelihoods of a model start from.
+    """Build the chain that all likelihoods of a model share.
 
     The decoder needs a width at s = 0, where σ of the kernel is 0. There 'small' and 'large' both take σ of the pair
     before (with all T levels √β̃_2, as Ho's and OpenAI's code), or √(1−ᾱ_t) if there is only one pair.
@@ -79,8 +79,8 @@ def make_chain(
         The chain.
 
     Raises:
-        ValueError: `eta` is outside (0, 1]; a variance is 0; or `gaussian.chain` or `gaussian.own_variance` refuse
-            their arguments.
+        ValueError: `eta` is outside (0, 1]; a variance is not positive; or `gaussian.chain` or
+            `gaussian.own_variance` refuses its arguments.
     """
     if not 0 < eta <= 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""log p_θ(x_0 | x_1), the last step of the chain: the log-likelihood of pixels that take a few discrete values."""
+"""log p_θ(x_0 | x_1), the last step of the chain: the log-likelihood of pixels with discrete values."""
 
 import math
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def gaussian(x0: Images, mean: Images, std: Width, bins: int) -> Images:
         x0: (B, ...).
         mean: (B, ...), of the Gaussian.
         std: its standard deviation, broadcasts against `mean`.
-        bins: not used, a density has none.
+        bins: not used.
 
     Returns:
         (B, ...) nats, the log-density of each pixel.

@@ -56,11 +56,11 @@ class Terms(NamedTuple):
 
 
 class Form(NamedTuple):
-    """One way to write 𝓛 as a prior term and consistency terms; draws of both, and its name in the ledger.
+    """One way to write 𝓛 as a prior term and consistency terms.
 
     Attributes:
-        title: what it is, for people.
-        equation: where it is printed.
+        title: its name in the ledger.
+        equation: where it is defined.
         prior: (key, chain, x0) -> (B,) nats, one draw of the prior term.
         consistency: (key, chain, x0, i) -> (B,) nats, one draw of the consistency term of pair i (B,) = (t, s), s > 0.
     """
@@ -114,7 +114,7 @@ def elbo(
         x0: (B, ...), images in [−1, 1].
         kind: what the network outputs, a key of `gaussian.KINDS`.
         form: a key of `FORMS`.
-        decoder: p(x_0 | x_1), see `chain.make_chain`, as for all arguments that follow but `levels`.
+        decoder: p(x_0 | x_1). See `chain.make_chain` for this and all following arguments except `levels`.
         variance: of p(x_s | x_t).
         eta: η of q_σ, in (0, 1].
         timesteps: the noise levels of the chain; all T if None.
@@ -225,14 +225,14 @@ def _printed_consistency(key, chain, x0, i):
 
 
 def _last_transition(key: Key[Array, ''], chain: Chain, x0: Images) -> tuple[Images, Normal]:
-    """Draw x_T from q(x_T|x_{T−1}): the z that made it, and the Gaussian."""
+    """Draw x_T from q(x_T|x_{T−1}); return its noise z, and the Gaussian."""
     before_key, key = jax.random.split(key)
     z, q, _ = _move(key, chain, x0, jax.random.normal(before_key, x0.shape), chain.s[0], chain.t[0])
     return z, q
 
 
 def _neighbours(key: Key[Array, ''], chain: Chain, x0: Images, i: Int[Array, 'B']) -> tuple[Images, Normal, Normal]:
-    """Draw x_r, x_s and x_t along q: the z that made x_s, and the Gaussians q(x_s|x_r) and p(x_s|x_t)."""
+    """Draw x_r, x_s and x_t along q; return the noise z of x_s, and the Gaussians q(x_s|x_r) and p(x_s|x_t)."""
     below_key, s_key, t_key = jax.random.split(key, 3)
     r, s, t = jnp.asarray(chain.s)[i + 1], jnp.asarray(chain.s)[i], jnp.asarray(chain.t)[i]
     z, q, eps = _move(s_key, chain, x0, jax.random.normal(below_key, x0.shape), r, s)
@@ -244,7 +244,7 @@ def _neighbours(key: Key[Array, ''], chain: Chain, x0: Images, i: Int[Array, 'B'
 def _move(
     key: Key[Array, ''], chain: Chain, x0: Images, eps: Images, s: Int[Array, '*B'], t: Int[Array, '*B']
 ) -> tuple[Images, Normal, Images]:
-    """Draw x_t from q_σ(x_t|x_s,x_0), eps the noise in x_s: the z that made it, the Gaussian, and the noise in x_t."""
+    """Draw x_t from q_σ(x_t|x_s,x_0), where eps is the ε of x_s; return its noise z, the Gaussian, and the ε of x_t."""
     rho, rest = (gaussian.like(coefficient, x0) for coefficient in forward(chain, s, t))
     z = jax.random.normal(key, x0.shape)
     mean = gaussian.q_sample(chain.schedule, x0, t, rho * eps)

@@ -1,4 +1,4 @@
-"""The flow bound: the exact density of x_1 under the probability-flow ODE, made a bound on log p(x_0).
+"""The flow bound: a bound on log p(x_0) from the density of x_1 under the probability-flow ODE.
 
 The schedule is a variance-preserving SDE with piecewise-constant β. An ODE has the same marginals (score-based SDEs,
 arXiv:2011.13456 Eq. 13). With λ = log √((1−ᾱ)/ᾱ) as its time it reads
@@ -28,7 +28,7 @@ EXACT_UP_TO = 16  # dimensions; beyond, two probes, since a single one has no st
 
 
 class Density(NamedTuple):
-    """log p_ode, and what it cost.
+    """log p_ode, its error, and the cost.
 
     Attributes:
         nats: (B,).
@@ -42,7 +42,7 @@ class Density(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """The terms of the flow bound in nats, and what they cost.
+    """The terms of the flow bound in nats, their error, and the cost.
 
     Attributes:
         reconstruction: (B,), log p_θ(x_0|x_1).
@@ -66,7 +66,7 @@ class Flow(NamedTuple):
 def flow_bound(key: Key[Array, ''], schedule: Schedule, net: Net, x0: Images, *, kind: str, **how: Any) -> Nats:
     """E_{q(x_1|x_0)}[ log p_ode(x_1) − log q(x_1|x_0) + log p_θ(x_0|x_1) ] ≤ log p(x_0), at one draw.
 
-    This p is another model than the chain: x_1 comes from the ODE, then x_0 from the last step of the chain.
+    This p is not the model of the other bounds: x_1 comes from the ODE, and x_0 from the last step of the chain.
 
     Args:
         key: typed PRNG key.
@@ -110,7 +110,7 @@ def flow(
         kind: what the network outputs, a key of `gaussian.KINDS`.
         decoder: p(x_0 | x_1), a key of `decoder.DECODERS`.
         variance: of the chain whose last step is p(x_0 | x_1), see `chain.make_chain`.
-        probes: how the divergence is estimated, see `log_density`.
+        probes: the number of vectors that estimate the divergence, see `log_density`.
         rtol: relative tolerance of the solver.
         atol: absolute tolerance of the solver.
         clip: whether and how x̂_0 of the last step is clipped; the ODE does not clip.
@@ -209,10 +209,10 @@ def log_density(
 
 
 def num_probes(probes: int | None, size: int) -> int:
-    """The number of probes that `log_density` uses.
+    """Return the number of probes that `log_density` uses.
 
     Args:
-        probes: the number asked for, or None.
+        probes: the argument of `log_density`.
         size: the number of values of an image.
 
     Returns:

@@ -16,7 +16,7 @@ class Row(NamedTuple):
     Attributes:
         quantity: what it is.
         equation: where it is defined.
-        nats: mean over images.
+        nats: its mean over images.
         standard_error: of `nats`; None for a single image.
         bits_per_dim: −nats/(dimensions·log 2).
         n: the number of images.
@@ -73,9 +73,9 @@ def ledger(values: Mapping[str, Any], dimensions: int) -> list[Row]:
     """Make all rows that `values` allow.
 
     Args:
-        values: nats of n images, any of these quantities: each key of `elbo.FORMS` with
-            {'reconstruction', 'prior', 'consistency': (n,)}; 'importance' with the log-weights (K, n); 'flow' with
-            {'reconstruction', 'entropy', 'density': (n,)}.
+        values: nats of n images. Possible keys are those of `elbo.FORMS`, with
+            {'reconstruction', 'prior', 'consistency': (n,)}; 'importance', with the log-weights (K, n); and 'flow',
+            with {'reconstruction', 'entropy', 'density': (n,)}.
         dimensions: the number of values of an image.
 
     Returns:
@@ -90,7 +90,7 @@ def ledger(values: Mapping[str, Any], dimensions: int) -> list[Row]:
     if 'importance' in values:
         bounds = importance_bounds(values['importance'])
         rows += [
-            row(f'importance-weighted bound, K = {k} ({count.mean():.1f} count)', 'Eq. (1)', bound, dimensions)
+            row(f'importance-weighted bound, K = {k} (ESS {count.mean():.1f})', 'Eq. (1)', bound, dimensions)
             for k, (bound, count) in bounds.items()
         ]
     if 'flow' in values:

@@ -1,1 +1,1 @@
-"""Pictures of results."""
+"""Image grids and plots of results."""

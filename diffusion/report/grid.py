@@ -13,14 +13,15 @@ GAP = 4  # pixels between images and around the grid
 def save_grid(
     path: str, images: UInt8[np.ndarray, 'N H W C'], *, most: int = 100, tile: int = 48, columns: int = 0
 ) -> UInt8[np.ndarray, 'height width C']:
-    """Write the first `most` images as a square grid with gaps between them.
+    """Write the first `most` images as a grid with gaps between them.
 
     Args:
         path: the PNG file; its folder is created if it does not exist.
         images: (N, H, W, C), in 0 … 255. If C is neither 1 nor 3, the channels are averaged to grey.
         most: the largest number of images.
+        tile: the height in pixels to which smaller images are enlarged, rounded to a whole factor, without
+            interpolation.
         columns: images in a row; 0 makes the grid square.
-        tile: images smaller than this many pixels are enlarged by a whole factor, without interpolation.
 
     Returns:
         The grid, (height, width, 1 or 3).
@@ -46,7 +47,7 @@ def save_grid(
 
 
 def save_each(folder: str, images: UInt8[np.ndarray, 'N H W C']) -> None:
-    """Write each image as a PNG file, 000000.png and so on, without loss.
+    """Write each image as a PNG file: 000000.png, 000001.png and so on.
 
     Args:
         folder: it is created if it does not exist.

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 
 def save_sweep(path: str, curves: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]]) -> None:
-    """Plot each metric over the number of steps, one curve for each way to sample, with standard errors.
+    """Plot each metric over the number of steps, with one curve for each way of sampling and standard errors.
 
     Args:
         path: the file; its folder is created if it does not exist.
-        curves: {metric: {name of a curve: [(steps, value, standard error)]}}; without metrics nothing is written.
+        curves: {metric: {name of the curve: [(steps, value, standard error)]}}; if empty, nothing is written.
 
     Raises:
         OSError: the file cannot be written.

@@ -19,7 +19,7 @@ def save_terms(
     Args:
         path: the file; its folder is created if it does not exist.
         levels: (levels,) noise levels s.
-        forms: terms of each form by its name, (images, levels) in nats, one draw of the noise each.
+        forms: {name of the form: its terms, (images, levels) in nats, each from one draw of the noise}.
 
     Raises:
         OSError: the file cannot be written.

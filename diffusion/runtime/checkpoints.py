@@ -26,15 +26,15 @@ class DamagedError(Exception):
 
 
 class OtherArraysError(Exception):
-    """An intact checkpoint of other arrays than those that are asked for; the message names it and some of them."""
+    """An intact checkpoint whose arrays are not those requested; the message names it and some of the arrays."""
 
 
 class Checkpoints:
     """Context manager for the checkpoints below one folder; on exit it waits for the last write.
 
-    Orbax's own checks miss some damage: a flipped bit in an array that is stored uncompressed, or two files that are
-    exchanged. Therefore a checkpoint also holds its step and the shape and a checksum of each array, and `restore`
-    compares them.
+    Orbax's own checks miss some damage, such as a flipped bit in an array that is stored uncompressed, or two swapped
+    files. Therefore a checkpoint also holds its step, and the shape and a checksum of each array; `restore` verifies
+    them.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class Checkpoints:
         Args:
             step: replaces a checkpoint of the same step.
             record: JSON that is stored with the trees.
-            trees: by name, of arrays of 16 or 32 bits.
+            trees: by name, pytrees of arrays of 16 or 32 bits per element.
 
         Raises:
-            OSError, ValueError: this checkpoint cannot be written, or writing the one before failed. What a failed
-                write left is removed. If one of several hosts fails, all raise.
+            OSError, ValueError: this checkpoint cannot be written, or writing the one before failed. The files of a
+                failed write are removed. If one of several hosts fails, all raise.
         """
         with self._on_all_hosts():
             self._wait()
@@ -179,7 +179,7 @@ class Checkpoints:
         failure = None
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # another host has ended: it cannot be asked
+        except jax.errors.JaxRuntimeError:  # another host has ended, and `any_host` would wait for it
             raise
         except Exception as error:
             failure = error
@@ -202,14 +202,14 @@ class Checkpoints:
             step: of the checkpoint.
             accept: called with the step and the record that was saved with it, before arrays are read. It raises
                 DamagedError if the record is damaged, and anything else to refuse the checkpoint.
-            trees: by name, ShapeDtypeStructs whose shardings say where the arrays are to lie.
+            trees: by name, pytrees of ShapeDtypeStructs, whose shardings place the restored arrays.
 
         Returns:
             The restored trees, in the order of the arguments.
 
         Raises:
             DamagedError: the checkpoint is not what was written. If one of several hosts finds that, all raise.
-            OtherArraysError: it holds other arrays than those asked for.
+            OtherArraysError: the arrays that it holds are not those requested.
         """
         with self._intact(step):
             require_regular(self.path(step))
@@ -239,7 +239,7 @@ class Checkpoints:
         return tuple(restored[name] for name in trees)
 
     def _require_arrays(self, step: int, shapes: dict[str, dict[str, list[int]]], trees: dict[str, Any]) -> None:
-        """Raise OtherArraysError unless the checkpoint holds arrays of the shapes that are asked for."""
+        """Raise OtherArraysError unless the checkpoint holds arrays of the requested shapes."""
         for name, tree in trees.items():
             asked, there = _shapes(tree), shapes.get(name, _shapes(tree))
             wrong = [path for path in {**there, **asked} if asked.get(path) != there.get(path)]
@@ -283,7 +283,7 @@ class Checkpoints:
 
         Raises:
             DamagedError: all checkpoints are damaged, or the hosts do not see the same ones.
-            OtherArraysError: the newest intact one holds other arrays than those asked for.
+            OtherArraysError: the arrays of the newest intact one are not those requested.
         """
         messages, steps = [], self.steps()
         seen = np.array([len(steps), sum(steps)])
@@ -306,7 +306,7 @@ class Checkpoints:
         return None
 
     def put_aside(self, newest: int) -> None:
-        """Rename the checkpoints beyond step `newest` to damaged-<step>: their steps will be done and saved again."""
+        """Rename the checkpoints beyond step `newest` to damaged-<step>: training will repeat these steps."""
         with self._on_all_hosts():
             for step in self.steps() if hosts.is_first() else ():
                 if step > newest:
@@ -330,7 +330,7 @@ def newest_record(directory: str) -> dict[str, Any]:
 
 
 def read_about(checkpoint: str) -> dict[str, Any]:
-    """Return what a checkpoint says of itself: step, checksums, shapes, record.
+    """Return the description that a checkpoint holds of itself: its step, checksums, shapes and record.
 
     Raises:
         OSError: there is no such file.
@@ -344,7 +344,7 @@ def read_about(checkpoint: str) -> dict[str, Any]:
 
 
 def require_regular(folder: str) -> None:
-    """Raise OSError if anything below a folder is no folder and no regular file: reading a pipe would block."""
+    """Raise OSError if anything below a folder is neither a folder nor a regular file: reading a pipe would block."""
     for parent, _, files in os.walk(folder):
         for name in files:
             if not stat.S_ISREG(os.stat(os.path.join(parent, name)).st_mode):
@@ -352,14 +352,14 @@ def require_regular(folder: str) -> None:
 
 
 class _ArrayReader(ocp.type_handlers.ArrayHandler):
-    """Reads arrays as Orbax does, but an error waits for the other reads, see `_complete`."""
+    """Reads arrays as Orbax does, but completes the other reads before it raises, see `_complete`."""
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[jax.Array]:
         return await _complete(super().deserialize(infos, args))
 
 
 class _NumpyWriter(ocp.type_handlers.NumpyHandler):
-    """Writes arrays as Orbax does, but an error waits for the other writes, see `_complete`."""
+    """Writes arrays as Orbax does, but completes the other writes before it raises, see `_complete`."""
 
     async def _background_serialize(self, *args: Any) -> None:
         await _complete(super()._background_serialize(*args))
@@ -426,7 +426,7 @@ def _sum(array: np.ndarray | jax.Array) -> int:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Map 32-bit integers one-to-one onto themselves without visible patterns, as a hash does."""
+    """Permute the 32-bit integers without visible patterns, as a hash does."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""Compiling programs, and keeping them on disk."""
+"""Compilation of programs, and the cache of compiled programs on disk."""
 
 import contextlib
 import glob
@@ -12,9 +12,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from diffusion.util import RunError, first_line, stage
 
-LOST = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'CANCELLED')  # what XLA says if another host has failed
+LOST = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'CANCELLED')  # XLA's status codes if another host has failed
 MIN_SECONDS = 0.2  # programs that compile faster than this are not worth a file
-LARGEST_CACHE = 5e9  # bytes; the programs that were written first are removed beyond it
+LARGEST_CACHE = 5e9  # bytes; if the cache is larger, its oldest programs are removed
 
 
 def private_folder(path: str) -> str:
@@ -44,7 +44,7 @@ def private_folder(path: str) -> str:
 
 
 def _remove_oldest(folder: str) -> None:
-    """Remove the programs that were written first if all of them take more than LARGEST_CACHE."""
+    """Remove the oldest programs, so that the rest take at most LARGEST_CACHE."""
     files = [entry for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
     total = 0
     for entry in sorted(files, key=lambda entry: entry.stat().st_mtime, reverse=True):

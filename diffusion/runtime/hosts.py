@@ -35,21 +35,21 @@ _ending = threading.Event()  # this process has failed itself
 
 
 class NotMetError(Exception):
-    """The processes of a run did not find each other; they may when they are started again."""
+    """The processes of a run did not find each other; another start may succeed."""
 
 
 def connect(*, coordinator: str, num_processes: int, process_id: int, detect: bool, timeout: int) -> None:
     """Connect the processes of a run. Call it before anything uses a device.
 
-    It waits `timeout` seconds, but at least MIN_TIMEOUT, for process 0 to answer, and as long for the others. If the
-    others do not come, it ends the process with a message and EXIT_STATUS.
+    It waits for process 0 to answer, and then for the other processes, each time for `timeout` seconds but at least
+    MIN_TIMEOUT. If the others do not connect, it ends the process with a message and EXIT_STATUS.
 
     Args:
-        coordinator: 'host:port' of process 0; or '', and JAX is asked if `detect` is true.
+        coordinator: 'host:port' of process 0. If it is '', JAX finds the other processes, provided `detect` is true.
         num_processes: how many processes there are; 0 without a coordinator.
         process_id: the number of this process, from 0; -1 without a coordinator.
         detect: whether JAX looks for a TPU pod, SLURM, Open MPI or Kubernetes; without one, the process runs alone.
-        timeout: seconds after which a process that no longer responds is given up.
+        timeout: seconds without a response after which a process counts as lost.
 
     Raises:
         ValueError: the first three arguments contradict each other.
@@ -84,7 +84,7 @@ def connect(*, coordinator: str, num_processes: int, process_id: int, detect: bo
     elif not detect:
         return
     tracing = faulthandler.is_enabled()
-    # JAX aborts a process whose peers are gone, and says so; without this, a stack trace of each thread would follow.
+    # JAX aborts a process whose peers are gone, with a message. faulthandler would add a stack trace of each thread.
     faulthandler.disable()
     try:
         with _exit_after(patience, f'{missing}; {AGAIN}'):
@@ -207,14 +207,14 @@ def any_host(flag: bool) -> bool:
 
 
 def sum_over_hosts(array: np.ndarray) -> np.ndarray:
-    """Return the sum over hosts of an array of equal shape on each. All hosts must call it, and wait for each other."""
+    """Return the sum over hosts of arrays of equal shape. All hosts must call it, and wait for each other."""
     if jax.process_count() == 1:
         return array
     return np.asarray(multihost_utils.process_allgather(array)).sum(0, dtype=array.dtype)
 
 
 def from_first(array: np.ndarray) -> np.ndarray:
-    """Return the array that the first host has. All hosts must call it, and wait for each other."""
+    """Return the first host's array. All hosts must call it, and wait for each other."""
     return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
 
 
@@ -246,7 +246,7 @@ def differences(values: Mapping[str, str]) -> dict[str, str]:
 
 
 class AnyHost:
-    """Non-blocking `any` across hosts; returns the previous call's result. A host alone gets its own flag at once."""
+    """Non-blocking `any` across hosts; returns the previous call's result. A single host gets its own flag at once."""
 
     def __init__(self, mesh: Mesh):
         self._sharding = split_batch(mesh)

@@ -1,4 +1,4 @@
-"""Logs: metrics.jsonl with one object a line, and the same numbers as TensorBoard events."""
+"""Logs: metrics.jsonl with one object per line, and the same numbers as TensorBoard events."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ class Writer:
     """
 
     def __init__(self, directory: str, *, step: int, warn: Callable[[str], object] = print):
-        """Open the logs, and drop what an earlier process logged beyond `step`, because these steps are done again.
+        """Open the logs, and drop what an earlier process logged beyond `step`, because these steps will be repeated.
 
         Args:
             directory: the folder; it is created if it does not exist.
@@ -53,7 +53,7 @@ class Writer:
                     log.close()
 
     def scalars(self, step: int, **values: float) -> None:
-        """Log numbers at a step; in metrics.jsonl, numbers that are not finite are null."""
+        """Log numbers at a step; metrics.jsonl has null for numbers that are not finite."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._tolerant():
             if self._file:

@@ -1,4 +1,4 @@
-"""Devices: one mesh with the axes ('data', 'fsdp'), and where arrays lie on it. One device is the 1×1 mesh."""
+"""Devices: one mesh with the axes ('data', 'fsdp'), and how arrays are placed on it. One device is the 1×1 mesh."""
 
 import math
 import os
@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 MAX_CORES = 8  # CPU devices at most: each holds a copy of the parameters
 
-# Smaller arrays, such as biases and the scales of norms, are replicated: each would be gathered and reduced in messages
-# of its own, and together they are less than a hundredth of a network that is worth splitting.
+# Smaller arrays, such as biases and the scales of norms, are replicated: each would need messages of its own to be
+# gathered and reduced, and together they are less than a hundredth of a network that is worth splitting.
 MIN_SIZE_TO_SPLIT = 1024
 
-# Dense bfloat16 matrix products per second, as the manufacturers state them.
+# Floating-point operations per second in dense bfloat16 matrix products, as the manufacturers state them.
 PEAK_FLOPS = {
     'NVIDIA A100': 312e12,
     'NVIDIA H100': 989e12,  # SXM
@@ -32,14 +32,14 @@ PEAK_FLOPS = {
 
 
 def use_cores(most: int) -> None:
-    """Make each core of a lone host a CPU device. Call it before anything uses a device.
+    """Make each core of a single host a CPU device. Call it before anything uses a device.
 
     A batch that is split over several devices keeps the cores busier than one program that runs on all of them,
     because many of its operations are too small to be split. The number of devices is a setting of the whole process:
-    JAX reads it once, when it starts its backend. If JAX_NUM_CPU_DEVICES or XLA_FLAGS give it, it is left alone.
+    JAX reads it once, when it starts its backend. If JAX_NUM_CPU_DEVICES or XLA_FLAGS already set it, nothing changes.
 
     Args:
-        most: use at most so many cores; there is always one device.
+        most: the largest number of devices; there is always at least one.
     """
     is_set = jax.config.jax_num_cpu_devices >= 0  # type: ignore[attr-defined]
     is_set |= 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
@@ -64,13 +64,14 @@ def by_host(devices: Iterable[Any]) -> list[Any]:
     """Return devices sorted by host, and by id within a host.
 
     Each host feeds its part of a batch as one block, in the order of the hosts. On a TPU slice the ids of a host's
-    devices may be scattered; in that order the batch would change, and `fsdp` would cross hosts.
+    devices may be scattered: sorted by id alone, they would change the order of the batch, and `fsdp` would cross
+    hosts.
     """
     return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding with which every device holds the whole array."""
+    """Return the sharding in which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -82,10 +83,10 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 def split_state(mesh: Mesh, tree: Any) -> Any:
     """Return a sharding for each array of a state: its largest axis that fsdp divides is split over 'fsdp'.
 
-    Arrays of fewer than MIN_SIZE_TO_SPLIT elements are replicated.
+    Arrays of fewer than MIN_SIZE_TO_SPLIT elements are replicated, and so are those without such an axis.
 
     Args:
-        mesh: as of `make_mesh`.
+        mesh: see `make_mesh`.
         tree: arrays or ShapeDtypeStructs.
 
     Returns:
@@ -104,13 +105,13 @@ def split_state(mesh: Mesh, tree: Any) -> Any:
 
 
 def put(array: Any, sharding: Sharding) -> jax.Array:
-    """Put an array on the devices: the whole array if it is to be replicated, else this host's part of axis 0."""
+    """Put an array on the devices: the whole array if the sharding replicates it, else this host's part of axis 0."""
     shape = np.shape(array) if sharding.is_fully_replicated else None
     return jax.make_array_from_process_local_data(sharding, np.asarray(array), shape)
 
 
 def put_whole(array: Any, sharding: Sharding) -> jax.Array:
-    """Put an array on the devices that every host holds as a whole."""
+    """Put an array on the devices, when every host holds the whole array."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
@@ -125,7 +126,7 @@ def fetch(tree: Any) -> Any:
 
 
 def gather(array: Any) -> np.ndarray:
-    """Return the whole of an array that may be split over devices and hosts. All hosts must call it."""
+    """Return the whole array, which may be split over devices and hosts. All hosts must call it."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
@@ -140,7 +141,7 @@ def whole(mesh: Mesh, tree: Any) -> Any:
 
 
 def like_state(mesh: Mesh, tree: Any) -> Any:
-    """Inside a compiled function: keep on each device its part of a tree, as `split_state` says."""
+    """Inside a compiled function: keep on each device its part of a tree, as `split_state` divides it."""
     return jax.lax.with_sharding_constraint(tree, split_state(mesh, tree))
 
 
@@ -156,20 +157,20 @@ def mean_over_parts(
 ) -> Any:
     """Inside a compiled function: the mean of fun(params, key, *part) over the parts of a batch, one after another.
 
-    Each device cuts its share of the batch into `count` parts and sums over them; the sums are averaged over the
-    devices once, at the end.
+    Each device cuts its share of the batch into `count` parts and sums over them. At the end, the sums are averaged
+    over the devices, once.
 
     Args:
-        mesh: as of `make_mesh`.
-        fun: returns a tree of floats, each a mean over its part.
+        mesh: see `make_mesh`.
+        fun: (params, key, *part) -> a tree of floats, each a mean over the part.
         params: a tree of replicated arrays.
-        key: each part gets its own key, derived from this one.
-        batch: arrays (B, ...), B a multiple of the number of devices times `count`.
-        count: parts of each device's share.
-        fold: fold(body, carry, parts) is the loop carry = body(carry, part), as a network implementation provides it.
+        key: typed PRNG key, from which a key for each part is derived.
+        batch: arrays (B, ...), where B is a multiple of the number of devices times `count`.
+        count: the number of parts of each device's share.
+        fold: fold(body, carry, parts) is the loop carry = body(carry, part), see `networks.plain.fold`.
 
     Returns:
-        A tree as `fun` returns it, replicated.
+        A tree like that of `fun`, replicated.
     """
     axes = mesh.axis_names
 
@@ -191,15 +192,15 @@ def fits(mesh: Mesh, nbytes: int, share: float = 0.25) -> bool:
     """Return whether an array takes at most a given share of the memory of every device.
 
     Args:
-        mesh: only its devices on this host are asked.
-        nbytes: the bytes of the array.
-        share: of a device's memory, which counts as 8 GB if the device does not report it (as CPUs do not).
+        mesh: its devices on this host are checked.
+        nbytes: the size of the array in bytes.
+        share: of a device's memory. A device that does not report its memory, such as a CPU, counts as 8 GB.
     """
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
     return nbytes <= share * min(s.get('bytes_limit', 8e9) for s in stats)
 
 
 def peak_flops(device: Any) -> float | None:
-    """Return the peak rate of a device in operations per second, or None if it is not known."""
+    """Return the peak rate of a device in bfloat16 operations per second, or None if it is not known."""
     kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
