@@ -26,7 +26,7 @@ from diffusion.util import exclusive, progress, read_json, say, unfinished, writ
 CHUNK = 64  # pictures in one task of the thread pool
 CHECKED = 100  # pictures whose contents are compared whenever an entry is used
 FORMAT = 2  # of the entries
-MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what a call that a file system lacks returns
+MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # errors of calls that a file system lacks
 
 Item = TypeVar('Item')
 Result = TypeVar('Result')
@@ -119,7 +119,7 @@ def _alone(entry: str) -> Iterator[str]:
 
 
 def _changed(entry: str, source: Source) -> list[str]:
-    """Return the names of pictures whose files do not have the contents of those that an entry was built from."""
+    """Return the names of pictures whose contents are not those that an entry was built from."""
     path = os.path.join(entry, 'contents.json')
     if not os.path.exists(path):
         return []
@@ -131,7 +131,7 @@ def _changed(entry: str, source: Source) -> list[str]:
 
 
 def _contents(source: Source) -> dict[str, str]:
-    """Return {name: SHA-256} of some files, evenly spaced; nothing of those that cannot be read, now or at all."""
+    """Return {name: SHA-256} of some files, evenly spaced, without those that cannot be read."""
     found: dict[str, str] = {}
     if source.encoded is not None and len(source):
         for i in np.unique(np.linspace(0, len(source) - 1, min(CHECKED, len(source))).round().astype(int)).tolist():

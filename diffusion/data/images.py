@@ -35,8 +35,9 @@ class Images:
 class Undecoded:
     """Images that are decoded whenever they are needed, for data sets that are too large for the disk.
 
-    Every picture could be decoded once. If one cannot be read any more, the next readable picture replaces it, with
-    a warning, so that a moved file does not end a run. Indexing raises ValueError after RETRIES unreadable pictures.
+    Every picture could be decoded when the data set was opened. If one cannot be read any more, the next readable
+    picture replaces it, with a warning, so that a moved file does not end a run. Indexing raises ValueError after
+    RETRIES unreadable pictures.
 
     Args:
         source: the pictures.

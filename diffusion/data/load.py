@@ -24,7 +24,7 @@ def load(
 ) -> Images:
     """Load the images of one split; pictures are decoded once, into a file that later runs read.
 
-    What the source found and left out is printed.
+    It prints what the source found and left out.
 
     Args:
         source: 'NAME' or 'NAME:PLACE', where NAME is a key of `sources.SOURCES`.
@@ -42,7 +42,7 @@ def load(
         The images, uint8 (N, image_size, image_size, channels), with their labels.
 
     Raises:
-        ValueError: there are no such images, or an argument is invalid. The message says what was looked for and how
+        ValueError: there are no such images, or an argument is invalid. The message names what was not found and how
             to get it.
     """
     preprocess = Preprocessing(crop, image_size, channels)

@@ -15,10 +15,10 @@ from jaxtyping import UInt8
 from PIL import Image, ImageFile, ImageOps
 from PIL.Image import Resampling
 
-MAX_PIXELS = 89_478_485  # the number from which Pillow warns
+MAX_PIXELS = 89_478_485  # Pillow warns above this number
 
-# The formats that are read, with the suffixes of their files. Pillow decodes these within the process; for others, it
-# would start programs, as Ghostscript for EPS.
+# The formats that are read, with the suffixes of their files. Pillow decodes these within the process; for some others
+# it would start programs, such as Ghostscript for EPS.
 FORMATS = {
     'JPEG': ('.jpg', '.jpeg', '.jpe', '.jfif', '.jif', '.pjpeg', '.mpo'),
     'PNG': ('.png', '.apng'),
@@ -245,7 +245,7 @@ def _open(file: IO[bytes]) -> ImageFile.ImageFile:
 
 @functools.cache
 def _readers(names: tuple[str, ...]) -> list[tuple[Callable, Callable]]:
-    """Return Pillow's readers of formats, and what recognizes the first 16 bytes; older versions lack some."""
+    """Return Pillow's (reader, test of the first 16 bytes) for each format; older versions lack some."""
     Image.init()
     readers = [Image.OPEN[name] for name in names if name in Image.OPEN]
     return [(factory, accept) for factory, accept in readers if accept]

@@ -16,7 +16,7 @@ from diffusion.data.sources import open_source
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What an evenly spaced sample of the pictures of a source is like.
+    """The properties of an evenly spaced sample of the pictures of a source.
 
     Attributes:
         count: number of all pictures.
@@ -38,7 +38,7 @@ class Survey:
 
 
 class _Look(NamedTuple):
-    """What is known of one picture; `reason` says why it cannot be used."""
+    """The properties of one picture; `reason` is not '' if it cannot be used."""
 
     size: tuple[int, int] | None = None
     grey: bool = False
@@ -60,15 +60,20 @@ def survey(
     """Look at up to `most` pictures of a source, within seconds and without its cache.
 
     Args:
-        source: as in `load`, and so are split, channels, crop, data_dir and max_pixels.
+        source: as in `load`.
+        split: as in `load`.
         image_size: height and width of the images, in pixels; 0 leaves out the preprocessing.
+        channels: as in `load`.
+        crop: as in `load`.
+        data_dir: as in `load`.
+        max_pixels: as in `load`.
         most: the largest size of the sample.
 
     Returns:
-        What the sample is like.
+        The properties of the sample.
 
     Raises:
-        ValueError: as `load`.
+        ValueError: there are no such pictures, or an argument is invalid.
     """
     preprocess = Preprocessing(crop, image_size, channels) if image_size else None
     pictures = open_source(source, split, data_dir, max_pixels)

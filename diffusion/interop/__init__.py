@@ -1,4 +1,4 @@
-"""Other projects' weights: their files become our parameters and settings, and ours become theirs."""
+"""Conversion between other projects' files of weights and our parameters and settings."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the DDIM authors' code, and the DDPMs that were converted for it: PyTorch state dicts.
+"""Reads checkpoints of the DDIM authors' code, and DDPMs that were converted for it: PyTorch state dicts.
 
 Their training saves the list [network, optimizer, epoch, step, EMA]; a converted DDPM is a network alone. The files
 hold no config: neither the image size nor the noise schedule is in them. (All configs of the authors have the linear
@@ -32,7 +32,7 @@ NAMES = {
     'kernel': 'weight',
     'scale': 'weight',
 }
-FIXED = {  # in their code, named as in our config
+FIXED = {  # settings that their code does not vary, named as in our config
     'kind': 'eps',
     'groups': 32,
     'first_level': 0,
@@ -49,10 +49,10 @@ def read(place: str, *, image_size: int) -> Found:
 
     Args:
         place: the file.
-        image_size: in pixels; it tells the resolutions of the attentions, which the file does not.
+        image_size: in pixels. The file shows which levels have attention; the image size turns them into resolutions.
 
     Returns:
-        What the file holds; 'ema' is among the weights if it is in the file.
+        What the file holds; its weights include 'ema' if the file does.
 
     Raises:
         ValueError: the file cannot be read, or holds another kind of network.
@@ -77,7 +77,7 @@ def read(place: str, *, image_size: int) -> Found:
 
 
 def _integer(value: Any) -> int | None:
-    """An int, or a tensor that holds one, as int; None for anything else."""
+    """Convert an integer, or a tensor that holds one, to int; None for anything else."""
     try:
         return operator.index(value)
     except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
@@ -94,7 +94,7 @@ def _without_module(tensors: dict[str, np.ndarray], where: str) -> dict[str, np.
 
 
 def names(path: Path, levels: int) -> tuple[str, ...]:
-    """Return the only name of a parameter in their files, where 'up' counts its levels from the finest."""
+    """Return the name of a parameter in their files, where 'up' counts its levels from the finest."""
     if path[0] == 'up':
         path = ('up', levels - 1 - path[1], *path[2:])
     resample = {'resample': f'{path[0]}sample.conv'}

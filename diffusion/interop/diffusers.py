@@ -4,7 +4,7 @@
     unet/config.json       unet/diffusion_pytorch_model.safetensors (or in parts, with an index; or a .bin)
     scheduler/scheduler_config.json
 
-Older pipelines have the same files without the two subfolders. Neither diffusers nor PyTorch is needed.
+Older pipelines have the same files without the two subfolders. diffusers is not needed, and PyTorch only for a .bin.
 """
 
 import os
@@ -56,7 +56,7 @@ NETWORK_KEYS: dict[str, tuple[Any, tuple]] = {
     'class_embed_type': (None, (None,)),
     'num_class_embeds': (None, (None,)),
 }
-# Whether a scheduler is DDPM's. The parallel ones step several levels at once, if they are asked to.
+# Whether a scheduler is DDPM's. The parallel schedulers compute the same steps.
 SCHEDULERS = {
     'DDPMScheduler': True,
     'DDPMParallelScheduler': True,
@@ -70,7 +70,7 @@ SCHEDULER_KEYS: dict[str, tuple[Any, tuple]] = {
     'set_alpha_to_one': (True, (True,)),
     'steps_offset': (0, (0,)),
 }
-# Keys that do not say what the weights were trained for, but how images are drawn, or how large they are.
+# Keys for how images are drawn or how large they are, on which the training of the weights does not depend.
 NOT_TRAINED = (
     'clip_sample',
     'clip_sample_range',
@@ -92,7 +92,7 @@ SCHEDULES = {
     'sigmoid': 'sigmoid',
 }
 KINDS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
-# 'auto' is the large variance for η = 1 alone, as in diffusers: its DDIMScheduler has only the small one.
+# 'auto' is the large variance for η = 1 and the small one otherwise, as in diffusers' two schedulers.
 VARIANCES = {'fixed_small': 'small', 'fixed_small_log': 'small', 'fixed_large': 'auto'}
 SPACINGS = {'leading': 'leading', 'trailing': 'trailing', 'linspace': 'linspace'}
 
@@ -108,14 +108,14 @@ def read(place: str, *, image_size: int = 0) -> Found:
 
     Args:
         place: the folder, or a hub id such as 'google/ddpm-cifar10-32'.
-        image_size: height and width of the images, used if the files leave it open.
+        image_size: height and width of the images in pixels, used if the files do not state it.
 
     Returns:
         What the files hold. Without a scheduler's file, the settings have no 'schedule' and no 'sample'.
 
     Raises:
-        ValueError: a file cannot be read, or says what our network and schedules cannot express; the message names
-            the file and the key or tensor.
+        ValueError: a file cannot be read, or has a value that our network and schedules cannot express; the message
+            names the file and the key or tensor.
     """
     folder = place if os.path.isdir(place) else download(place)
     unet = _find(folder, 'unet', 'config.json')
@@ -139,7 +139,7 @@ def _read_json(path: str) -> dict[str, Any]:
     try:
         value = read_json(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read ({error}); every folder of diffusers has it') from error
+        raise ValueError(f'{path} cannot be read ({error}); every folder that diffusers saved has it') from error
     if not isinstance(value, dict):
         raise ValueError(f'{path} does not hold a JSON object')
     return value
@@ -186,8 +186,8 @@ class _Keys:
         message = f'{self._path}: {key} is {shown}, but {problem}'
         if key not in NOT_TRAINED:
             message += (
-                '. Weights that were trained so cannot be imported; editing the file would not change what they have '
-                'learned, only make the network compute something else'
+                '. Weights that were trained with it cannot be imported; editing the file would not change what they '
+                'have learned, only make the network compute something else'
             )
         return ValueError(message)
 
@@ -258,7 +258,7 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
 
 
 def _attends(keys: _Keys, levels: int, path: str) -> list[bool]:
-    """Return whether each level, the finest first, has attention, which must be the same on the way down and up."""
+    """Return whether each level, the finest first, has attention; encoder and decoder must agree."""
     attends = {}
     for direction, attention, plain in (
         ('down', 'AttnDownBlock2D', 'DownBlock2D'),
@@ -360,7 +360,7 @@ def read_tensors(folder: str) -> dict[str, np.ndarray]:
 
 
 def _read_parts(index: str) -> dict[str, np.ndarray]:
-    """Read weights from several files; `index` says which file holds which tensor."""
+    """Read weights from several files; `index` lists the file of each tensor."""
     places = _read_json(index).get('weight_map')
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f'{index} has no weight_map from tensors to files')

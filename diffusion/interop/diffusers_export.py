@@ -25,10 +25,10 @@ def write(folder: str, params: Mapping[Any, Any], *, network: dict[str, Any], sc
     """Write a pipeline.
 
     Args:
-        folder: is created if it does not exist.
-        params: of a network that is called with timesteps 0 … T−1.
-        network: what `network_config` returned.
-        scheduler: what `scheduler_config` returned.
+        folder: where the pipeline is written; it is created if it does not exist.
+        params: the parameters of a network that is called with timesteps 0 … T−1.
+        network: the result of `network_config`.
+        scheduler: the result of `scheduler_config`.
 
     Raises:
         OSError, safetensors.SafetensorError: a file cannot be written.
@@ -106,15 +106,18 @@ def scheduler_config(
     Args:
         name: our name of the schedule; None if diffusers has it with other constants.
         T: the number of noise levels.
-        beta_start: of the schedule, if it has one.
-        beta_end: of the schedule, if it has one.
-        betas: (T,), listed for a schedule that one of the two schedulers does not have.
+        beta_start: β_1 of the schedule; ignored if it has none.
+        beta_end: β_T of the schedule; ignored if it has none.
+        betas: (T,), written if not both schedulers of diffusers have the schedule.
         kind: 'eps', 'x0' or 'v'.
         variance: 'small' or 'large'.
         clip: whether the predicted x_0 is clipped.
-        spacing: 'leading' is written for a spacing that diffusers does not have.
+        spacing: our name of the spacing; one that diffusers does not have is written as 'leading'.
+
+    Returns:
+        The content of scheduler_config.json.
     """
-    # DDIMScheduler has no sigmoid.
+    # DDIMScheduler has no sigmoid schedule.
     theirs = {ours: theirs for theirs, ours in SCHEDULES.items() if theirs != 'sigmoid'}
     return {
         '_class_name': 'DDPMScheduler',

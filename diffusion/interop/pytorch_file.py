@@ -1,7 +1,8 @@
-"""Named tensors in files that PyTorch saved, read without PyTorch. No code in a file is ever run.
+"""Reads named tensors in files that PyTorch saved, without PyTorch. No code in a file is ever run.
 
-A file is a pickle of containers and of references to storages, whose bytes lie beside it in a zip archive or, before
-PyTorch 1.6, behind it. The unpickler knows the few names that a state dict needs and refuses all others.
+A file is a pickle of containers and of references to storages. The bytes of the storages are other members of the same
+zip archive or, before PyTorch 1.6, follow the pickle. The unpickler knows the few names that a state dict needs and
+refuses all others.
 """
 
 import collections

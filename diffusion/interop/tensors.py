@@ -1,4 +1,4 @@
-"""A tree of our parameters, and the same as PyTorch's flat dict of named tensors."""
+"""Conversion between a tree of our parameters and PyTorch's flat dict of named tensors."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +16,8 @@ class Found(NamedTuple):
     Attributes:
         settings: {part of the config: {key: value}}, named as in configs/default.py.
         weights: {'params' and perhaps 'ema': {name in the files: tensor}}.
-        names: the names that a parameter of ours may have in the files.
-        facts: what else the files say, for the record; values that JSON can hold.
+        names: maps the path of a parameter of ours to the names that it may have in the files.
+        facts: other values in the files, as JSON, for the record.
         betas: β_1 … β_T, if the files list them instead of naming a schedule.
     """
 
@@ -31,7 +31,7 @@ class Found(NamedTuple):
 # Kernels: convolutions (height, width, in, out) → (out, in, height, width), linear layers (in, out) → (out, in).
 TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
-MOST_ERRORS = 8  # that one message lists
+MOST_ERRORS = 8  # the most that one message lists
 
 
 def leaves(tree: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -1,4 +1,4 @@
-"""Files of named tensors: safetensors, and what PyTorch saves. No code in a file is ever run."""
+"""Reads files of named tensors: safetensors, and those of PyTorch. No code in a file is ever run."""
 
 import os
 import pickle
@@ -44,7 +44,7 @@ def _read_tensor(file: Any, name: str, path: str) -> np.ndarray:
 
 
 def _truncated_at(path: str) -> str:
-    """Name the first tensor that a truncated file does not hold completely; '' if the header does not tell."""
+    """Return ': it ends within NAME', with the first tensor that a truncated file cuts off; '' if that is unknown."""
     try:
         with open(path, 'rb') as file:
             length = int.from_bytes(file.read(8), 'little')
@@ -84,7 +84,7 @@ def load_torch(path: str) -> Any:
 
 
 def _damaged_member(path: str) -> str | None:
-    """Name the first file in a zip archive whose checksum is wrong, which PyTorch does not check."""
+    """Return the first member of a zip archive whose checksum is wrong: PyTorch does not check them."""
     if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6
         return None
     with zipfile.ZipFile(path) as archive:
@@ -96,7 +96,7 @@ def state_dict(saved: Any, where: str) -> dict[str, np.ndarray]:
     """Return a PyTorch state dict as {name: float32 array}.
 
     Args:
-        saved: what `load_torch` returned.
+        saved: the result of `load_torch`.
         where: the file, for errors.
 
     Raises:

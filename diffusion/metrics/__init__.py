@@ -1,1 +1,1 @@
-"""Measures of the quality of samples."""
+"""Metrics of samples: feature networks, distances between sets of features, and copies of training images."""

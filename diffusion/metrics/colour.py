@@ -11,8 +11,8 @@ def drift(
 ) -> tuple[Float64[np.ndarray, 'C'], str | None]:
     """Compare the channel means of samples with those of the data.
 
-    A warning is given if a channel is off by more than VISIBLE and by more than four standard errors of the mean,
-    which are estimated from the means of the single images.
+    It warns if the mean of a channel differs by more than VISIBLE and by more than four standard errors, which are
+    estimated from the means of the individual images.
 
     Args:
         images: (N, H, W, C) samples, in 0 … 255.

@@ -32,8 +32,8 @@ def apply(params: Params, x: Float32[Array, 'N 224 224 3']) -> dict[str, Float32
     """Compute the features of images.
 
     Args:
-        params: as of `convert`.
-        x: (N, 224, 224, 3), as `resize.EFFICIENTNET` gives it.
+        params: the result of `convert`.
+        x: (N, 224, 224, 3), preprocessed by `resize.EFFICIENTNET`.
 
     Returns:
         'pooled' (N, 1280): the last activations, averaged over the image.
@@ -68,7 +68,7 @@ def convert(tensors: Mapping[str, np.ndarray], where: str) -> Params:
     }
 
 
-# The batch norm behind each convolution.
+# The batch norm after each convolution.
 NORMS = {
     '_conv_stem': '_bn0',
     '_expand_conv': '_bn0',

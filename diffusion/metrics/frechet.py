@@ -1,7 +1,7 @@
-"""The Fréchet distance between the Gaussians that are fitted to two sets of vectors.
+"""The Fréchet distance between Gaussians fitted to two sets of vectors.
 
-FID is this distance between the features of a certain network. Between raw pixels it is another number, useful for
-small images, and not an FID.
+FID is this distance for the features of one network, Inception. For raw pixels it is another number, useful for small
+images, and not an FID.
 """
 
 import functools
@@ -17,7 +17,7 @@ BLOCK = 4096  # vectors that are converted to float64 at a time
 
 
 class Sums(NamedTuple):
-    """What is known of some vectors after they were seen once; the sums of two sets add up by `merge`.
+    """The count, mean and scatter of a set of vectors; `merge` combines those of two sets.
 
     Attributes:
         n: N, the number of vectors.
@@ -44,13 +44,10 @@ NOTHING = Sums(0, np.zeros(()), np.zeros(()))
 
 
 def sums(vectors: Shaped[np.ndarray, 'N ...']) -> Sums:
-    """Sum up one batch in float64.
+    """Compute the count, mean and scatter of one batch in float64.
 
     Args:
         vectors: (N, …) of any real type, N ≥ 1, flattened to (N, D).
-
-    Returns:
-        The sums.
     """
     flat = np.asarray(vectors, np.float64).reshape(len(vectors), -1)
     mean = flat.mean(axis=0)
@@ -59,7 +56,7 @@ def sums(vectors: Shaped[np.ndarray, 'N ...']) -> Sums:
 
 
 def merge(a: Sums, b: Sums) -> Sums:
-    """Return the sums of two sets of vectors together.
+    """Return the sums of the union of two sets of vectors.
 
     S = S_a + S_b + (m_b − m_a)(m_b − m_a)ᵀ·N_a·N_b/(N_a + N_b)                        Chan, Golub & LeVeque 1979
 
@@ -84,7 +81,7 @@ def merge(a: Sums, b: Sums) -> Sums:
 def moments(batches: Iterable[Shaped[np.ndarray, 'n ...']]) -> Moments:
     """Compute the mean and the covariance of a stream of vectors in float64.
 
-    Memory holds one batch and a few matrices (D, D), however many vectors there are.
+    Memory holds one batch and a few (D, D) matrices, whatever the number of vectors.
 
     Args:
         batches: arrays (n, …) of any real type, flattened to (n, D); n may differ and may be 0.
@@ -124,7 +121,7 @@ def distance(moments1: Moments, moments2: Moments) -> float:
 
 
 def influence(vectors: Float[np.ndarray, 'N D'], moments1: Moments, moments2: Moments) -> Float64[np.ndarray, 'N']:
-    """Compute how much each vector changes the distance of their Gaussian from another one.
+    """Compute the influence of each vector on the distance between their Gaussian and another one.
 
     ψ(x) = 2(μ₁ − μ₂)ᵀ(x − μ₁) + (x − μ₁)ᵀ(I − T)(x − μ₁) − tr((I − T)Σ₁),   T = Σ₂^½ (Σ₂^½ Σ₁ Σ₂^½)^−½ Σ₂^½
 
@@ -143,7 +140,7 @@ def influence(vectors: Float[np.ndarray, 'N D'], moments1: Moments, moments2: Mo
     (mean1, covariance1), (mean2, covariance2) = moments1, moments2
     root2 = _root(covariance2)
     values, basis = scipy.linalg.eigh(root2 @ covariance1 @ root2)
-    # The inverse root exists only where the vectors and the other Gaussian both extend; there is no derivative beyond.
+    # The inverse root exists only in the directions in which both Gaussians have variance.
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
     factor = root2 @ basis[:, kept] * values[kept] ** -0.25
     result = np.empty(len(vectors))
@@ -161,7 +158,7 @@ def standard_error(influences: Float64[np.ndarray, 'N']) -> float:
 
 
 class Extrapolated(NamedTuple):
-    """A distance without the bias that it has because there are finitely many vectors."""
+    """A distance without the bias due to the finite number of vectors."""
 
     value: float
     standard_error: float
@@ -176,22 +173,22 @@ def extrapolate(
 ) -> Extrapolated:
     """Extrapolate the distance to infinitely many vectors, linearly in 1/N (Chong & Forsyth 2020, arXiv:1911.07023).
 
-    The line is drawn through the distance at N and its mean over the two halves of the vectors, every second one each:
-    2·d(N) − d(N/2) for even N. The other Gaussian is fixed. The standard error follows from the influences, which the
-    same combination joins.
+    The line goes through the distance at N and the mean distance of two halves of the vectors, with even and with odd
+    index: 2·d(N) − d(N/2) for even N. The other Gaussian is fixed. The standard error follows from the
+    influences on the same combination of distances.
 
     Args:
-        vectors: (N, D), in any order that does not alternate.
+        vectors: (N, D), in an order that does not depend on even and odd index.
         moments1: their mean and covariance.
         moments2: those of the other Gaussian.
         distance12: the distance at N.
-        influences: of the vectors on it, (N,).
+        influences: (N,), of the vectors on `distance12`.
 
     Returns:
         The limit, and its standard error.
 
     Raises:
-        ValueError: half of the vectors do not exceed their dimension, so that the distance is not linear in 1/N.
+        ValueError: there are too few vectors: half of them must exceed D by 2, or the distance is not linear in 1/N.
     """
     count, dimension = np.shape(vectors)
     if count < 2 * (dimension + 2):

@@ -24,7 +24,7 @@ def apply(params: Params, x: Float32[Array, 'N 299 299 3']) -> dict[str, Float32
     """Compute the features of images.
 
     Args:
-        params: as of `convert`.
+        params: the result of `convert`.
         x: (N, 299, 299, 3), in the range of one of `resize.DIALECTS`.
 
     Returns:

@@ -53,8 +53,8 @@ def torch_fidelity(logits: Float[np.ndarray, 'N classes']) -> Score:
 def score(parts: list[Float[np.ndarray, '_ classes']]) -> Score:
     """Compute the mean over parts of exp E_x[KL(p(y|x) ‖ p(y))], where p(y) is the part's mean (arXiv:1606.03498, §4).
 
-    The variance of a part's score follows from the influence of each image on log of it, which is its KL less their
-    mean; the parts are independent. The score of n images is too small, by a term in 1/n.
+    The variance of a part's score follows from the influence of each image on the logarithm of the score: the KL of the
+    image minus the mean KL. The parts are independent. The score of n images is biased downwards, by a term in 1/n.
     """
     values, variances = [], []
     for logits in parts:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float64
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
-SEED = 2020  # torch-fidelity's, with whose generator the subsets are drawn
+SEED = 2020  # torch-fidelity's, whose random generator draws the subsets
 
 
 class Kernel(NamedTuple):
@@ -15,7 +15,7 @@ class Kernel(NamedTuple):
 
     Attributes:
         value: the mean over the subsets. It may be slightly negative, because the estimate is unbiased.
-        standard_error: of the value, if the samples were drawn again; the reference is fixed.
+        standard_error: of the value, over new samples; the reference is fixed.
         spread: the standard deviation over the subsets, which torch-fidelity prints. It is not the error of the value.
         subset_size: vectors in a subset.
     """
@@ -86,8 +86,8 @@ def _variance(
 ) -> float:
     """Estimate the variance of the statistic over new samples from the kernels of a subset of them.
 
-    h(x) = mean_j k(x, x_j) − mean_j k(x, y_j), over all other samples and the reference, has the variance ζ, and
-    k(x_i, x_j) the variance ρ beyond that of its row means: the variance is 4ζ/N + 2ρ/(N·(N − 1)).
+    The variance is 4ζ/N + 2ρ/(N·(N − 1)). ζ is the variance of h(x) = mean_j k(x, x_j) − mean_j k(x, y_j), over all
+    other samples and the reference; ρ is that of k(x_i, x_j) without the part that row and column means explain.
     """
     size, others = xy.shape
     pairs = size - 1

@@ -1,4 +1,4 @@
-"""The layers of feature networks: convolution, batch norm and activation in one, pooling. Inference only.
+"""The layers of feature networks: convolution with batch norm and activation, and pooling. Inference only.
 
 A network is a function of `conv` and an image batch. `conv(name, x, width, size, …)` is called once for each
 convolution, so that one description of a network yields its outputs and the shapes of its weights.
@@ -19,7 +19,7 @@ Images = Float32[Array, 'N H W C']
 Params = dict[str, dict[str, Any]]  # {layer: {'kernel': (height, width, in, out), 'bias': (out,)}}
 
 EPSILON = 1e-3  # of every batch norm, in Inception and in EfficientNet-Lite
-MOST_ERRORS = 5  # that one message lists
+MOST_ERRORS = 5  # the most that one message lists
 
 
 def apply_conv(
@@ -51,7 +51,7 @@ def apply_conv(
 
 
 def layers(network: Callable, image_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the weights' shapes of the convolutions of a network, in PyTorch's order (out, in/groups, height, width).
+    """Return the shapes of a network's convolution weights, in PyTorch's order (out, in/groups, height, width).
 
     Args:
         network: a function of `conv` and images.

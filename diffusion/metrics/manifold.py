@@ -1,4 +1,4 @@
-"""Precision and recall, density and coverage: how far two sets of vectors lie in each other's neighbourhoods."""
+"""Precision and recall, density and coverage: how much two sets of vectors overlap, judged by neighbourhoods."""
 
 from typing import NamedTuple
 
@@ -11,19 +11,19 @@ K = 3  # neighbours: ADM's choice for precision and recall
 
 
 class Estimate(NamedTuple):
-    """A value, and its standard error if the samples were drawn again; the reference is fixed."""
+    """A value, and its standard error over new samples; the reference is fixed."""
 
     value: float
     standard_error: float
 
 
 class Manifold(NamedTuple):
-    """What `manifold` returns.
+    """The four estimates of `manifold`.
 
     Attributes:
         precision: the fraction of samples in the neighbourhood of a reference vector.
         recall: the fraction of reference vectors in the neighbourhood of a sample.
-        density: the mean number of neighbourhoods of reference vectors that a sample lies in, over k.
+        density: the mean number of neighbourhoods of reference vectors that contain a sample, divided by k.
         coverage: the fraction of reference vectors with a sample in their neighbourhood.
     """
 
@@ -43,10 +43,10 @@ def manifold(samples: Float[np.ndarray, 'N D'], reference: Float[np.ndarray, 'M 
     Args:
         samples: (N, D).
         reference: (M, D).
-        k: neighbours.
+        k: the number of neighbours.
 
     Raises:
-        ValueError: a set has no more than k + 1 vectors.
+        ValueError: a set has fewer than k + 2 vectors.
     """
     if min(len(samples), len(reference)) < k + 2:
         raise ValueError(f'neighbourhoods of {k} neighbours need at least {k + 2} vectors in both sets')
@@ -86,10 +86,9 @@ def _gains(
     neighbours: Int64[np.ndarray, 'N k+1'],
     k: int,
 ) -> Float64[np.ndarray, 'N']:
-    """How many of the rows recall would gain without each sample, less those that it would lose.
+    """For each sample: the number of rows that recall would gain without it, minus the number that it would lose.
 
-    Without sample i, its own ball is gone, and the balls of those that have it among their k neighbours reach their
-    next neighbour.
+    Without sample i its own ball is gone, and each ball that has i among its k neighbours grows to the next neighbour.
     """
     gains = np.zeros(len(neighbours))
     inside = distances <= neighbour_distances[:, k - 1]
@@ -110,12 +109,12 @@ def _gains(
 
 
 def _proportion(inside: Bool[np.ndarray, 'N']) -> Estimate:
-    """The fraction of true values; with one success and one failure more, its error is not 0 at 0 and 1."""
+    """The fraction of true values. Its error counts one more success and failure, so that it is not 0 at 0 and 1."""
     smoothed = (inside.sum() + 1) / (len(inside) + 2)
     return Estimate(float(inside.mean()), float(np.sqrt(smoothed * (1 - smoothed) / len(inside))))
 
 
 def _jackknife(changes: Float64[np.ndarray, 'N']) -> float:
-    """The standard error of a statistic that changes so much when each of N vectors is left out."""
+    """The jackknife's standard error of a statistic, from its change when each of N vectors is left out."""
     count = len(changes)
     return float(np.sqrt((count - 1) / count * np.sum((changes - changes.mean()) ** 2)))

@@ -1,4 +1,4 @@
-"""Which samples are copies of training images, judged by how near held-out images come to the training images."""
+"""Finds samples that are copies of training images, by comparison with the distances of held-out images."""
 
 import math
 from typing import NamedTuple
@@ -13,14 +13,14 @@ LEVEL = 0.05  # probability that independent images raise an alarm, over all sam
 
 
 class Report(NamedTuple):
-    """How near the samples come to the training images in one space.
+    """The distances of samples to training images in one feature space.
 
     Attributes:
         distances: (N,) of each sample to its nearest training image, Euclidean.
         indices: (N,) of that training image.
-        p_values: (N,) the probability that a held-out image comes as near; all None without held-out images.
+        p_values: (N,) the probability that a held-out image comes as near; None without held-out images.
         copies: indices of the samples that are nearer than chance allows, the least probable first.
-        medians: the median distance of the samples, and of the held-out images or None.
+        medians: the median distance of the samples, and that of the held-out images or None.
     """
 
     distances: Float64[np.ndarray, 'N']
@@ -39,20 +39,21 @@ def report(
 ) -> Report:
     """Find samples that are nearer to a training image than independent images are.
 
-    The null are the distances of held-out images to their own nearest training image. Small distances follow a power
-    law P(d < r) ∝ r^m, m the local dimension (Levina & Bickel 2004), so log(r/d) is exponential below a quantile r;
-    with its mean estimated from k held-out images, a new image lies below d with probability
+    The null distribution is that of the distances of held-out images to their nearest training image. Small distances
+    follow a power law P(d < r) ∝ r^m, where m is the local dimension (Levina & Bickel 2004), so log(r/d) is exponential
+    below a quantile r. With its mean estimated from k held-out images, the distance of a new image is below d with
+    probability
 
         p = (k/H)·(1 + log(r/d)/(k·mean))^−k,
 
-    which allows for the error of that mean. A sample is called a copy if N·p ≤ level, so that N independent samples
-    raise an alarm with at most that probability.
+    which accounts for the error of that mean. A sample is called a copy if N·p ≤ level. The probability that N
+    independent samples contain a supposed copy is then at most `level`.
 
     Args:
         samples: (N, D).
         training: (M, D).
         held_out: (H, D) images that were not trained on; None if there are none, and then no sample is called a copy.
-        level: probability of an alarm if the samples are independent of the training images.
+        level: the largest probability of finding a copy if the samples are independent of the training images.
 
     Returns:
         The report.
@@ -70,11 +71,11 @@ def report(
 
 
 def tail_probabilities(distances: Float64[np.ndarray, 'N'], null: Float64[np.ndarray, 'H']) -> Float64[np.ndarray, 'N']:
-    """Return the probability that a distance of the null is as small as each distance, by `report`'s formula.
+    """Return the probability that a distance of the null distribution is at most each distance, see `report`.
 
     Args:
         distances: (N,), at least 0.
-        null: (H,) at least two, sorted.
+        null: (H,) sorted distances of held-out images, at least two.
     """
     count = max(1, math.ceil(TAIL * len(null)))
     edge = null[min(count, len(null) - 1)]

@@ -1,4 +1,4 @@
-"""Nearest neighbours among many vectors, in blocks, so that no matrix of all distances is kept."""
+"""Nearest neighbours among many vectors, computed in blocks, so that not all distances are in memory."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64, Real
 
 BLOCK = 2048  # vectors of either set whose distances are in memory at a time
-SPARE = 4  # candidates beyond those asked for, because float32 may misplace some
+SPARE = 4  # additional candidates, because float32 may misplace some
 
 
 class Neighbours(NamedTuple):
-    """The k nearest of a set, the nearest first.
+    """The k nearest vectors of a set, the nearest first.
 
     Attributes:
         distances: (N, k), Euclidean.
@@ -33,13 +33,13 @@ def squared_distances(x: Float[np.ndarray, 'N D'], y: Float[np.ndarray, 'M D']) 
 def nearest(x: Real[np.ndarray, 'N D'], y: Real[np.ndarray, 'M D'], k: int, *, same: bool = False) -> Neighbours:
     """Find the k nearest vectors of y to each of x.
 
-    Candidates are found with the products of float32; their distances, and their order, are then those of float64.
+    Candidates are found by matrix products in float32; their distances and their order are then computed in float64.
 
     Args:
         x: (N, D) of any real type.
-        y: (M, D), perhaps in a file.
-        k: how many.
-        same: x and y are the same set, and no vector is its own neighbour.
+        y: (M, D), which may be a memory-mapped file.
+        k: the number of neighbours.
+        same: whether x and y are the same set, so that no vector is its own neighbour.
 
     Raises:
         ValueError: y has too few vectors.

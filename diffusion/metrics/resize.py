@@ -58,11 +58,11 @@ def _two_taps(positions: Float32[np.ndarray, 'out'], size: int) -> Matrix:
 
 
 class Dialect(NamedTuple):
-    """What is done to images in 0 … 255 before a network sees them.
+    """How images in 0 … 255 are preprocessed for a network.
 
     Attributes:
         matrix: (size, out) → the matrix (out, size) that resizes rows and columns.
-        to_range: maps resized values in 0 … 255 to what the network expects.
+        to_range: maps resized values in 0 … 255 to the range that the network expects.
     """
 
     matrix: Callable[[int, int], Matrix]
@@ -71,7 +71,8 @@ class Dialect(NamedTuple):
 
 _LEGACY = Dialect(tensorflow1, lambda x: (x - 128) / 128)
 
-# Dialects of Inception's input. ADM's evaluator and torch-fidelity resize alike; they define the Inception score apart.
+# Dialects of Inception's input. ADM's evaluator and torch-fidelity resize alike, but define the Inception score
+# differently.
 DIALECTS = {
     'adm': _LEGACY,
     'torch-fidelity': _LEGACY,

@@ -12,7 +12,7 @@ from diffusion.metrics import efficientnet, frechet, inception, inception_score,
 from diffusion.metrics.frechet import Moments
 from diffusion.metrics.manifold import Manifold, manifold
 
-MAX_PIXELS = 4096  # values of an image whose raw pixels are features: their covariance has the square of that
+MAX_PIXELS = 4096  # values of an image whose raw pixels are features; the covariance has the square of this number
 
 
 class Features(NamedTuple):
@@ -21,10 +21,10 @@ class Features(NamedTuple):
     Attributes:
         extract: (parameters, images (N, H, W, C) uint8, dialect) → {output: (N, D)}; it can be compiled.
         dialects: how images may be preprocessed for it; the first is the default.
-        sizes: {output: D}, where they do not depend on the images.
-        convert: (tensors, file) → parameters, from the names of PyTorch; None if there are no weights.
-        weights: what to fetch and where to put it, for those who have no weights.
-        largest: the largest number of values of an image; None if any image will do.
+        sizes: {output: D}, unless D depends on the images.
+        convert: (tensors by their PyTorch names, file) → parameters; None if there are no weights.
+        weights: how to get the weights, for error messages.
+        largest: the largest number of values of an image; None if there is no limit.
     """
 
     extract: Callable[[Any, UInt8[Array, 'N H W C'], str], dict[str, Float32[Array, 'N D']]]
@@ -70,7 +70,7 @@ FEATURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The features of samples and of a reference, and what several metrics need of them.
+    """The features of samples and of a reference, and intermediate results that several metrics share.
 
     Attributes:
         samples: (N, D).
@@ -86,18 +86,18 @@ class Comparison:
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """Of the samples."""
+        """Mean and covariance of the samples."""
         blocks = range(0, len(self.samples), frechet.BLOCK)
         return frechet.moments(self.samples[start : start + frechet.BLOCK] for start in blocks)
 
     @functools.cached_property
     def distance(self) -> float:
-        """The Fréchet distance."""
+        """The Fréchet distance between samples and reference."""
         return frechet.distance(self._known(), self.moments)
 
     @functools.cached_property
     def influences(self) -> np.ndarray:
-        """Of the samples on the Fréchet distance."""
+        """The influence of each sample on the Fréchet distance, (N,)."""
         return frechet.influence(self.samples, self.moments, self._known())
 
     @functools.cached_property
@@ -119,7 +119,7 @@ class Comparison:
 
 
 class Metric(NamedTuple):
-    """A number that says how good samples are.
+    """A metric of samples.
 
     Attributes:
         compute: Comparison → {'value', 'standard_error', …}, and perhaps 'influences', how much each sample changes the
@@ -127,7 +127,7 @@ class Metric(NamedTuple):
         features: a key of FEATURES.
         output: which of its outputs.
         dialects: those in which the metric is defined; () for all.
-        needs: of the reference: its 'moments', the 'vectors' of its images, or '' if there is none.
+        needs: what the metric needs of the reference: its 'moments', the 'vectors' of its images, or '' for nothing.
     """
 
     compute: Callable[[Comparison], dict[str, Any]]
@@ -165,7 +165,7 @@ def _manifold(name):
     return lambda c: getattr(c.manifold, name)._asdict()
 
 
-# FID, KID and their kin are what these names say only with Inception's features; other features have other names.
+# The names FID, KID and so on are reserved for Inception's features; metrics of other features have other names.
 METRICS = {
     'FID': Metric(_frechet, 'inception', 'pool3'),
     'FID-infinity': Metric(_frechet_infinity, 'inception', 'pool3'),

@@ -31,7 +31,7 @@ def open_source(source: str, split: str, data_dir: str = '', max_pixels: int = p
         The pictures, not yet preprocessed.
 
     Raises:
-        ValueError: there are no such pictures; the message says what was looked for, where, and how to get it.
+        ValueError: there are no such pictures; the message names what was not found, where, and how to get it.
     """
     name, _, place = source.partition(':')
     if name not in SOURCES:

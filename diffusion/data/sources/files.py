@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from diffusion.data import pictures
 from diffusion.util import open_regular, say
 
-MOST_VISITS = 16  # how often links may lead to one folder: folders full of links to each other have no end
+MOST_VISITS = 16  # how often one folder is read through links: folders that link to each other would have no end
 BYTES_PER_PIXEL = 8  # of the largest uncompressed pictures: 4 channels of 16 bits
 LARGE = 64 * 2**20  # bytes; larger files are in memory one at a time
 
@@ -144,7 +144,7 @@ def _walk(root: str, suffixes: Set[str]) -> tuple[list[File], collections.Counte
     """Return the picture files below a folder, and the kinds of the others."""
     files, others, visits, left_out = [], collections.Counter[str](), collections.Counter[int](), 0
     folders: list[_Folder] = [_Folder('', (_inode(os.stat(root)),))]
-    links: list[_Folder] = []  # those that are reached by one more link; a folder is first read where it lies
+    links: list[_Folder] = []  # links to folders, which are read last: a folder is first read under its own path
     while folders or links:
         if not folders:
             folders, links = links, []
@@ -199,7 +199,7 @@ def _is_picture(kind: str, suffixes: Set[str], opener: Callable[[], IO[bytes]]) 
 
 
 def _kind(name: str) -> str:
-    """Return the suffix in lower case; '' if there is none, or if what follows the dot is none: 'frame.0001'."""
+    """Return the suffix in lower case; '' if there is none, or if it has no letter, as in 'frame.0001'."""
     suffix = os.path.splitext(name.rpartition('/')[2])[1].lower()
     return suffix if re.fullmatch(r'\.\w*[^\W\d]\w*', suffix) else ''
 
@@ -210,7 +210,7 @@ def _clean(name: str) -> str:
 
 
 def _is_hidden(part: str) -> bool:
-    """Return whether a part of a path is what file managers and archivers leave behind."""
+    """Return whether a part of a path is hidden, as the files that file managers and archivers leave behind."""
     return part == '__MACOSX' or (part.startswith('.') and part != '..')
 
 

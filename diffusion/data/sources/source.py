@@ -24,7 +24,7 @@ class Source:
         label: returns an index into `classes`, or None.
         classes: the names of the labels; None if there are no labels.
         encoded: returns the bytes of the picture's file, for sources that have files. Raises ValueError as `read`.
-        about: lines for the user on what was found and left out.
+        about: lines for the user that describe what was found and left out.
     """
 
     names: Sequence[str]

@@ -1,4 +1,4 @@
-"""Which split a folder belongs to, guessed from its name and from the folders beside it."""
+"""Guesses the split that a folder belongs to, from the names of it and of the folders beside it."""
 
 import collections
 import itertools
@@ -38,7 +38,7 @@ def split_of(name: str) -> str | None:
 
 
 def named(wanted: str, known: Collection[str]) -> str | None:
-    """Return which of the known splits is the wanted one: that of this name, of a similar one, or its fallback."""
+    """Return the known split of the wanted name, of a similar name, or of its fallback; None if there is none."""
     if wanted in known:
         return wanted
     for split in (wanted, FALLBACKS.get(wanted)):
@@ -51,9 +51,10 @@ def named(wanted: str, known: Collection[str]) -> str | None:
 def guess(folders: Collection[str]) -> dict[str, Place]:
     """Guess the split of each folder that contains pictures, from the names of the folders.
 
-    Folders are splits if one that is named as training data lies beside one that is named as held-out data, at any
-    depth and in any number of places; what lies beside them is outside. Without such a pair, folders that are named
-    as held-out data, at any depth, are held out, and all else is for training: a class may be called 'train'.
+    Two folders beside each other are splits if one is named as training data and the other as held-out data. They may
+    be at any depth, and there may be several pairs; other folders beside them are outside of all splits. Without such a
+    pair, folders that are named as held-out data, at any depth, are held out, and everything else is for training: a
+    class may be called 'train'.
 
     Args:
         folders: paths relative to the source, '/'-separated; '' is the source itself.
@@ -125,7 +126,7 @@ def _without_pairs(paths: dict[str, tuple[str, ...]]) -> dict[str, Place]:
 
 
 def _place(split: str | None, root: tuple[str, ...], path: tuple[str, ...]) -> Place:
-    """The place of a folder below the split's; the first folder on the way is the class."""
+    """The place of a folder below the split's folder; the first folder below that one is the class."""
     return Place(split, '/'.join(root), path[len(root)] if len(path) > len(root) else None)
 
 

@@ -71,7 +71,7 @@ def open_tfds(place: str, split: str, data_dir: str = '', max_pixels: int = pict
     examples, count = _examples(shards), sum(shard.take for shard in shards)
     counts = ', '.join(f'{entry["name"]} {sum(map(int, entry["shardLengths"]))}' for entry in info['splits'])
 
-    # `label` follows `read` for each picture, from several threads; the example is read only once.
+    # For each picture `label` is called after `read`, from several threads; the cache reads the example only once.
     @functools.lru_cache(maxsize=64)
     def example(i: int) -> Any:
         try:
@@ -192,7 +192,7 @@ def _shards(folder: str, name: str, prefix: str, split: dict[str, Any]) -> tuple
 
 
 def _examples(shards: list[_Shard]) -> Any:
-    """Return a function from the number of an example to its features."""
+    """Return a function that maps the number of an example to its features."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
     from tensorflow_datasets.proto import tf_example_pb2  # slow to import
 
