@@ -1,9 +1,9 @@
-"""Compare ours with PyTorch on one GPU, in bfloat16, within ten minutes; the outputs are first checked in float32.
+"""Compare our networks with PyTorch's on one GPU, in bfloat16; the outputs are first checked in float32.
 
     python -m benchmarks.gpu [--repetitions=3]
 
-DDPM is measured over 100 steps, because all 1000 take the same time. Without PyTorch and diffusers, only ours is
-measured.
+It takes less than ten minutes. DDPM is measured over 100 steps, because each of the 1000 takes the same time. Without
+PyTorch and diffusers, only our side is measured.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def main() -> None:
         print(summary(task, result[task.name]), flush=True)
         rate = task.batch * max(task.num_steps, 1) / np.median(result[task.name]['seconds']['ours'])
         if task.num_steps:
-            rates[f'{task.name}: network evaluations a second'] = rate
+            rates[f'{task.name}: network evaluations per second'] = rate
         else:
             rates[f'{task.name}: share of the rate of matrix products'] = (
                 rate * STEP_FLOP / rates['matrix products, FLOP/s']

@@ -2,8 +2,8 @@
 
     python -m benchmarks.input [--source=folder:PATH] [--image_size=32]
 
-It reports images/s decoded from files, gathered from the cache, and gathered on the device, beside the loaders of Grain
-and (if installed) PyTorch, which decode the same files with Pillow. It also reports the fraction of training time,
+It reports images/s decoded from files, gathered from the cache, and gathered on the device. For comparison, the loaders
+of Grain and (if installed) PyTorch decode the same files with Pillow. It also reports the fraction of training time,
 with the digits' network, that is spent waiting for the next batch. Without --source, it uses synthetic JPEGs.
 """
 
@@ -94,9 +94,9 @@ def on_device(images, steps):
 def waiting(images, placement, *, segments=8, steps=100):
     """Return the fraction of training time that is spent waiting for batches.
 
-    Segments of steps that are fed as in training alternate with segments of the same steps on one batch that is on
-    the device already; the medians are compared. Also return the fraction of the time that the host spends in
-    next(batches), while the device may be busy.
+    Segments of steps that are fed as in training alternate with segments of the same steps on one batch that is already
+    on the device; the medians are compared. The fraction of the time that the host spends in next(batches), while the
+    device may be busy, is returned as well.
     """
     config = digits.get_config()
     config.data.placement = placement

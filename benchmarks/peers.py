@@ -1,12 +1,12 @@
-"""Compare ours with PyTorch's in one run: the same networks, batches and precision.
+"""Compare our training steps and samplers with PyTorch's in one run: same networks, batches and precision.
 
     make bench VENV=.venv-peers EXTRAS=test,peers
     python -m benchmarks.peers [--repetitions=5] [--implementation=auto|plain|cpu]
 
-The peers are diffusers' UNet2DModel with its schedulers, channels_last, torch.optim.Adam after clipping, and an EMA:
-`eager` as users write it; `compiled`, on a GPU, by torch.compile, the best that PyTorch can do. Each side is a process
-of its own. They take turns, and wait while another works; the figure is the median of the ratios of neighbouring turns.
-Without PyTorch, only ours is measured.
+The peers are diffusers' UNet2DModel with its schedulers, channels_last, torch.optim.Adam after clipping, and an EMA.
+There are two: `eager`, as users write it; and, on a GPU, `compiled` by torch.compile, the fastest that PyTorch offers.
+Each side is a process of its own. The sides take turns, one at a time; the result is the median ratio of neighbouring
+turns. Without PyTorch, only our side is measured.
 """
 
 import argparse
@@ -30,7 +30,7 @@ NETWORKS = {'cifar10': 'CIFAR-10 network (35.7M)', 'digits': 'digits network'}
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A training step on `batch` images; or, with `num_steps`, sampling of as many by DDIM (eta 0) or DDPM (eta 1)."""
+    """A training step on `batch` images; or, if `num_steps` > 0, drawing `batch` images by DDIM (eta 0) or DDPM (1)."""
 
     config: str
     batch: int
@@ -42,7 +42,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """What the tables call it."""
+        """The name of the task in the tables."""
         precision = '' if self.dtype == 'float32' else f', {self.dtype}'
         if not self.num_steps:
             return f'train step, {NETWORKS[self.config]}, batch {self.batch}{precision}'
@@ -59,7 +59,7 @@ class Task:
         return config
 
     def images(self, config: ConfigDict) -> np.ndarray:
-        """Return random images for it, (N, H, W, C) uint8."""
+        """Return random images for the task, (N, H, W, C) uint8."""
         size, channels = config.data.image_size, config.data.channels
         return np.random.default_rng(0).integers(0, 256, (2 * self.batch, size, size, channels), dtype=np.uint8)
 
@@ -84,7 +84,7 @@ TASKS = {  # for each benchmark
 
 
 def ours(task: Task, implementation: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Return a function that does the task once, and one that waits until everything is done."""
+    """Return a function that does the task once with our code, and one that waits until everything is done."""
     import jax
 
     from diffusion import build, data
@@ -233,7 +233,7 @@ def work(side: str, task: Task, implementation: str) -> None:
 
 
 def forget_peak(side: str) -> None:
-    """Start the peak of memory anew, so that compilation does not count. JAX cannot do that on a GPU."""
+    """Reset the peak of memory, so that compilation does not count. JAX cannot do that on a GPU."""
     if side != 'ours':
         import torch
 
@@ -247,7 +247,7 @@ def forget_peak(side: str) -> None:
 
 
 def peak_memory(side: str) -> int:
-    """Return bytes: of the GPU, as the framework counts them; or of the process, as Linux does."""
+    """Return the peak memory in bytes: of the GPU, as the framework counts it, or of the process, as Linux does."""
     if side == 'ours':
         import jax
 
@@ -272,7 +272,7 @@ def start(side: str, task: Task, implementation: str) -> subprocess.Popen:
 
 
 def turn(process: subprocess.Popen) -> tuple[float, ...]:
-    """Let a side do the task; return (seconds, bytes)."""
+    """Let a side do the task once; return (seconds, bytes of peak memory)."""
     assert process.stdin and process.stdout
     process.stdin.write('\n')
     process.stdin.flush()
@@ -325,12 +325,12 @@ def peer_versions() -> dict[str, str]:
 
 
 def main() -> None:
-    """Compare all sides, or be one of them."""
+    """Compare all sides; with --side, run as one of them."""
     tasks = {task.name: task for of_kind in TASKS.values() for task in of_kind}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repetitions', type=int, default=5)
     parser.add_argument('--implementation', choices=['auto', 'plain', 'cpu'], default='auto', help='of our network')
-    parser.add_argument('--side', choices=[*SIDES], help='be one of the processes')
+    parser.add_argument('--side', choices=[*SIDES], help='run as the process of one side')
     parser.add_argument('--task', choices=[*tasks], help='do one task, and do not store its figures')
     asked = parser.parse_args()
     if asked.side:

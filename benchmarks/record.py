@@ -1,4 +1,4 @@
-"""Keep the figures of each machine in results/<machine>.json."""
+"""Store the figures of each machine in results/<machine>.json."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def machine() -> str:
 
 
 def store(name: str, result: dict, arguments: str = '', **more_versions: str) -> None:
-    """Print the figures of a benchmark, and let them replace its previous ones in the results of this machine.
+    """Print the figures of a benchmark, and replace its previous ones in the results of this machine.
 
     Args:
         name: the module in benchmarks/.

@@ -37,7 +37,7 @@ def found_by(results: dict[str, dict], benchmark: str) -> tuple[str, dict]:
 
 
 def table(benchmark: str, measured: dict) -> str:
-    """Return the table that compares ours with PyTorch, with a row for each task and peer."""
+    """Return the table that compares our side with PyTorch, with a row for each task and peer."""
     rows = ['| task | seconds | PyTorch | time, ours/theirs | target | memory, ours/theirs |']
     rows += ['|---|---:|---|---:|---:|---:|']
     for task in TASKS[benchmark]:
@@ -77,7 +77,7 @@ def others(results: dict[str, dict]) -> str:
     )
     for task in TASKS['gpu']:
         if task.num_steps:
-            what = f'{task.name}: network evaluations a second'
+            what = f'{task.name}: network evaluations per second'
             row(what, gpu.get(what), '≥ 30,000', ',.0f')
         else:
             what = f'{task.name}: share of the rate of matrix products'
@@ -111,7 +111,7 @@ def plot(path: str, benchmark: str, measured: dict) -> None:
 
 
 def compared(measured: dict) -> bool:
-    """Return whether another side than ours was measured."""
+    """Return whether PyTorch's side was measured, too."""
     return any(len(found['seconds']) > 1 for found in measured.values())
 
 

@@ -2,7 +2,7 @@
 # Train on a Cloud TPU slice: every worker runs the same command, and JAX detects the others.
 #
 #     launch/tpu_vm.sh create | install | start | stop | delete
-#     launch/tpu_vm.sh keep        all of it, and again after each preemption, until the training is complete or stopped
+#     launch/tpu_vm.sh keep        create, install and start, again after each preemption, until complete or stopped
 #
 # Settings are environment variables; the arguments of main.py follow after --:
 #
