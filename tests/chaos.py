@@ -1,14 +1,14 @@
-"""Kill a training run at random moments, fill its disk, damage its checkpoints: it loses nothing, and hides nothing.
+"""Kill a training run at random moments, fill its disk and damage its checkpoints; check that nothing is lost.
 
     python -m tests.chaos [--kills=15] [--corruptions=40] [--seed=0] [--write]
 
-A tiny network learns the digits once without a disturbance. Then the same command is killed at random moments, also
-during saves, by SIGKILL and by signals that ask it to stop, and repeated until it is done: its checkpoint and the
-logged numbers must be those of the undisturbed run, bit by bit. Sampling is asked to stop at random moments: it must
-end with status 75. Files of its checkpoints are truncated, changed, deleted and exchanged: the run must resume from an
+A tiny network learns the digits once without interruption. Then the same command is killed at random moments, also
+during saves, by SIGKILL and by signals that stop a run, and repeated until it is done: its checkpoint and the logged
+numbers must be those of the uninterrupted run, bit by bit. Sampling is stopped by signals at random moments: it must
+end with status 75. Files of the checkpoints are truncated, changed, deleted and swapped: the run must resume from an
 intact checkpoint with a warning, or report that there is none, and never use wrong numbers. Its disk is filled (a small
-tmpfs, if one can be mounted). Prints a table of faults and outcomes; --write puts it into docs/reliability.md. The exit
-status is 1 if anything went wrong.
+tmpfs, if one can be mounted). A table of faults and outcomes is printed; --write puts it into docs/reliability.md. The
+exit status is 1 if anything went wrong.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def kills(table, folder, reference, number, rng):
         seconds = min(seconds, time.monotonic() - begun)
         table.add(
             'a run killed again and again until it is done',
-            'parameters, EMA and optimizer bit by bit those of the unbroken run',
+            'parameters, EMA and optimizer bit by bit those of the uninterrupted run',
         ) if same(checkpoint(workdir, STEPS), checkpoint(reference, STEPS)) else table.add(
             'killed run', 'OTHER NUMBERS', False, str(workdir)
         )
@@ -187,7 +187,7 @@ def corruptions(table, folder, reference, number, rng):
     for _ in range(number):
         workdir = folder / 'damaged'
         shutil.copytree(reference, workdir)
-        fault = rng.choice(['truncated', 'a bit flipped', 'deleted', 'exchanged with another', 'zeros written over'])
+        fault = rng.choice(['truncated', 'a bit flipped', 'deleted', 'swapped with another', 'overwritten with zeros'])
         everywhere = rng.random() < 0.15  # in all checkpoints alike
         path = rng.choice(files)
         other = rng.choice(files)
@@ -205,10 +205,10 @@ def corruptions(table, folder, reference, number, rng):
         except DamagedError as error:
             named = str(workdir / 'checkpoints') in str(error)
             table.add(
-                f'a file of a checkpoint {fault}', 'no intact one: a clear error', named and everywhere, str(error)
+                f'a file of a checkpoint: {fault}', 'no intact one: a clear error', named and everywhere, str(error)
             )
         except Exception as error:
-            table.add(f'a file of a checkpoint {fault}', 'TRACEBACK', False, repr(error))
+            table.add(f'a file of a checkpoint: {fault}', 'TRACEBACK', False, repr(error))
         else:
             found = {
                 part + jax.tree_util.keystr(place): np.asarray(leaf)
@@ -222,7 +222,7 @@ def corruptions(table, folder, reference, number, rng):
                 outcome = 'named in a warning, an older one used, its numbers are right'
                 right = right and str(workdir / 'checkpoints' / str(steps[-1])) in ' '.join(warnings)
             table.add(
-                f'a file of a checkpoint {fault}', outcome if right else 'WRONG NUMBERS', right, f'{path} {other}'
+                f'a file of a checkpoint: {fault}', outcome if right else 'WRONG NUMBERS', right, f'{path} {other}'
             )
         shutil.rmtree(workdir)
 
@@ -240,13 +240,13 @@ def damage(rng, fault, path, other):
     elif fault == 'a bit flipped' and content:
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
-    elif fault == 'zeros written over' and content:
+    elif fault == 'overwritten with zeros' and content:
         at = rng.randrange(len(content))
         content[at : at + 64] = bytes(len(content[at : at + 64]))
         path.write_bytes(content)
     elif fault == 'deleted':
         path.unlink()
-    elif fault == 'exchanged with another':
+    elif fault == 'swapped with another':
         path.write_bytes(other.read_bytes())
         other.write_bytes(content)
 
@@ -272,7 +272,7 @@ def full_disk(table, folder, reference):
             and same(checkpoint(workdir, STEPS), checkpoint(reference, STEPS))
             and logged(workdir) == logged(reference)
         )
-        table.add(fault, 'with more room: bit by bit the unbroken run', right, output)
+        table.add(fault, 'with more room: bit by bit the uninterrupted run', right, output)
     finally:
         subprocess.run(['umount', disk], check=True)
 
@@ -290,7 +290,7 @@ def main():
         reference = folder / 'reference'
         status, output = finish(start(reference))
         if status:
-            sys.exit(f'the undisturbed run failed:\n{output}')
+            sys.exit(f'the uninterrupted run failed:\n{output}')
         corruptions(table, folder, reference, asked.corruptions, rng)
         full_disk(table, folder, reference)
         kills(table, folder, reference, asked.kills, rng)

@@ -1,4 +1,4 @@
-"""Read from the HLO text of a compiled program what it does."""
+"""Reads the operations of a compiled program from its HLO text."""
 
 import math
 import re

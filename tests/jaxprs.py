@@ -1,4 +1,4 @@
-"""Read from a jaxpr which operations a traced function consists of."""
+"""Reads the operations of a traced function from its jaxpr."""
 
 import jax
 

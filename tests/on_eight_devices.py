@@ -1,9 +1,9 @@
-"""What tests/test_devices.py asks of eight simulated devices: a program that prints its measurements as JSON.
+"""Measurements on eight simulated devices for tests/test_devices.py, printed as JSON.
 
     python -m tests.on_eight_devices
 
-All of it is one process, because starting one and compiling its programs take seconds. The network is the plain one,
-which accelerators use, unless the name of a measurement says otherwise.
+All measurements share one process, because starting it and compiling its programs take seconds. The network is the
+plain one, which accelerators use, unless the name of a measurement states another.
 """
 
 import dataclasses

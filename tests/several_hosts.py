@@ -26,7 +26,7 @@ def hosts(count, devices, workdir, *more, config=CONFIG, own=lambda process_id: 
         config: the flag that names the config.
         own: process_id → flags of that process alone.
         environment: {process_id: variables of that process alone}.
-        changes: as of `tests.runs.flags`.
+        changes: see `tests.runs.flags`.
     """
     address, processes, given = f'127.0.0.1:{free_port()}', [], flags(workdir, config, **changes)
     try:

@@ -1,4 +1,4 @@
-"""The named codebases, against the DDIM authors' procedure in float64, and against what each one is said to fix.
+"""The named codebases, against the DDIM authors' procedure in float64, and against the settings that each one fixes.
 
 The tests in tests/peers compare with diffusers itself.
 """

@@ -1,4 +1,4 @@
-"""The scripts in launch/, as far as that needs no cluster: syntax, structure, and what they decide."""
+"""The scripts in launch/, without a cluster: syntax, structure and decisions."""
 
 import os
 import pathlib

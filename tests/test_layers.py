@@ -1,4 +1,4 @@
-"""The order of the modules, the annotations of their public functions, and what they leave alone."""
+"""The order of the modules, the annotations of their public functions, and global state that they must not change."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""The package: what a wheel contains, what the installed command does, and which versions it asks for."""
+"""The package: what a wheel contains, what the installed command does, and which versions it requires."""
 
 import configparser
 import email

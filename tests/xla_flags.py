@@ -1,4 +1,4 @@
-"""XLA's flags for processes whose programs run for a moment: they compile in a third of the time, and run slowly."""
+"""XLA flags for short-lived processes: programs compile in a third of the time, and run slowly."""
 
 import importlib.metadata
 

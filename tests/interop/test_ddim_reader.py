@@ -1,4 +1,4 @@
-"""Checkpoints of the DDIM code, as far as that needs no PyTorch; tests/peers/test_interop.py reads real ones."""
+"""Checkpoints of the DDIM code, without PyTorch; tests/peers/test_interop.py reads real files."""
 
 import numpy as np
 import pytest

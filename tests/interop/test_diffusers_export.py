@@ -1,4 +1,4 @@
-"""Folders for diffusers: what is written reads back as what it was."""
+"""Folders for diffusers: they are read back as what was written."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Resizing to the input of feature networks: ramps have closed forms, and Pillow is there to be compared with."""
+"""Resizing to the input of feature networks, against closed forms for ramps, and against Pillow."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""--mode=export: what is refused, and what the model card says; tests/peers/test_interop.py loads it with diffusers."""
+"""--mode=export: what is refused, and the model card; tests/peers/test_interop.py loads exports with diffusers."""
 
 import json
 

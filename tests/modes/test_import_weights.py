@@ -1,4 +1,4 @@
-"""--mode=import_weights: a pipeline of diffusers becomes a workdir as any other, without diffusers and PyTorch."""
+"""--mode=import_weights: a pipeline of diffusers becomes an ordinary workdir, without diffusers and PyTorch."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Data dependences that hold XLA back and change no number."""
+"""Data dependences that change XLA's order and no number."""
 
 import jax
 import jax.numpy as jnp

