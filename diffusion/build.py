@@ -71,7 +71,15 @@ class Network:
         return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(key))))
 
     def net(self, params: dict[str, Any], *, dropout_key: jax.Array | None = None) -> Callable:
-        """Return the callable (x_t (B, H, W, C), t (B,)) → (B, H, W, C), with dropout if a key is given."""
+        """Close the network over its parameters.
+
+        Args:
+            params: a dict of arrays, of the structure that `init` returns.
+            dropout_key: typed PRNG key; None for no dropout.
+
+        Returns:
+            The callable (x_t (B, H, W, C), t (B,)) → (B, H, W, C).
+        """
         module = nnx.merge(self.graph, params)
         mode = {} if dropout_key is None else dict(deterministic=False, rngs=nnx.Rngs(dropout=dropout_key))
         # Our levels are 1 … T; weights of other projects were trained with 0 … T−1.
@@ -139,7 +147,15 @@ def make_schedule(config: ConfigDict) -> schedule.Schedule:
 
 
 def make_network(config: ConfigDict, networks: dict[str, Callable]) -> Network:
-    """Build the network that config.model describes, for images of config.data, from a table of networks."""
+    """Build the network that config.model describes, for images of config.data.
+
+    Args:
+        config: the whole config.
+        networks: {name: class}, such as `networks.NETWORKS`.
+
+    Returns:
+        The network. It checks its arguments when its graph is made.
+    """
     given = {
         **config.model,
         'image_size': config.data.image_size,
@@ -150,9 +166,13 @@ def make_network(config: ConfigDict, networks: dict[str, Callable]) -> Network:
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Build the optimizer, Adam with gradient clipping, and its learning rate as a function of the number of updates.
+    """Build the optimizer: Adam with gradient clipping and a linear warm-up.
 
-    A skipped step is not an update.
+    Args:
+        config: config.train.
+
+    Returns:
+        The optimizer, and its learning rate as a function of the number of updates. A skipped step is not an update.
     """
 
     def learning_rate(updates):
@@ -163,7 +183,14 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
 
 
 def load_images(config: ConfigDict, split: str = '') -> data.Images:
-    """Load one split of the images that config.data describes; '' is config.data.split, the training images.
+    """Load one split of the images that config.data describes.
+
+    Args:
+        config: the whole config.
+        split: '' is config.data.split, the training images.
+
+    Returns:
+        The images, uint8 (N, image_size, image_size, channels).
 
     Raises:
         RunError: there are no such images.
@@ -176,6 +203,13 @@ def load_images(config: ConfigDict, split: str = '') -> data.Images:
 
 def load_same_images(config: ConfigDict, split: str = '') -> data.Images:
     """Load one split of the images on all hosts, and check that all hosts have the same images.
+
+    Args:
+        config: the whole config.
+        split: as in `load_images`.
+
+    Returns:
+        The images, as in `load_images`.
 
     Raises:
         RunError: the images differ, or a host has none; raised on all hosts.
@@ -193,10 +227,14 @@ def load_same_images(config: ConfigDict, split: str = '') -> data.Images:
 
 
 def join_hosts(config: ConfigDict, mode: str) -> None:
-    """Join the other hosts of the run, and check that all have the same command. Call it before anything uses a device.
+    """Join the other hosts of the run, before anything uses a device, and check that all have the same command.
 
-    It starts the devices, prints them, and warns of those that JAX cannot use. On a single CPU host, the modes that draw
-    or measure images make each core a device, so that the cores share a batch.
+    It starts the devices, prints them, and warns of those that JAX cannot use. On a single CPU host, the modes that
+    draw or measure images make each core a device, so that the cores share a batch.
+
+    Args:
+        config: the whole config.
+        mode: the name of the mode.
 
     Raises:
         RunError: the settings do not fit together, there is no device, or the hosts differ in settings, versions or
@@ -220,7 +258,15 @@ def join_hosts(config: ConfigDict, mode: str) -> None:
 
 
 def require_same(values: dict[str, str], advice: str) -> None:
-    """Raise RunError on all hosts if a value differs between hosts. All hosts must call it, and wait for each other."""
+    """Check that values are the same on all hosts. All hosts must call it, and wait for each other.
+
+    Args:
+        values: {name: text}.
+        advice: what the user can do if they differ; the last line of the message.
+
+    Raises:
+        RunError: a value differs; raised on all hosts.
+    """
     found = hosts.differences(values)
     if found:
         lines = ''.join(f'\n    {name}: {difference}' for name, difference in found.items())

@@ -123,7 +123,16 @@ def sample(
 
 
 def noise(keys: Key[Array, 'N'], level: Int[ArrayLike, ''], shape: tuple[int, ...]) -> Batch:
-    """Return standard normal noise (N, *shape) for a level; the noise of image i depends on (keys[i], level) alone."""
+    """Draw the standard normal noise of a level. That of image i depends on (keys[i], level) alone.
+
+    Args:
+        keys: (N,) typed PRNG keys, one for each image.
+        level: the noise level.
+        shape: the shape of one image.
+
+    Returns:
+        (N, *shape) float32.
+    """
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), shape))(keys)
 
 

@@ -94,7 +94,12 @@ def _without_module(tensors: dict[str, np.ndarray], where: str) -> dict[str, np.
 
 
 def names(path: Path, levels: int) -> tuple[str, ...]:
-    """Return the name of a parameter in their files, where 'up' counts its levels from the finest."""
+    """Return the only name of a parameter in their files, where 'up' counts its levels from the finest.
+
+    Args:
+        path: of the parameter in our tree.
+        levels: the number of resolutions.
+    """
     if path[0] == 'up':
         path = ('up', levels - 1 - path[1], *path[2:])
     resample = {'resample': f'{path[0]}sample.conv'}

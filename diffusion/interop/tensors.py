@@ -44,7 +44,15 @@ def leaves(tree: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, Any
 
 
 def to_tensors(params: Mapping[Any, Any], names: Names) -> dict[str, np.ndarray]:
-    """Return our parameters as {name: float32 tensor} in PyTorch's layout, each under its first name."""
+    """Convert our parameters to PyTorch's layout.
+
+    Args:
+        params: a tree of our parameters.
+        names: maps the path of a parameter to its names, of which the first is used.
+
+    Returns:
+        {name: float32 tensor}.
+    """
     return {
         names(path)[0]: np.ascontiguousarray(np.asarray(leaf, np.float32).transpose(TO_TORCH[leaf.ndim]))
         for path, leaf in leaves(params)

@@ -48,6 +48,9 @@ def sums(vectors: Shaped[np.ndarray, 'N ...']) -> Sums:
 
     Args:
         vectors: (N, …) of any real type, N ≥ 1, flattened to (N, D).
+
+    Returns:
+        The sums.
     """
     flat = np.asarray(vectors, np.float64).reshape(len(vectors), -1)
     mean = flat.mean(axis=0)

@@ -26,10 +26,13 @@ class Score(NamedTuple):
 
 
 def adm(logits: Float[np.ndarray, 'N classes']) -> Score:
-    """Compute the score over blocks of 5,000 images in their order, the last of which may be shorter.
+    """Compute the score over blocks of 5,000 images in their order; the last block may be shorter.
 
     Args:
         logits: (N, 1008), without bias.
+
+    Returns:
+        The score.
     """
     return score([logits[start : start + ADM_BLOCK] for start in range(0, len(logits), ADM_BLOCK)])
 
@@ -39,6 +42,9 @@ def torch_fidelity(logits: Float[np.ndarray, 'N classes']) -> Score:
 
     Args:
         logits: (N, 1008), without bias.
+
+    Returns:
+        The score.
 
     Raises:
         ValueError: there are fewer than ten images.
@@ -55,6 +61,12 @@ def score(parts: list[Float[np.ndarray, '_ classes']]) -> Score:
 
     The variance of a part's score follows from the influence of each image on the logarithm of the score: the KL of the
     image minus the mean KL. The parts are independent. The score of n images is biased downwards, by a term in 1/n.
+
+    Args:
+        parts: the logits of each part, (n, classes).
+
+    Returns:
+        The score.
     """
     values, variances = [], []
     for logits in parts:

@@ -55,6 +55,9 @@ def kernel_distance(
         subset_size: vectors in each; at most N and M of them are taken.
         seed: of the subsets.
 
+    Returns:
+        The estimate.
+
     Raises:
         ValueError: there are fewer than two vectors.
     """

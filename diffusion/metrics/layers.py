@@ -35,7 +35,23 @@ def apply_conv(
     groups: int = 1,
     linear: bool = False,
 ) -> Images:
-    """Apply a convolution with its folded batch norm, and the activation unless it is `linear`."""
+    """Apply a convolution with its folded batch norm, and an activation.
+
+    Args:
+        params: of the network.
+        activation: applied to the result.
+        name: of the layer in `params`.
+        x: (N, H, W, C).
+        width: output channels; the kernel in `params` determines them here.
+        size: height and width of the kernel, which determines them here as well.
+        stride: along both axes.
+        padding: 'VALID' or 'SAME'.
+        groups: groups of input channels; C is a depthwise convolution.
+        linear: whether to leave out the activation.
+
+    Returns:
+        (N, H', W', width).
+    """
     dimensions = ('NHWC', 'HWIO', 'NHWC')
     x = lax.conv_general_dilated(
         x,
@@ -120,7 +136,7 @@ def check_tensors(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tupl
 
 
 def max_pool(x: Images, *, stride: int = 2, padding: str = 'VALID') -> Images:
-    """Return the maxima over windows of 3 × 3."""
+    """Return the maxima over windows of 3 × 3 pixels, which are `stride` apart."""
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
 

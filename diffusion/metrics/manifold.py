@@ -45,6 +45,9 @@ def manifold(samples: Float[np.ndarray, 'N D'], reference: Float[np.ndarray, 'M 
         reference: (M, D).
         k: the number of neighbours.
 
+    Returns:
+        The four estimates.
+
     Raises:
         ValueError: a set has fewer than k + 2 vectors.
     """

@@ -22,7 +22,15 @@ class Neighbours(NamedTuple):
 
 
 def squared_distances(x: Float[np.ndarray, 'N D'], y: Float[np.ndarray, 'M D']) -> Float[np.ndarray, 'N M']:
-    """Compute |x − y|² of every pair as |x|² − 2xᵀy + |y|², never below 0."""
+    """Compute |x − y|² = |x|² − 2xᵀy + |y|² for every pair.
+
+    Args:
+        x: (N, D).
+        y: (M, D).
+
+    Returns:
+        (N, M), at least 0.
+    """
     result = x @ y.T
     result *= -2
     result += np.einsum('nd,nd->n', x, x)[:, None]
@@ -40,6 +48,9 @@ def nearest(x: Real[np.ndarray, 'N D'], y: Real[np.ndarray, 'M D'], k: int, *, s
         y: (M, D), which may be a memory-mapped file.
         k: the number of neighbours.
         same: whether x and y are the same set, so that no vector is its own neighbour.
+
+    Returns:
+        The neighbours of each of the N vectors.
 
     Raises:
         ValueError: y has too few vectors.

@@ -167,7 +167,17 @@ class Stage(nnx.Module):
         self.remat = remat
 
     def apply(self, i: int, inputs: Sequence[Images], emb: Embedding, dropout_key: DropoutKey) -> Images:
-        """Concatenate the inputs along the channels, then apply block i and its attention, if there is one."""
+        """Apply block i, and its attention if it has one.
+
+        Args:
+            i: the index of the block.
+            inputs: activations, which are concatenated along the channels.
+            emb: the embedded noise levels.
+            dropout_key: typed PRNG key; None for no dropout.
+
+        Returns:
+            The activations after the block.
+        """
 
         def run(inputs, emb, dropout_key):
             x = self.blocks[i](jnp.concatenate(inputs, axis=-1), emb, dropout_key)

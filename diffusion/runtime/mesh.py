@@ -105,13 +105,29 @@ def split_state(mesh: Mesh, tree: Any) -> Any:
 
 
 def put(array: Any, sharding: Sharding) -> jax.Array:
-    """Put an array on the devices: the whole array if the sharding replicates it, else this host's part of axis 0."""
+    """Put an array on the devices, from the part that this host holds.
+
+    Args:
+        array: the whole array if the sharding replicates it, else this host's part of axis 0.
+        sharding: of the whole array.
+
+    Returns:
+        The whole array.
+    """
     shape = np.shape(array) if sharding.is_fully_replicated else None
     return jax.make_array_from_process_local_data(sharding, np.asarray(array), shape)
 
 
 def put_whole(array: Any, sharding: Sharding) -> jax.Array:
-    """Put an array on the devices, when every host holds the whole array."""
+    """Put an array on the devices, if every host holds the whole array.
+
+    Args:
+        array: the whole array, the same on every host.
+        sharding: of the result.
+
+    Returns:
+        The array, of which each device holds its part.
+    """
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

@@ -64,6 +64,10 @@ class Files:
     def encoded(self, file: File, max_pixels: int) -> bytes:
         """Return the content of a file.
 
+        Args:
+            file: one of `files`.
+            max_pixels: the largest picture that may be read.
+
         Raises:
             ValueError: it cannot be read, or is larger than any picture of max_pixels.
         """
@@ -89,6 +93,12 @@ def find(path: str) -> Files:
     """Find the picture files below a folder or in a zip file: by suffix, or by content where there is no suffix.
 
     Symbolic links are followed, except to a folder above them. Hidden files and folders are ignored.
+
+    Args:
+        path: the folder or zip file.
+
+    Returns:
+        The picture files, sorted by name.
 
     Raises:
         ValueError: there is no such folder or zip file, or it cannot be read.

@@ -38,7 +38,16 @@ def split_of(name: str) -> str | None:
 
 
 def named(wanted: str, known: Collection[str]) -> str | None:
-    """Return the known split of the wanted name, of a similar name, or of its fallback; None if there is none."""
+    """Find a split among the known ones by its name.
+
+    Args:
+        wanted: the name of the split.
+        known: the names of the splits that exist.
+
+    Returns:
+        `wanted` if it is known, else the known name that stands for the same split, else that of the split's fallback;
+        None if there is none.
+    """
     if wanted in known:
         return wanted
     for split in (wanted, FALLBACKS.get(wanted)):
@@ -97,7 +106,15 @@ def guess(folders: Collection[str]) -> dict[str, Place]:
 
 
 def below(folders: Collection[str], path: str) -> dict[str, Place]:
-    """Make one split, called `path`, of a folder and those below it; of all folders if the path is '.'."""
+    """Make one split of a folder and all folders below it.
+
+    Args:
+        folders: as in `guess`.
+        path: the folder, which is also the name of the split; '.' is the source itself.
+
+    Returns:
+        {folder: its place}, without the folders that are not below `path`.
+    """
     top = tuple(part for part in path.split('/') if part not in ('', '.'))
     paths = {folder: _parts(folder) for folder in folders}
     return _whole({folder: parts for folder, parts in paths.items() if parts[: len(top)] == top}, path)
