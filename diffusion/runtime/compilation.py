@@ -54,7 +54,7 @@ def _remove_oldest(folder: str) -> None:
 
 
 def _remove_cut_short(folder: str) -> None:
-    """Remove the newest program if the process that wrote it was ended meanwhile: JAX never writes it again."""
+    """Remove the newest program if its process ended while it was writing: JAX would never write it again."""
     programs = glob.glob(os.path.join(glob.escape(folder), '*-cache'))
     with contextlib.suppress(OSError):  # another process was faster
         newest = max(programs, key=os.path.getmtime, default=None)
@@ -85,10 +85,13 @@ def cache_programs(folder: str) -> None:
 
 @contextlib.contextmanager
 def compiling(what: str) -> Iterator[None]:
-    """Say that something is being compiled within the context, and now and then that it still is.
+    """Announce a compilation within the context, and report at intervals that it goes on.
+
+    Args:
+        what: the name of the program, for the messages.
 
     Raises:
-        RunError: XLA cannot compile it, which it could not the next time either.
+        RunError: XLA cannot compile it, which another start would not change.
     """
     kept = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     faster = ' (the next start is faster)' if kept else ''

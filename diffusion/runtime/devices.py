@@ -1,4 +1,4 @@
-"""The devices that JAX uses, and those of the machine that it cannot use."""
+"""The devices that JAX uses, and accelerators of the machine that it cannot use."""
 
 import glob
 import importlib.util
@@ -10,17 +10,17 @@ import jax
 
 from diffusion.util import RunError, first_line
 
-NVIDIA = ('/dev/nvidia0', '/dev/nvidiactl', '/dev/dxg')  # the last is that of Windows' subsystem for Linux
+NVIDIA = ('/dev/nvidia0', '/dev/nvidiactl', '/dev/dxg')  # the last one is that of the Windows Subsystem for Linux
 TPU = ('/dev/accel0', '/dev/vfio/0')
 DRIVER = '/proc/driver/nvidia/version'
 CUDA_13_DRIVER = 580  # the oldest driver for CUDA 13
 
 
 def start() -> str:
-    """Start JAX on its devices; return how many there are of which kind, as in '2 × cpu'.
+    """Start JAX on its devices, and return their number and kind, such as '2 × cpu'.
 
     Raises:
-        RunError: there are none, as with a JAX_PLATFORMS that does not exist.
+        RunError: there are none, for example because JAX_PLATFORMS names a platform that does not exist.
     """
     try:
         devices = jax.devices()
@@ -34,8 +34,8 @@ def start() -> str:
 
 
 def unused() -> str | None:
-    """Return a warning, with the command that mends it, if JAX uses the CPU although there is a GPU or a TPU."""
-    if jax.default_backend() != 'cpu' or os.environ.get('JAX_PLATFORMS'):  # the latter: as the user wants it
+    """Return a warning, with the command that helps, if JAX uses the CPU although there is a GPU or a TPU."""
+    if jax.default_backend() != 'cpu' or os.environ.get('JAX_PLATFORMS'):  # the latter is the user's choice
         return None
     if _exists(NVIDIA) and os.environ.get('CUDA_VISIBLE_DEVICES', '0') not in ('', '-1'):
         name, platform, plugins = 'AN NVIDIA GPU', 'cuda', ['jax_cuda12_plugin', 'jax_cuda13_plugin']
@@ -46,7 +46,7 @@ def unused() -> str | None:
         return None
     python = sys.executable or 'python'
     if any(importlib.util.find_spec(plugin) for plugin in plugins):
-        cure = f'what is wrong, JAX_PLATFORMS={platform} {python} -c "import jax; jax.devices()" says'
+        cure = f'JAX_PLATFORMS={platform} {python} -c "import jax; jax.devices()" shows the reason'
     else:
         cure = f"install JAX for it by {python} -m pip install 'jax[{extra}]=={jax.__version__}'"
     return f'THIS MACHINE HAS {name}, BUT JAX USES THE CPU, which is many times slower: {cure}'
@@ -57,7 +57,7 @@ def _exists(paths):
 
 
 def _driver() -> int:
-    """The main version of NVIDIA's driver, 0 if it does not say."""
+    """The major version of NVIDIA's driver; 0 if it is unknown."""
     try:
         with open(DRIVER, encoding='utf-8') as file:
             found = re.search(r'Module.*?\s(\d{3,})\.', file.readline())

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed  # has the key-value store of the hosts, to which there is no public way
+from jax._src import distributed  # the hosts' key-value store has no public interface
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -24,9 +24,9 @@ from diffusion.runtime.mesh import put, replicated, split_batch
 from diffusion.util import PATIENCE, Output, first_line, say_here
 
 MIN_TIMEOUT = 60  # seconds: hosts rarely start at the same moment, and importing JAX takes a while on each
-DETERMINISTIC = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # errors that every start would meet
-FAILED = 'diffusion/failed'  # what a host that fails leaves for the others, in JAX's coordination service
-POLL = 1.0  # seconds between two looks at it
+DETERMINISTIC = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # errors that another start would repeat
+FAILED = 'diffusion/failed'  # the key in JAX's coordination service under which a failing host leaves its message
+POLL = 1.0  # seconds between two reads of the key
 AGAIN = 'the same command on all hosts tries again'
 ALONE = 'if there is only this process, use --config.distributed.detect=False'
 
@@ -158,7 +158,7 @@ def lost(error: BaseException) -> str | None:
 
 
 def _watch_failures() -> None:
-    """End this process with status 1 once another host has called `end_all`, whatever it is doing."""
+    """End this process with status 1 once another host has called `end_all`."""
     service: Any = distributed.global_state.client
 
     def watch() -> None:
@@ -177,13 +177,13 @@ def _watch_failures() -> None:
 
 
 def end_all(message: str) -> None:
-    """End this process and those of all other hosts with status 1, because another start would fail alike.
+    """End the processes of all hosts with status 1, because another start would fail in the same way.
 
-    Without it, the other hosts would wait for this one, and then ask to be started again. A process without others
-    returns.
+    Otherwise the other hosts would wait for this one, and then end with the status that asks for another start. If
+    there is only one host, it returns.
 
     Args:
-        message: for the other hosts.
+        message: printed by the other hosts.
     """
     state: Any = distributed.global_state
     if not jax.distributed.is_initialized() or state.num_processes == 1:

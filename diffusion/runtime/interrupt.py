@@ -1,9 +1,9 @@
-"""Signals that ask a process to end: it ends at once, or once what it is saving is complete.
+"""Signals that stop a process: it ends at once or, if it is saving something, after that is complete.
 
-A signal never raises an exception, because that would land in whatever runs at the moment: some callbacks swallow it
-(garbage collection's, for one), and XLA's compiler crashes when it is unwound. Python's own handlers only set a flag. A
-thread reads the signals from a pipe, also while the main thread is inside one long call, and ends the process if
-nothing is being saved.
+A signal never raises an exception, because the exception would be raised in whatever code runs at the moment: some
+callbacks swallow it, such as those of garbage collection, and XLA's compiler crashes when it is unwound. The Python
+handlers only set a flag. A thread reads the signals from a pipe, even while the main thread is inside one long call,
+and ends the process if nothing is being saved.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from diffusion.util import UNFINISHED
 
 Item = TypeVar('Item')
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: not complete, and the same command continues the run
-# Ctrl-C, schedulers, a closed terminal, and what SLURM and submitit send before the time is over.
+# From Ctrl-C, from schedulers, from a closed terminal, and from SLURM and submitit before the time limit.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 DUPLICATE = 0.3  # seconds within which a second signal is a copy of the first, as `timeout` sends it twice
 
@@ -35,14 +35,14 @@ class _Listener:
 
         Args:
             owns_process: signals may end the process. If False, only the first one is read, as a request, and the
-                handlers from before are back in place for the second.
+                earlier handlers are restored for the second.
         """
         self._owns_process = owns_process
-        self._lock = threading.Lock()  # a signal is a request, or ends the process, but is never lost between the two
+        self._lock = threading.Lock()  # a signal either is a request or ends the process; none is lost in between
         self._contexts: list[Interrupt] = []  # within which a signal is a request; the outermost first
         self.name = ''  # of the first signal that was a request
-        self._since = 0.0  # when it came
-        self.answered = False  # whether an Interrupt has ended since, whose owner asked it
+        self._since = 0.0  # when it arrived
+        self.answered = False  # whether an Interrupt has ended since then whose owner checks it for requests
 
     def start(self) -> None:
         """Install the handlers. Call it in the main thread; elsewhere it does nothing, as Python allows no more."""
@@ -67,7 +67,7 @@ class _Listener:
             self._previous.setdefault(number, previous)
 
     def stop(self) -> None:
-        """Put the handlers from before back."""
+        """Restore the earlier handlers."""
         if self._previous:
             self._restore_handlers()
             signal.set_wakeup_fd(self._previous_wakeup)
@@ -80,28 +80,28 @@ class _Listener:
             signal.signal(number, handler)
 
     def enter(self, context: 'Interrupt') -> None:
-        """From now on the first signal is a request."""
+        """Make the first signal a request from now on."""
         with self._lock:
             self._contexts.append(context)
 
     def leave(self) -> bool:
-        """End what `enter` began; return whether nothing is being saved any more."""
+        """End the context that `enter` began; return whether it was the outermost one."""
         with self._lock:
             self._contexts.pop()
             return not self._contexts
 
     def _unit(self) -> str:
-        """What is finished before the process stops: that of the innermost context whose owner asks for requests."""
+        """The unit that is finished before the process stops: of the innermost context that checks for requests."""
         asking = [context for context in self._contexts if context.asks]
         return (asking or self._contexts)[-1].unit
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # The thread does all that is to be done, but may come a moment later than the next question for the name.
+        # The thread does the work, but may run only after the name is read for the next time.
         if self._contexts and not self.name:
             self.name = signal.Signals(number).name
         if not self._owns_process:
             self._restore_handlers()
-            if not self.name:  # it came when the last context had ended
+            if not self.name:  # it arrived after the last context ended
                 signal.raise_signal(number)
 
     def _read(self) -> None:
@@ -130,7 +130,7 @@ _left = ['nothing is written yet; the same command starts over']
 def listen() -> None:
     """End the process with EXIT_STATUS at the first signal from now on; within an `Interrupt`, at the second.
 
-    For programs: call it first. Call it again after a library that installs handlers of its own.
+    A program calls it first, and calls it again after a library has installed its own handlers.
     """
     global _listener
     if _listener is None:
@@ -141,15 +141,15 @@ def listen() -> None:
 
 
 def leaves(text: str) -> None:
-    """Set what the last line of an interrupted command says: what it leaves behind, and what continues it."""
+    """Set the text for the last line of an interrupted command: what it leaves on disk, and how to continue."""
     _left[:] = [text]
 
 
 def end(text: str = '') -> None:
-    """End the process with EXIT_STATUS from any thread, without unwinding anything.
+    """End the process with EXIT_STATUS from any thread, without unwinding the stack.
 
     Args:
-        text: for the last line; by default what `leaves` was told.
+        text: the last line; by default the text that `leaves` set.
     """
     for path in list(UNFINISHED):
         shutil.rmtree(path, ignore_errors=True)
@@ -160,8 +160,8 @@ def end(text: str = '') -> None:
 class Interrupt:
     """Context manager within which the first signal is a request to stop, which is announced on stderr at once.
 
-    It is true once there is a request; its string is then the signal's name. A program that called `listen` is ended by
-    a second signal; in other processes the handlers from before decide on it.
+    It is true once there is a request; its string is then the signal's name. A second signal ends a program that called
+    `listen`; in other processes the earlier handlers get it.
     """
 
     def __init__(self, unit: str = 'step', *, asks: bool = True):
@@ -169,12 +169,12 @@ class Interrupt:
 
         Args:
             unit: what is finished and saved before the process stops, for the announcement.
-            asks: whether its owner asks it for requests, and ends then.
+            asks: whether its owner checks it for requests, and stops at one.
         """
         self.unit, self.asks = unit, asks
         self._name = ''
         self._listener: _Listener | None = None
-        self.unanswered = False  # once it has ended: whether there is a request, and no Interrupt around or in it asked
+        self.unanswered = False  # set at the end: there is a request that no owner of an Interrupt has seen
 
     def __enter__(self) -> 'Interrupt':
         global _listener
@@ -207,10 +207,14 @@ class Interrupt:
 
 @contextlib.contextmanager
 def finishing(unit: str) -> Iterator[None]:
-    """Let what is done within the context be completed before a signal ends the process.
+    """Complete the context before a signal ends the process.
+
+    Args:
+        unit: as in `Interrupt`.
 
     Raises:
-        KeyboardInterrupt: a signal came, at the end of the context; not within an `Interrupt`, which has the request.
+        KeyboardInterrupt: at the end of the context, if a signal arrived; not within an `Interrupt`, whose owner sees
+            the request.
     """
     with Interrupt(unit, asks=False) as interrupt:
         yield
@@ -219,11 +223,11 @@ def finishing(unit: str) -> Iterator[None]:
 
 
 def until(stop: Callable[[], bool], items: Iterator[Item]) -> Iterator[Item]:
-    """Yield items that may be long in coming, as from a file system that hangs; end early if `stop()` meanwhile.
+    """Yield items that may take long, such as those from a file system that hangs; end early if `stop()` is true.
 
     Args:
-        stop: asked now and then while there is no item.
-        items: are taken in another thread, one ahead.
+        stop: called every half second while there is no item.
+        items: iterated in another thread, one item ahead.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(1)
     over = threading.Event()
@@ -265,7 +269,7 @@ def until(stop: Callable[[], bool], items: Iterator[Item]) -> Iterator[Item]:
 
 
 def _print(text: str) -> None:
-    """Write to stderr, unless it is closed or nobody reads it."""
+    """Write to stderr, unless it is closed or blocked."""
     with contextlib.suppress(OSError, ValueError):
         if select.select([], [2], [], 1)[1]:
             os.write(2, text.encode())

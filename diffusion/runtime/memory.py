@@ -1,4 +1,4 @@
-"""Memory: how much there is, how much a program takes, and what to say when it runs out."""
+"""Memory: how much there is, how much a program takes, and the messages when it runs out."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ UNITS = {'TB': 1e12, 'GB': 1e9, 'MB': 1e6, 'kB': 1e3}
 def of_host() -> int | None:
     """Return the bytes of memory that this process may use: of the machine, its container and its limits."""
     found = []
-    with contextlib.suppress(OSError, ValueError):  # a system that does not say
+    with contextlib.suppress(OSError, ValueError):  # not every system tells
         found.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
     for path in _cgroup_limits():
         try:
@@ -52,7 +52,7 @@ def of_device(device: Any) -> int | None:
 
 
 def of_program(program: jax.stages.Compiled) -> int | None:
-    """Return the bytes that a compiled program takes on each device, arguments and results included, as XLA plans."""
+    """Return XLA's estimate of the bytes that a compiled program takes on each device, with arguments and results."""
     plan = program.memory_analysis()
     if plan is None:
         return None
@@ -64,9 +64,9 @@ def require(nbytes: int | None, what: str, advice: str) -> None:
     """Raise RunError if something takes more memory than a device has.
 
     Args:
-        nbytes: of each device; None if it is not known.
-        what: takes it, for the message.
-        advice: what to do, for the message.
+        nbytes: bytes on each device; None if they are not known.
+        what: the name of what takes the memory, for the message.
+        advice: what the user can do, for the message.
     """
     device = jax.local_devices()[0]
     there = of_device(device)
@@ -77,13 +77,13 @@ def require(nbytes: int | None, what: str, advice: str) -> None:
 
 
 def size(nbytes: int) -> str:
-    """Return a number of bytes in words."""
+    """Format a number of bytes with a unit."""
     unit = next((unit for unit in UNITS if nbytes >= UNITS[unit]), 'kB')
     return f'{nbytes / UNITS[unit]:,.1f} {unit}'
 
 
 def exhausted(error: BaseException) -> str | None:
-    """Return a message if an exception says that memory ran out, with what was asked for; else None."""
+    """Return a message, with the size of the request, if an exception means that memory ran out; else None."""
     if isinstance(error, MemoryError):
         return f'out of memory on the host: {error}' if str(error) else 'out of memory on the host'
     if not isinstance(error, jax.errors.JaxRuntimeError) or 'RESOURCE_EXHAUSTED' not in str(error):
