@@ -208,6 +208,17 @@ def is_picture(file: IO[bytes]) -> bool:
         return False
 
 
+def pixels(start: bytes) -> int | None:
+    """Return the number of pixels that the start of a picture file announces; None if that needs the whole file."""
+    try:
+        with _open(io.BytesIO(start)) as image:
+            return image.width * image.height
+    except PIL.UnidentifiedImageError:
+        return 0
+    except Exception:  # as in `_load`
+        return None
+
+
 def _load(content: bytes, max_pixels: int) -> Image.Image:
     """Decode with Pillow, upright."""
     try:

@@ -11,7 +11,7 @@ from PIL import Image, ImageFile
 
 from diffusion import data
 from diffusion.data import pictures
-from diffusion.data.sources import open_source
+from diffusion.data.sources import files, open_source
 from tests.galleries import encoded, fill, noise, zipped
 
 IMAGES = noise(12, 8, 8, 3)
@@ -338,6 +338,26 @@ def test_a_member_that_is_too_large_for_a_picture_is_not_read(tmp_path):
         source.read(1)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
+
+
+def test_no_more_of_a_large_member_is_read_than_its_header_allows(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, 'LARGE', 1000)
+    large = noise(1, 40, 40, 3)[0]
+    contents = {
+        'large.png': encoded(large),
+        'large.tiff': encoded(large, 'tiff'),  # its header lies at the end
+        'padded.png': PNG[0] + bytes(10_000),
+        'zeros.png': bytes(10_000),
+    }
+    source = open_source(f'folder:{zipped(tmp_path / "p.zip", contents)}', 'train')
+    for i in range(2):
+        np.testing.assert_array_equal(source.read(i), large)
+    for i, words in ((2, 'of a picture of 64 pixels'), (3, 'of a picture of 0 pixels')):
+        with pytest.raises(ValueError, match=rf'has 10,\d+ bytes, but its header is that {words}'):
+            source.read(i)
+    source = open_source(f'folder:{fill(tmp_path / "p", contents)}', 'train')
+    for i, expected in enumerate((large, large, IMAGES[0])):
+        np.testing.assert_array_equal(source.read(i), expected)
 
 
 def test_a_pipe_in_place_of_a_zip_file_is_named(tmp_path):

@@ -69,7 +69,7 @@ class Files:
             max_pixels: the largest picture that may be read.
 
         Raises:
-            ValueError: it cannot be read, or is larger than any picture of max_pixels.
+            ValueError: it cannot be read, or has more bytes than a picture of max_pixels, or of the size in its header.
         """
         most = BYTES_PER_PIXEL * max_pixels + 2**20
         if file.size > most:
@@ -78,10 +78,17 @@ class Files:
             )
         try:
             with self.open(file.key) as opened:
-                return opened.read(file.size)
+                # Only in a zip file may a large file take little of the disk.
+                if file.size <= LARGE or not isinstance(file.key, zipfile.ZipInfo):
+                    return opened.read(file.size)
+                start = opened.read(LARGE)
+                pixels = pictures.pixels(start)
+                if pixels is None or file.size <= LARGE + BYTES_PER_PIXEL * pixels:
+                    return start + opened.read(file.size - LARGE)
         except Exception as error:  # OSError; zipfile and zlib raise several types: damaged, encrypted, unknown
             why = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
             raise ValueError(f'cannot be read ({why})') from error
+        raise ValueError(f'has {file.size:,} bytes, but its header is that of a picture of {pixels:,} pixels')
 
     def picture(self, file: File, max_pixels: int) -> UInt8[np.ndarray, 'H W C']:
         """Return the decoded picture, as `pictures.decode` does."""
