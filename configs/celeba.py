@@ -1,5 +1,9 @@
 """CelebA at 64×64, as in DDIM (Song et al. 2020, arXiv:2010.02502): 78,700,803 parameters.
 
+    diffusion --config=celeba --workdir=runs/celeba --config.data.source=folder:/path/to/img_align_celeba.zip
+
+reads the aligned pictures as their authors packed them, all 202,599 of them. With TensorFlow, the split train alone:
+
     make prepare DATASET=celeb_a
     diffusion --config=celeba --workdir=runs/celeba
 

@@ -1,5 +1,9 @@
 """CIFAR-10 at 32×32, as in DDPM (Ho et al. 2020, arXiv:2006.11239): 35,746,307 parameters.
 
+    diffusion --config=cifar10 --workdir=runs/cifar10 --config.data.source=folder:/path/to/cifar10.zip
+
+reads a folder or a zip file of the pictures, with train/ and test/. Without one, TensorFlow downloads them:
+
     make prepare DATASET=cifar10
     diffusion --config=cifar10 --workdir=runs/cifar10
 

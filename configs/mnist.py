@@ -1,10 +1,13 @@
 """MNIST at 28×28: handwritten digits, 60,000 for training and 10,000 held out.
 
+    diffusion --config=mnist --workdir=runs/mnist --config.data.source=folder:/path/to/mnist.zip
+
+reads a folder or a zip file of the pictures, with train/ and test/. Without one, TensorFlow downloads them:
+
     make prepare DATASET=mnist
     diffusion --config=mnist --workdir=runs/mnist
 
-4,000 steps of 32 images take about 20 minutes on two CPU cores. A folder or zip file of PNGs with train/ and test/ can
-be used instead: --config.data.source=folder:PATH.
+4,000 steps of 32 images take about 20 minutes on two CPU cores.
 """
 
 from diffusion.configs import default

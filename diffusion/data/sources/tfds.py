@@ -109,9 +109,9 @@ def _find(name: str, version: str, data_dir: str) -> str:
         place = f' DATA_DIR={data_dir}' if data_dir else ''
         raise ValueError(
             f'there is no dataset {name}{":" * bool(version)}{version} prepared in {folder}\n'
-            f'    prepare it (downloads it, needs disk):  make prepare DATASET={name}{place}\n'
-            '    or use a folder of pictures:            --config.data.source=folder:/path/to/pictures\n'
-            '    (if it is in another folder:            --config.data.data_dir=…)'
+            '    use a folder or zip file of pictures:                 --config.data.source=folder:/path/to/pictures\n'
+            f'    or prepare it (downloads, needs disk and TensorFlow): make prepare DATASET={name}{place}\n'
+            '    (if it is prepared in another folder:                 --config.data.data_dir=…)'
         )
     return os.path.join(folder, found[-1])
 
