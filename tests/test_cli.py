@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -215,3 +216,18 @@ def test_no_config_adds_a_key():
     config = digits.get_config()
     with pytest.raises(AttributeError, match='batch_size'):
         config.train.batchsize = 4
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_while_jax_is_imported_ends_the_command_in_one_line(number, tmp_path):
+    command = [sys.executable, 'main.py', CONFIG, f'--workdir={tmp_path / "run"}', '--mode=data']
+    pipes = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            assert process.stdout.readline() == 'loading JAX …\n'
+            process.send_signal(number)
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, output) == (75, '')
+    assert errors == '\ninterrupted: nothing is written yet; the same command starts over\n'
