@@ -36,8 +36,8 @@ def get_config() -> ConfigDict:
     config.model.groups = 32  # groups of GroupNorm
     config.model.dropout = 0.1  # probability
     config.model.remat = False  # recompute activations in the backward pass: a third more work, far less memory
-    config.model.first_level = 1  # the network's number for level 1; imported weights have 0
-    config.model.head_channels = 0  # channels of each head of attention; 0 is one head
+    config.model.first_level = 1  # the t with which the network is called at level 1; imported weights need 0
+    config.model.head_channels = 0  # channels of each attention head; 0 means one head
     config.model.norm_epsilon = 1e-6  # ε of GroupNorm
     config.model.downsample_padding = (0, 1)  # pixels of zeros before and after each axis; diffusers also has (1, 1)
     config.model.embedding_order = 'sin_cos'  # halves of the time embedding
@@ -63,9 +63,9 @@ def get_config() -> ConfigDict:
     config.train.warmup_steps = 5000  # steps over which the learning rate rises to its value
     config.train.grad_clip = 1.0  # largest global norm of the gradient of the mean-over-pixels loss; 0 does not clip
     config.train.ema_decay = 0.9999  # per step; smaller at first: min(ema_decay, (1 + step)/(10 + step))
-    config.train.max_bad_steps = 10  # end after so many steps in a row whose loss or gradient is not finite
+    config.train.max_bad_steps = 10  # stop after this many steps in a row whose loss or gradient is not finite
     config.train.begin_again = False  # begin at step 0 in a workdir whose checkpoints are all gone
-    config.train.accept_other_images = False  # train on with other images than those that the run was trained on so far
+    config.train.accept_other_images = False  # continue on other images than those that the run was trained on so far
     config.train.checkpoint_every = 5000  # steps
     config.train.keep_checkpoints = 3  # number of checkpoints that are kept, the newest ones
     config.train.log_every = 100  # steps
@@ -88,20 +88,20 @@ def get_config() -> ConfigDict:
     config.sample.folder = ''  # where <name>/ with the results is written; '' is samples/ in the workdir
     config.sample.batch_size = 256  # images at a time; the images do not depend on it
     config.sample.seed = 0  # image i depends on (seed, i) alone
-    config.sample.compat = ''  # sample as another codebase does, whatever the keys above say
+    config.sample.compat = ''  # reproduce another codebase's levels, clipping and noise; overrides the keys above
 
-    config.sample.metrics = ('FID', 'FD-EfficientNetLite0', 'FD-pixels')  # which numbers say how good the images are
+    config.sample.metrics = ('FID', 'FD-EfficientNetLite0', 'FD-pixels')  # metrics of the images
 
     config.metrics = ConfigDict()
     # File of the weights of Inception 2015-12-05: pytorch-fid's or torch-fidelity's .pth, or its tensors as
-    # .safetensors; '' leaves out FID and its kin.
+    # .safetensors; '' leaves out FID and the other metrics of Inception's features.
     config.metrics.inception = ''
     config.metrics.efficientnet = ''  # file of EfficientNet-Lite0's weights; '' is that of the extra [features]
     config.metrics.dialects = ('adm',)  # how images are resized for Inception
     config.metrics.split = ''  # the images that samples are compared with; '' is data.split, what is trained on
     config.metrics.flip = False  # compare with their mirror images as well
     config.metrics.reference = ''  # compare with the moments in this .npz file instead: ours, pytorch-fid's or ADM's
-    config.metrics.memorization = False  # also look for copies of training images; the null is the split 'test'
+    config.metrics.memorization = False  # also look for copies of training images, by comparison with the split 'test'
     config.metrics.batch_size = 64  # images at a time in feature networks
 
     config.sweep = ConfigDict()
@@ -150,7 +150,7 @@ def get_config() -> ConfigDict:
     config.distributed.coordinator = ''  # by hand: host:port of process 0, the same on all hosts
     config.distributed.num_processes = 0  # with coordinator: the number of processes
     config.distributed.process_id = -1  # with coordinator: the number of this process, from 0
-    config.distributed.timeout = 100  # seconds without a sign from another host after which a host gives up
+    config.distributed.timeout = 100  # seconds without a response from another host after which a host gives up
 
     # Folder of compiled programs, which is yours alone; '' is $XDG_CACHE_HOME/diffusion/compiled, or that in ~/.cache,
     # unless JAX_COMPILATION_CACHE_DIR names one; 'off' keeps none.

@@ -25,10 +25,10 @@ from diffusion.util import PATIENCE, Output, RunError, first_line, say_here
 
 MODES = {
     'train': 'train, or resume training',
-    'sample': 'draw images, and measure how good they are',
+    'sample': 'draw images, and compute their metrics',
     'likelihood': 'compute every likelihood, term by term',
-    'evaluate': 'measure how good images are that were made elsewhere',
-    'sweep': "draw with other numbers of steps and other η, and compare: DDIM's Table 1",
+    'evaluate': 'compute the metrics of images that were made elsewhere',
+    'sweep': "compute the metrics for several numbers of steps and η, as in DDIM's Table 1",
     'compare': 'test the difference of two records of images: --mode=compare A/record.json B/record.json',
     'reference': 'compute the features of the data, with which samples are compared',
     'data': 'show what the network will see',
@@ -43,7 +43,7 @@ HELP = """\
 Train a diffusion model, sample it, or compute its likelihood.
 
   diffusion --config=digits --workdir=runs/digits          train, or resume training
-  diffusion --workdir=runs/digits --mode=sample            draw images, and measure how good they are
+  diffusion --workdir=runs/digits --mode=sample            draw images, and compute their metrics
   diffusion --workdir=runs/digits --mode=likelihood        every likelihood, term by term
 
 `python main.py` in a checkout is the same command.

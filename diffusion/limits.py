@@ -1,7 +1,8 @@
-"""What each config key may be. configs/default.py says what each key means.
+"""The values that each config key may have. configs/default.py documents the keys.
 
-A key that names an entry of a table asks that table, so a table's keys stand nowhere else. Tables are referenced by
-name and imported only when a config is checked: the command line's help needs them before JAX is loaded.
+The values of a key that names an entry of a table are the keys of that table, so they are written nowhere else. Tables
+are referenced by name and imported only when a config is checked: the command line's help needs them before JAX is
+loaded.
 """
 
 import ast

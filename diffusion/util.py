@@ -25,11 +25,11 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-PATIENCE = 5  # seconds that a line of output waits for a pipe or a terminal that takes none
+PATIENCE = 5  # seconds that output waits for a pipe or a terminal that accepts none
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems
-REMINDER = 15.0  # seconds after which a stage says that it is still going; then after twice as many, and so on
-PIECE = 1024  # characters, at most 4 bytes each: what a pipe takes without blocking if it takes anything
-UNFINISHED: set[str] = set()  # folders that are to be removed if the process is ended, see `unfinished`
+REMINDER = 15.0  # seconds after which a stage reports that it goes on; the interval doubles each time
+PIECE = 1024  # characters of at most 4 bytes each; a pipe that accepts anything accepts as many without blocking
+UNFINISHED: set[str] = set()  # folders that are removed if the process is ended, see `unfinished`
 
 # Settings of JAX, and variables with flags of compilers, that change numbers; and flags that do not.
 JAX_SETTINGS = (
@@ -51,11 +51,11 @@ def first_line(error: BaseException | None, most: int = 300) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A text stream that never fails: output is no reason to stop.
+    """A text stream that never fails, because a failure of output must not stop a run.
 
-    What cannot be written is dropped: if the disk is full, the reader of the pipe is gone or has stopped reading, the
-    terminal is closed, or the process was started without the stream (then it is None). Characters that the stream's
-    encoding lacks become '?'.
+    Text is dropped if the disk is full, the reader of the pipe has ended or has stopped reading, the terminal is
+    closed, or the process was started without the stream (then it is None). Characters that the stream's encoding lacks
+    become '?'.
     """
 
     stream: TextIO | None
@@ -79,10 +79,10 @@ class Output:
                 stream.flush()
 
     def flush(self) -> None:
-        """Do nothing, as all is flushed."""
+        """Do nothing: `write` flushes."""
 
     def __getattr__(self, name: str) -> Any:
-        """What tqdm asks about the stream: whether it is a terminal, and its encoding."""
+        """Return an attribute of the stream, for tqdm: whether it is a terminal, and its encoding."""
         return getattr(self.stream, name)
 
 
@@ -111,10 +111,10 @@ def progress(*, total: int, doing: str, unit: str, initial: int = 0, hidden: boo
 
     Args:
         total: the number of units.
-        doing: a word for what is counted.
-        unit: the name of one.
+        doing: the word before the bar, such as 'train'.
+        unit: the name of a unit.
         initial: the number of units that are done already.
-        hidden: show nothing.
+        hidden: whether to show nothing.
     """
     from tqdm import tqdm
 
@@ -131,7 +131,7 @@ def progress(*, total: int, doing: str, unit: str, initial: int = 0, hidden: boo
 
 @contextlib.contextmanager
 def stage(doing: str) -> Iterator[None]:
-    """Say what is being done within the context, and now and then, ever more rarely, that it still is."""
+    """Announce what is done within the context, and report at growing intervals that it goes on."""
     say(f'{doing} …')
     began, over = time.monotonic(), threading.Event()
 
@@ -221,7 +221,7 @@ def write_text(path: str, text: str) -> None:
 
 
 def cache_folder() -> str:
-    """Return the folder of what is kept between runs: $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion."""
+    """Return the folder for files that are kept between runs: $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion."""
     return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'diffusion')
 
 
@@ -350,7 +350,7 @@ def exclusive(path: str, waiting: str) -> Iterator[None]:
 
 
 class RunError(Exception):
-    """An error of the user's input or surroundings, not a bug; the message says what was found and what to do."""
+    """An error of the user's input or machine, not a bug; the message states what was found and what to do."""
 
 
 @contextlib.contextmanager
