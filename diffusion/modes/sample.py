@@ -25,7 +25,7 @@ from diffusion.runtime import hosts, memory, mesh
 from diffusion.runtime.compilation import compiling
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
-from diffusion.util import naming, numerics, progress, say, stage, versions
+from diffusion.util import RunError, naming, numerics, progress, say, stage, versions
 
 MEMORY = 'lower config.sample.batch_size'  # if there is too little
 
@@ -164,8 +164,14 @@ class Drawn:
         """Return the number of whole images."""
         return os.path.getsize(self._path) // math.prod(self._shape)
 
-    def append(self, images: UInt8[np.ndarray, 'n H W C']) -> None:
-        """Add images; when it returns, they are on disk."""
+    def append(self, start: int, images: UInt8[np.ndarray, 'n H W C']) -> None:
+        """Add the images from number `start` on; when it returns, they are on disk.
+
+        Raises:
+            RunError: another process has added some meanwhile.
+        """
+        if self.count() != start:
+            raise RunError(f'another process is drawing the images of {self._path}, too: let it finish')
         with open(self._path, 'ab') as file:
             file.write(np.ascontiguousarray(images).data)
             file.flush()
@@ -192,7 +198,7 @@ def draw_all(
             stop = min(done + batch_size, asked.num_images)
             images = data.to_uint8(draw(params, asked.seed, done, stop))
             if hosts.is_first():
-                drawn.append(images)
+                drawn.append(done, images)
             bar.update(stop - done)
             done = stop
     return done

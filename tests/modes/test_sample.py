@@ -249,6 +249,15 @@ def test_a_signal_while_images_are_drawn_keeps_them_and_the_same_command_resumes
     assert resumed[1]['metrics'] == fresh[1]['metrics']
 
 
+def test_two_processes_do_not_draw_the_same_images_at_once(tmp_path):
+    """The one that comes second notices, and nothing is mixed up."""
+    first, second = (sample.Drawn(str(tmp_path), (8, 8, 1), 'settings') for _ in range(2))
+    first.append(0, np.zeros((2, 8, 8, 1), np.uint8))
+    with pytest.raises(RunError, match='another process is drawing'):
+        second.append(0, np.ones((2, 8, 8, 1), np.uint8))
+    assert first.count() == 2 and not first.images().any()
+
+
 def test_an_image_depends_on_its_seed_and_index_alone(trained, five):
     """Not on how many are drawn, nor on how many at a time."""
     images, record, _ = draw(trained, asking(num_images=3, batch_size=2))

@@ -122,7 +122,7 @@ def test_finished_cells_are_not_computed_again(trained, swept, monkeypatch):
     [
         ({'num_steps': (2, 5)}, r'config\.sweep .*5'),
         ({'num_steps': ()}, 'asks for nothing'),
-        ({'num_steps': (0,)}, r'config\.sweep\.num_steps is \(0,\), but must be a tuple, each value at least 1'),
+        ({'num_steps': (0,)}, r'config\.sweep\.num_steps is \(0,\), but must be a tuple, each value 1 to'),
         ({'etas': (1.5,)}, r'config\.sweep\.etas'),
     ],
 )
