@@ -67,7 +67,7 @@ def resolve(config: ConfigDict, workdir: str, *, training: bool = False) -> Conf
     keys again: those of data, network and schedule that this command line does not change are the run's.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         workdir: the folder of the run.
         training: only what the config leaves open is taken from the run; everything else must be asked for again.
 
@@ -109,7 +109,7 @@ def check(config: ConfigDict, stored: dict[str, Any] | None = None) -> None:
     """Raise RunError, which names the key, for a value that the key may not have.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         stored: the config of the run, if there is one: its own config file may add entries that are missing here.
     """
     try:
@@ -153,7 +153,7 @@ def check_config(config: ConfigDict, workdir: str, images: data.Images | None = 
     """Check that `workdir` holds no run of another network, schedule or data.
 
     Args:
-        config: what is asked, resolved.
+        config: the resolved config of the command.
         workdir: the folder of the run.
         images: the training images; if given, they must be those that the run was trained on.
 
@@ -208,7 +208,7 @@ def write_config(config: ConfigDict, workdir: str, images: data.Images | None = 
     If `workdir` has one already, settings of training that differ from `step` on are printed and recorded in it.
 
     Args:
-        config: what is asked, resolved.
+        config: the resolved config of the command.
         workdir: the folder of the run.
         images: the training images, if there are any.
         step: the number of training steps that the run has done.
@@ -458,7 +458,7 @@ def load_params(abstract: Any, config: ConfigDict, workdir: str, weights: str, s
 
     Args:
         abstract: shapes and shardings of a TrainState, as `Experiment.abstract_state` gives them.
-        config: what is asked, resolved.
+        config: the resolved config of the command.
         workdir: the folder of the run.
         weights: 'ema' or 'raw'.
         step: of the checkpoint; −1 is the newest that is intact.

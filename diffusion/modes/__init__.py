@@ -1,1 +1,1 @@
-"""What `--mode` can be: one file per mode, each with run(config, workdir) → exit status."""
+"""The values of --mode: one file each, with run(config, workdir) → exit status; compare.run takes two paths."""

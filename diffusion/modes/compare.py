@@ -1,4 +1,4 @@
-"""--mode=compare RECORD RECORD: whether one set of images is measurably better than another."""
+"""--mode=compare RECORD RECORD: the differences of the metrics of two sets of images, and their significance."""
 
 import math
 import os
@@ -9,18 +9,17 @@ import scipy.stats
 
 from diffusion.util import RunError, read_json, say
 
-# What two entries have to agree in, beside their reference; and what their references have to agree in.
+# Keys in which two entries must agree, and keys in which their references must agree.
 SAME = ('features', 'dialect', 'weights_sha256', 'n')
 SAME_REFERENCE = ('images_sha256', 'file_sha256', 'flip', 'count')
 SAME_NOISE = ('seed', 'count', 'first_level')  # records that agree in these started from the same noise
 
 
 def run(paths: list[str]) -> int:
-    """Test the difference of every number that two records both have.
+    """Test the difference of each metric that both records have: the first record's value minus the second's.
 
-    The difference is that of the first record less that of the second. If both sets of images started from the same
-    noise, image by image, the errors of those numbers that are known image by image are paired; otherwise they are
-    those of independent images.
+    If image i of both sets started from the same noise and the influence of each image on a metric is known, the
+    standard error is that of pairs; otherwise it is that of independent images.
 
     Args:
         paths: two files record.json, of --mode=sample or --mode=evaluate, or their folders.
@@ -72,7 +71,7 @@ def verdict(a: dict[str, Any], b: dict[str, Any], error: float) -> str:
 
 
 def differences(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
-    """Return a line for each key in which entries differ that have to agree in it."""
+    """Return a line for each key in which two entries must agree but differ."""
     found = []
     for a, b in pairs:
         compared = {key: (a.get(key), b.get(key)) for key in SAME}
@@ -95,7 +94,7 @@ def _read(path):
 
 
 def _influences(path):
-    """The influence of each image on the numbers of a record, as far as they are known."""
+    """The influence of each image on the metrics of a record, where it is known."""
     try:
         with np.load(os.path.join(os.path.dirname(path), 'influences.npz')) as file:
             return dict(file)

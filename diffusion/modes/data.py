@@ -17,7 +17,7 @@ def run(config: ConfigDict, path: str) -> int:
     """Write data/grid.png and data/record.json from a sample of the training images.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         path: the workdir.
 
     Returns:

@@ -1,4 +1,4 @@
-"""--mode=evaluate: how good images are that were made elsewhere; and what all modes do that measure images."""
+"""--mode=evaluate: metrics of images that were made elsewhere; and the functions of all modes that measure images."""
 
 import hashlib
 import math
@@ -36,7 +36,7 @@ def run(config: ConfigDict, path: str) -> int:
     """Measure the images of config.evaluate.images, and write evaluations/<name>/.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         path: the workdir.
 
     Returns:
@@ -165,10 +165,10 @@ def sha256(images: Any) -> str:
 
 
 class Plan(NamedTuple):
-    """What is measured, found out before anything is computed.
+    """The metrics to compute, determined before anything is computed.
 
     Attributes:
-        networks: the feature networks that are at hand.
+        networks: the feature networks whose weights are available.
         statistics: {network: the moments in config.metrics.reference} for those that the file is of.
         left_out: {metric: why it is left out}.
         known: what one call of `measure` computed for the next: programs, and the references of config.data.
@@ -184,7 +184,7 @@ def prepare(config: ConfigDict, shape: tuple[int, ...]) -> Plan:
     """Load what the metrics of config.sample.metrics need.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         shape: of an image, (H, W, C).
 
     Raises:
@@ -215,7 +215,7 @@ def measure(
 
     Args:
         config: config.sample.metrics names the metrics.
-        plan: as of `prepare`.
+        plan: the result of `prepare`.
         images: (N, H, W, C) uint8, or an object that is indexed in the same way; only the first host needs it.
         count: N.
         devices: over which batches are split.

@@ -53,7 +53,7 @@ def run(config: ConfigDict, path: str) -> int:
     """Write export/<name>/ from a checkpoint.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         path: the workdir.
 
     Returns:

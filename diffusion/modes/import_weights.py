@@ -1,4 +1,4 @@
-"""--mode=import_weights: a workdir from another project's weights, which every other mode understands."""
+"""--mode=import_weights: a workdir from another project's weights, which every other mode accepts."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ def run(config: ConfigDict, path: str) -> int:
     the files have no EMA weights, their only weights serve as both.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         path: the workdir.
 
     Returns:
@@ -114,8 +114,7 @@ def take_weights(found: Found, expected: Any, source: str) -> dict[str, Any]:
 def merge(config: ConfigDict, found: Found, source: str) -> tuple[ConfigDict, dict[str, dict[str, Any]]]:
     """Return the config with the settings of the files, and those settings.
 
-    What the command line says about sampling stays; what it says about the network or its training must be what the
-    files say.
+    Keys of sampling on the command line are kept. Keys of the network or its training must agree with the files.
 
     Raises:
         ValueError: a setting has a value or type that the config does not accept, or other than the command line's.

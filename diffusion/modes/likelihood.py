@@ -36,7 +36,7 @@ def run(config: ConfigDict, path: str) -> int:
     """Write likelihood/<name>/, part by part, resuming where an earlier call with the same settings stopped.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         path: the workdir.
 
     Returns:

@@ -33,7 +33,7 @@ def run(config: ConfigDict, path: str) -> int:
     """Compute the reference for every feature network whose weights are at hand, as far as it is not there yet.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         path: the workdir, which may be empty.
 
     Returns:
@@ -305,7 +305,7 @@ class Statistics(NamedTuple):
         path: of the file.
         features: the feature network that they are of; files of others are of inception.
         arrays: what the file holds.
-        record: what our file says of itself; {} for a file of others.
+        record: the description in a file of ours; {} for files of other projects.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""--mode=sample: images from a checkpoint, and how good they are."""
+"""--mode=sample: images from a checkpoint, and their metrics."""
 
 import glob
 import hashlib
@@ -34,7 +34,7 @@ def run(config: ConfigDict, path: str) -> int:
     """Sample sample.num_images images and write samples/<name>/.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         path: the workdir.
 
     Returns:

@@ -1,4 +1,4 @@
-"""--mode=sweep: the same images with other numbers of steps and other η, from one checkpoint: DDIM's Table 1."""
+"""--mode=sweep: images and metrics for several numbers of steps and η, from one checkpoint, as in DDIM's Table 1."""
 
 import hashlib
 import itertools
@@ -46,7 +46,7 @@ def run(config: ConfigDict, path: str) -> int:
     """Draw and measure images in each cell, and write sweep/<name>/; resume where an earlier call stopped.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         path: the workdir.
 
     Returns:

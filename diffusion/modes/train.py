@@ -44,7 +44,7 @@ def run(config: ConfigDict, path: str) -> int:
     """Train, or resume from the newest checkpoint, until train.num_steps.
 
     Args:
-        config: what is asked.
+        config: the config of the command.
         path: the workdir.
 
     Returns:
