@@ -114,18 +114,16 @@ def test_a_checkout_s_path_of_a_config_is_found_from_any_folder(tmp_path, monkey
 
 
 def test_a_workdir_with_a_run_needs_no_config(tmp_path):
-    """Its data, network and schedule are the run's, in any folder; other modes' settings may be given beside it."""
-    config = tiny({'sample.num_images': 2, 'sample.num_steps': 2})
+    """Its data, network and schedule are the run's, in any folder; the mode's settings may be given beside it."""
+    config = tiny()
     params = random_params(config, 1)
     make_run(tmp_path / 'run', config, 5, params=params, ema=params)
-    assert_refused(main(f'--workdir={tmp_path}', '--mode=sample'), '--config')
-    command = [sys.executable, ROOT / 'main.py', '--workdir=run', '--mode=sample', '--config.sample.eta=0']
+    assert_refused(main(f'--workdir={tmp_path}', '--mode=export'), '--config')
+    command = [sys.executable, ROOT / 'main.py', '--workdir=run', '--mode=export', '--config.interop.weights=raw']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (record,) = (tmp_path / 'run').glob('samples/*/record.json')
-    record = json.loads(record.read_text())
-    assert record['eta'] == 0 and record['count'] == 2 and record['num_steps'] == 2
-    assert record['model']['channels'] == config.model.channels and record['schedule']['T'] == config.schedule.T
+    network = json.loads((tmp_path / 'run' / 'export' / 'step5-raw' / 'unet' / 'config.json').read_text())
+    assert network['block_out_channels'] == [config.model.channels]
 
 
 def test_the_names_of_configs_are_those_of_the_files():
