@@ -52,3 +52,16 @@ def test_ours_is_measured_if_the_peers_are_not_installed():
     command = [sys.executable, '-m', 'benchmarks.peers', '--repetitions=1', f'--task={task.name}']
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, check=True)
     assert done.stdout.startswith(task.name) and ' s' in done.stdout
+
+
+@pytest.mark.slow
+def test_the_hour_on_a_gpu_is_rehearsed(tmp_path):
+    """Every part ends well, and leaves its results."""
+    results = tmp_path / 'results'
+    command = ['bash', 'benchmarks/gpu_all.sh', str(tmp_path), str(results), '--rehearse']
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {'PYTHON': sys.executable}, check=True
+    )
+    for part in ('check', 'table', 'kernels', 'train', 'sample'):
+        assert f'── {part} ended with 0' in done.stdout, done.stdout
+    assert {'metrics.jsonl', 'grid.png', 'record.json', 'last-sheet.png'} <= {file.name for file in results.iterdir()}

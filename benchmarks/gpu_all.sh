@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Everything worth knowing from one GPU, in eleven minutes, the most valuable first:
+#
+#     bash benchmarks/gpu_all.sh FOLDER RESULTS [--rehearse]
+#
+# FOLDER holds what benchmarks/gpu_wheels.sh put there: wheels that the machine lacks, and pictures. The machine needs
+# Python with JAX for its GPU and, for a comparison, PyTorch. Each part has its own time limit; what it found lies in
+# RESULTS when it ends. --rehearse does the same with a small network on any device.
+set -u
+cd "$(dirname "$0")/.."
+folder=$(realpath "$1") results=$2 rehearse=${3:-}
+mkdir -p "$results"
+results=$(realpath "$results")
+python=${PYTHON:-python3}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+
+if compgen -G "$folder/*.whl" >/dev/null; then
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$folder"/*.whl || exit
+  export PYTHONPATH=$site:${PYTHONPATH:-}
+fi
+scale=1
+if [ -n "$rehearse" ]; then # perhaps on a slow machine
+  scale=10
+  export JAX_DISABLE_MOST_OPTIMIZATIONS=1
+fi
+export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
+
+# part SECONDS NAME COMMAND…: run a command, stop it after so many seconds, and keep what it prints.
+part() {
+  local seconds=$(($1 * scale)) name=$2
+  shift 2
+  echo "── $name (at most $seconds s)"
+  local began=$SECONDS
+  timeout --signal=TERM --kill-after=20 "$seconds" "$@" 2>&1 | tee "$results/$name.log"
+  echo "── $name ended with ${PIPESTATUS[0]} after $((SECONDS - began)) s"
+  cp benchmarks/results/*gpu*.json benchmarks/results/nvidia*.json "$results" 2>/dev/null
+}
+
+run=$site/run
+train=(--config=cifar10 --config.data.source="folder:$folder/pictures.zip" --config.model.dtype=bfloat16
+  --config.train.num_steps=1000000 --config.train.log_every=50 --config.train.sample_every=1000
+  --config.train.warmup_steps=500 --config.train.ema_decay=0.999)
+sample=(--config.sample.num_images=1000 --config.sample.num_steps=50 --config.sample.eta=0)
+if [ -n "$rehearse" ]; then
+  train=(--config=digits --config.model.channels=8 --config.model.groups=4 --config.model.multipliers='(1,)'
+    --config.model.attention_resolutions='()' --config.train.num_steps=4 --config.train.sample_every=2)
+  sample=(--config.sample.num_images=4 --config.sample.num_steps=2)
+fi
+
+nvidia-smi 2>/dev/null | tee "$results/nvidia-smi.log"
+part 75 check "$python" -m benchmarks.gpu check $rehearse
+part 300 table "$python" -m benchmarks.gpu table --seconds=220 --repetitions=3 $rehearse
+part 60 kernels "$python" -m benchmarks.gpu kernels $rehearse
+part 130 train "$python" main.py "${train[@]}" --workdir="$run" # SIGTERM saves the last step
+part 75 sample "$python" main.py --workdir="$run" --mode=sample "${sample[@]}"
+
+cp "$run"/logs/metrics.jsonl "$run"/samples/*/grid.png "$run"/samples/*/record.json "$results" 2>/dev/null
+cp "$(ls "$run"/samples/progress/*.png 2>/dev/null | tail -n 1)" "$results/last-sheet.png" 2>/dev/null
+tail -n 1 "$results/metrics.jsonl"
+ls "$results"
