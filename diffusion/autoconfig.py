@@ -57,8 +57,8 @@ def choose_size(sizes: Counter, most: int = LARGEST_SIZE) -> int:
     """Choose an image size for pictures of the given sizes.
 
     If the pictures are squares of one size that the network can halve twice, it is that size. Otherwise it is the
-    largest power of two that the pictures reach. A few pictures do not count: outliers, and of the others one in a
-    hundred, or one if there are fewer but at least 20. It is never more than `most`.
+    largest power of two that the pictures reach. Outliers are ignored, and so are 1 % of the other pictures, or one of
+    them if there are 20 to 99. The size is never more than `most`.
 
     Args:
         sizes: how many pictures have each (height, width), in pixels.
@@ -105,7 +105,7 @@ def leave_out(config: ConfigDict, sizes: Counter) -> None:
     if not smaller:
         return
     count, total = sum(smaller.values()), sizes.total()
-    # What pictures that cannot be decoded are allowed is left to them.
+    # Pictures that cannot be decoded keep the fraction that is allowed for them.
     allowed = config.data.max_bad_fraction + math.ceil(1000 * count / total) / 1000
     config.data.max_bad_fraction = round(min(1.0, allowed), 3)
     some = ', '.join(f'{width}×{height}' for height, width in list(smaller)[:5])

@@ -269,8 +269,8 @@ def own_variance(
 def require_room_for_noise(variance: Variance, eta: float) -> None:
     """Check that variance 'large' goes with η = 1.
 
-    The mean of the kernel leaves room for its own σ². DDPM's β, whose mean is that of η = 1, hardly exceeds it; at a
-    smaller η it is far more, and the images drown in noise.
+    With the mean of the kernel, the variance of x_s is 1 − ᾱ_s only if σ² is the kernel's own. At most levels DDPM's β
+    is close to the kernel's σ² for η = 1, but far larger than that for a smaller η: the images would be mostly noise.
 
     Args:
         variance: as in `own_variance`.
