@@ -134,6 +134,9 @@ def build(config: ConfigDict) -> Experiment:
         network = make_network(config, NETWORKS | implementation.NETWORKS)
         _ = network.graph  # raises ValueError now
     optimizer, learning_rate = make_optimizer(config.train)
+    if warning := schedule.start_warning(noise_schedule, noise_schedule.T):
+        remedy = 'larger β (schedule.beta_end), more levels (schedule.T), or schedule.name=cosine'
+        say(f'warning: config.schedule: {warning}; train with {remedy}')
     return Experiment(noise_schedule, network, optimizer, learning_rate, device_mesh, implementation)
 
 
@@ -176,7 +179,8 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     """
 
     def learning_rate(updates):
-        return config.learning_rate * jnp.minimum(1.0, (updates + 1) / max(1, config.warmup_steps))
+        done = jnp.asarray(updates + 1, jnp.float32)
+        return config.learning_rate * jnp.minimum(1.0, done / max(1, config.warmup_steps))
 
     clip = optax.clip_by_global_norm(config.grad_clip or float('inf'))
     return optax.chain(clip, optax.adam(learning_rate)), learning_rate

@@ -21,6 +21,8 @@ Net = Callable[[Images, Real[Array, 'B']], Images]  # (x_t, t) -> output
 Clip = bool | Literal['x0-only']
 Variance = str | Float[ArrayLike, 'num_steps']
 
+TO_FLOAT = 'levels u = 0 … 255 become x0 = u/127.5 − 1 (diffusion.data.to_float)'  # the way out of an error
+
 
 class Prediction(NamedTuple):
     """A clean image and the noise that together make x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·eps.
@@ -48,7 +50,9 @@ class Kind(NamedTuple):
 
 
 def _predict_from_eps(signal: Coefficient, noise: Coefficient, output: Images, x_t: Images) -> Prediction:
-    return Prediction(jnp.where(signal > 0, (x_t - noise * output) / signal, jnp.nan), output)
+    x0 = (x_t - noise * output) / jnp.where(signal > 0, signal, 1)
+    with jax.debug_nans(False):  # the constant NaN is no result
+        return Prediction(jnp.where(signal > 0, x0, jnp.nan), output)
 
 
 def _predict_from_x0(signal: Coefficient, noise: Coefficient, output: Images, x_t: Images) -> Prediction:
@@ -66,6 +70,46 @@ KINDS = {
 }
 
 
+def evaluate(net: Net, x_t: Images, t: Real[Array, 'B']) -> Images:
+    """Call a network, and check the shape of its output, which would otherwise be broadcast to other numbers.
+
+    Args:
+        net: the network, (x_t (B, ...), t (B,)) -> (B, ...).
+        x_t: (B, ...), its input.
+        t: (B,), the noise levels.
+
+    Returns:
+        (B, ...) float32, the output.
+
+    Raises:
+        ValueError: the output has another shape than `x_t`.
+    """
+    output = net(x_t, t)
+    if jnp.shape(output) != jnp.shape(x_t):
+        raise ValueError(
+            f'the network returns the shape {jnp.shape(output)} for x_t of the shape {jnp.shape(x_t)}, but must return '
+            'one value for each value of x_t'
+        )
+    return jnp.asarray(output, jnp.float32)
+
+
+def require_images(x0: Images) -> None:
+    """Check that clean images lie in [−1, 1]; images that are traced by JAX are not checked.
+
+    Args:
+        x0: (B, ...), clean images.
+
+    Raises:
+        ValueError: a value is outside, or is NaN.
+    """
+    if isinstance(x0, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # keeps concrete images concrete under jit
+        lowest, highest = float(jnp.min(x0)), float(jnp.max(x0))
+    if not -1 - 1e-5 <= lowest <= highest <= 1 + 1e-5:
+        raise ValueError(f'x0 goes from {lowest:g} to {highest:g}, but must lie in [−1, 1]; {TO_FLOAT}')
+
+
 def like(coefficient: Float[Array, '*B'], x: Images) -> Coefficient:
     """Append axes of size 1 to a coefficient, so that it multiplies each image of `x` by its own value.
 
@@ -75,9 +119,14 @@ def like(coefficient: Float[Array, '*B'], x: Images) -> Coefficient:
 
     Returns:
         (B, 1, …, 1) with as many axes as `x`, or the scalar itself.
+
+    Raises:
+        ValueError: there are not as many coefficients as images.
     """
     if coefficient.ndim == 0:
         return coefficient
+    if coefficient.shape != jnp.shape(x)[: coefficient.ndim]:
+        raise ValueError(f'there are levels of the shape {coefficient.shape} for images of the shape {jnp.shape(x)}')
     return jnp.expand_dims(coefficient, tuple(range(coefficient.ndim, jnp.ndim(x))))
 
 
@@ -92,7 +141,14 @@ def q_sample(schedule: Schedule, x0: Images, t: Level, eps: Images) -> Images:
 
     Returns:
         (B, ...), x_t.
+
+    Raises:
+        ValueError: x0 are whole numbers, or eps has another shape.
     """
+    if not jnp.issubdtype(jnp.result_type(x0), jnp.floating):
+        raise ValueError(f'x0 is {jnp.result_type(x0)}, but must be real numbers in [−1, 1]; {TO_FLOAT}')
+    if jnp.shape(eps) != jnp.shape(x0):
+        raise ValueError(f'eps has the shape {jnp.shape(eps)}, but x0 has {jnp.shape(x0)}')
     return like(schedule.signal(t), x0) * x0 + like(schedule.noise(t), x0) * eps
 
 
@@ -178,8 +234,9 @@ def require_signal(schedule: Schedule, kind: str, t: Level) -> None:
 def _determines_x0_from_noise(kind: str) -> bool:
     """Return whether the output of a network determines x_0 where ᾱ_t = 0, so that x_t is pure noise."""
     with jax.ensure_compile_time_eval():
-        zero, one = jnp.zeros(()), jnp.ones(())
-        return bool(jnp.isfinite(_kind(kind).predict(zero, one, zero, zero).x0))
+        zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+        with jax.debug_nans(False):  # NaN is an answer here
+            return bool(jnp.isfinite(_kind(kind).predict(zero, one, zero, zero).x0))
 
 
 def posterior(
@@ -257,7 +314,7 @@ def own_variance(
                 raise ValueError(f'variance is {variance}, but must be finite and not negative')
         if np.shape(variance) != t.shape:
             raise ValueError(f'variance has the shape {np.shape(variance)}, but the chain has {len(t)} steps')
-        return jnp.asarray(variance)
+        return jnp.asarray(variance, jnp.float32)
     if variance == 'small':
         return None
     if variance != 'large':

@@ -39,7 +39,7 @@ def uniform_levels(key: Key[Array, ''], schedule: Schedule, batch_size: int) -> 
     Returns:
         (B,) int, in 1 … T.
     """
-    return jax.random.randint(key, (batch_size,), 1, schedule.T + 1)
+    return jax.random.randint(key, (batch_size,), 1, schedule.T + 1, jnp.int32)
 
 
 def stratified_levels(key: Key[Array, ''], schedule: Schedule, batch_size: int) -> Int[Array, 'B']:
@@ -76,14 +76,15 @@ def levels_of_density(
         middle = (log_snr[1:] + log_snr[:-1]) / 2
         width = -jnp.diff(middle, prepend=log_snr[:1], append=log_snr[-1:])
         total = jnp.cumsum(density(log_snr) * width)
-        return 1 + jnp.searchsorted(total, _evenly(key, batch_size) * total[-1], side='right').clip(max=schedule.T - 1)
+        index = jnp.searchsorted(total, _evenly(key, batch_size) * total[-1], side='right')
+        return 1 + index.clip(max=schedule.T - 1).astype(jnp.int32)
 
     return levels
 
 
 def _evenly(key, batch_size):
     """u_i = u + i/B mod 1 with one uniform u (VDM, arXiv:2107.00630, appendix I.1)."""
-    return (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1
+    return (jax.random.uniform(key, dtype=jnp.float32) + jnp.arange(batch_size, dtype=jnp.float32) / batch_size) % 1
 
 
 def simple_loss(
@@ -105,8 +106,8 @@ def simple_loss(
     Returns:
         (B,) float32.
     """
-    output = net(gaussian.q_sample(schedule, x0, t, eps), t)
-    error = gaussian.target(schedule, kind, x0, t, eps) - output.astype(jnp.float32)
+    output = gaussian.evaluate(net, gaussian.q_sample(schedule, x0, t, eps), t)
+    error = gaussian.target(schedule, kind, x0, t, eps) - output
     return jnp.mean(error**2, axis=tuple(range(1, x0.ndim)))
 
 
@@ -149,7 +150,7 @@ def weighted(
 
     def loss(schedule, net, x0, t, eps, kind):
         x_t = gaussian.q_sample(schedule, x0, t, eps)
-        prediction = gaussian.predict(schedule, kind, net(x_t, t).astype(jnp.float32), x_t, t)
+        prediction = gaussian.predict(schedule, kind, gaussian.evaluate(net, x_t, t), x_t, t)
         # The error of v, (1 + SNR)·‖x_0 − x̂_0‖², is finite at all levels, where that of x_0 or of ε may not be.
         signal, noise = gaussian.like(schedule.signal(t), x0), gaussian.like(schedule.noise(t), x0)
         error = signal * (eps - prediction.eps) - noise * (x0 - prediction.x0)
@@ -194,8 +195,10 @@ def loss(
         (B,) float32.
 
     Raises:
-        ValueError: the weighting or the kind is unknown.
+        ValueError: the weighting or the kind is unknown; x0 are whole numbers or outside [−1, 1], as far as that can
+            be seen; or the output of the network has another shape than its input.
     """
+    gaussian.require_images(x0)
     t, eps = draw(key, schedule, x0.shape, weighting=weighting)
     return WEIGHTINGS[weighting].loss(schedule, net, x0, t, eps, kind)
 
@@ -220,4 +223,4 @@ def draw(
     if weighting not in WEIGHTINGS:
         raise ValueError(f'weighting is {weighting!r}, but must be one of {", ".join(WEIGHTINGS)}')
     level_key, noise_key = jax.random.split(key)
-    return WEIGHTINGS[weighting].levels(level_key, schedule, shape[0]), jax.random.normal(noise_key, shape)
+    return WEIGHTINGS[weighting].levels(level_key, schedule, shape[0]), jax.random.normal(noise_key, shape, jnp.float32)

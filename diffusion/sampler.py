@@ -92,7 +92,7 @@ def sample(
     Raises:
         ValueError: the keys are not typed or not (N,); the levels do not decrease to 0 or are outside [0, T]; a pair is
             not s < t; the variance, the rule or the kind is unknown; the variance is 'large' and `eta` is not 1;
-            x_T has another shape; or the kind is 'eps' and the first level has ᾱ = 0.
+            x_T or the output of the network has another shape; or the kind is 'eps' and the first level has ᾱ = 0.
     """
     if rule not in RULES:
         raise ValueError(f'rule is {rule!r}, but must be one of {", ".join(RULES)}')
@@ -106,7 +106,7 @@ def sample(
     std = None if variances is None else jnp.where((s > 0) | last_noise, jnp.sqrt(variances), 0)
 
     def predict(x_t: Batch, t: Int[Array, '']) -> Prediction:
-        output = net(x_t, jnp.full(keys.shape, t)).astype(jnp.float32)
+        output = gaussian.evaluate(net, x_t, jnp.full(keys.shape, t))
         return gaussian.predict(schedule, kind, output, x_t, t, clip=clip)
 
     def step(carry, pair):
@@ -133,7 +133,7 @@ def noise(keys: Key[Array, 'N'], level: Int[ArrayLike, ''], shape: tuple[int, ..
     Returns:
         (N, *shape) float32.
     """
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), shape))(keys)
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), shape, jnp.float32))(keys)
 
 
 def _pairs(schedule: Schedule, kind: str, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -78,7 +78,8 @@ class Schedule:
         def get(table):
             return table.at[index].get(mode='fill', fill_value=jnp.nan, wrap_negative_indices=False)
 
-        return get(self.log_alpha_bar), get(self.remainder)
+        with jax.debug_nans(False):  # the constant NaN is no result
+            return get(self.log_alpha_bar), get(self.remainder)
 
     def _where_noisy(self, t: Levels, function: Callable[[Values], Values], at_0: float) -> Values:
         """`function` of log ᾱ_t, but `at_0` where ᾱ_t = 1, with derivative 0 there instead of NaN."""
@@ -126,7 +127,7 @@ def _log_snr(log_alpha_bar: Values) -> Values:
 
 
 def from_betas(betas: Float[np.ndarray, 'T'] | Sequence[float]) -> Schedule:
-    """Build the schedule with ᾱ_t = ∏_{i≤t} (1−β_i), computed in float64 and stored in twice float32.
+    """Build the schedule with ᾱ_t = ∏_{i≤t} (1−β_i), computed in float64 and stored as two float32 tables.
 
     Args:
         betas: (T,), β_1 … β_T, each in (0, 1). Only β_T may be 1; then ᾱ_T = 0.
@@ -246,6 +247,17 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     'sigmoid': sigmoid,
     'cosine': cosine,
 }
+
+
+def start_warning(schedule: Schedule, t: int) -> str:
+    """Say why a chain should not start from pure noise at level t, where √ᾱ_t is above 0.1; '' if it may."""
+    signal = float(schedule.signal(t))
+    if signal <= 0.1:
+        return ''
+    return (
+        f'√ᾱ_t is {signal:.2f} at t={t} of T={schedule.T}: x_t still shows x_0 there, but sampling starts from pure '
+        'noise, so that the images will be off'
+    )
 
 
 # A spacing maps (T, num_steps) to the levels above 0 that a chain visits, the noisiest first.

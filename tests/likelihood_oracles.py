@@ -251,7 +251,7 @@ def exact_expectations(monkeypatch):
         return jnp.broadcast_to(jnp.asarray(column, dtype), shape)
 
     monkeypatch.setattr(jax.random, 'normal', normal)
-    monkeypatch.setattr(jax.random, 'randint', lambda key, shape, minval, maxval: jnp.broadcast_to(minval, shape))
+    monkeypatch.setattr(jax.random, 'randint', lambda key, shape, low, high, dtype: jnp.full(shape, low, dtype))
 
 
 def assert_mean(values, expected, errors=4.5, atol=1e-5):

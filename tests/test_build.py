@@ -48,6 +48,18 @@ def test_an_impossible_config_is_refused_by_its_key(changes, words):
         assert word in str(error.value)
 
 
+def test_a_schedule_that_does_not_end_at_noise_is_told(capsys):
+    """The defaults of DDPM with a tenth of its levels; `cosine` ends at noise for any number."""
+    few = {'schedule.T': 100, 'schedule.beta_start': 1e-4, 'schedule.beta_end': 0.02}
+    build.build(quick(few))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith('warning: config.schedule: √ᾱ_t is 0.60 at t=100 of T=100')
+    assert 'schedule.beta_end' in line and 'schedule.name=cosine' in line
+    for changes in ({'schedule.beta_end': 0.2}, {'schedule.T': 1000}, {'schedule.name': 'cosine'}):
+        build.build(quick(few | changes))
+        assert capsys.readouterr().out == ''
+
+
 def devices_of(platform):
     return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
 

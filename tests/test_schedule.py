@@ -143,6 +143,18 @@ def test_invalid_betas_are_an_error(bad):
         schedule.from_betas(bad)
 
 
+@pytest.mark.parametrize('name', NAMES)
+def test_a_chain_that_does_not_start_at_noise_is_told(name):
+    """√ᾱ above 0.1, by the product of the β in float64: at the last level of few levels, and far below the last one."""
+    for T in (10, 100, 1000):
+        signal = float(exact_alpha_bars(name, T)[T]) ** 0.5
+        warning = schedule.start_warning(schedule.SCHEDULES[name](T), T)
+        assert bool(warning) == (signal > 0.1)
+        assert not warning or f'√ᾱ_t is {signal:.2f} at t={T} of T={T}' in warning
+    assert '√ᾱ_t is 0.60 at t=100' in schedule.start_warning(schedule.linear(100), 100)
+    assert '√ᾱ_t is 0.16 at t=600 of T=1000' in schedule.start_warning(schedule.linear(1000), 600)
+
+
 # The levels of a chain.
 
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from diffusion import gaussian
 from diffusion.gaussian import Clip, Images, Net, Variance
+from diffusion.likelihood import draws
 from diffusion.likelihood.decoder import Width, log_likelihood, per_image
 from diffusion.schedule import Schedule
 from diffusion.schedule import timesteps as all_timesteps
@@ -91,7 +92,7 @@ def make_chain(
     variances = gaussian.own_variance(schedule, variance, s, t, eta=eta)
     if not isinstance(variance, (str, jax.core.Tracer)) and not np.all(np.asarray(variance) > 0):
         raise ValueError(f'variance is {variance}, but must be positive: with 0 the model has no density, and no bound')
-    nothing = gaussian.Prediction(jnp.zeros(len(t)), jnp.zeros(len(t)))
+    nothing = gaussian.Prediction(*jnp.zeros((2, len(t)), jnp.float32))
     _, kernel_std = gaussian.posterior(schedule, nothing, s, t, eta=eta)
     std = kernel_std if variances is None else jnp.sqrt(variances)
     if isinstance(variance, str):
@@ -114,18 +115,18 @@ def compare(chain: Chain, x0: Images, eps: Images, i: Int[Array, 'B']) -> tuple[
     """
     t, s = jnp.asarray(chain.t)[i], jnp.asarray(chain.s)[i]
     x_t = gaussian.q_sample(chain.schedule, x0, t, eps)
-    output = chain.net(x_t, t).astype(jnp.float32)
+    output = gaussian.evaluate(chain.net, x_t, t)
     predicted = gaussian.predict(chain.schedule, chain.kind, output, x_t, t, clip=chain.clip)
     kernel = functools.partial(gaussian.posterior, chain.schedule, s=s, t=t, eta=chain.eta)
     p_mean, _ = kernel(predicted)
     return kernel(gaussian.Prediction(x0, eps)), (p_mean, gaussian.like(chain.std[i], x0))
 
 
-def reconstruction(key: Key[Array, ''], chain: Chain, x0: Images) -> Float[Array, 'B']:
+def reconstruction(key: draws.Keys, chain: Chain, x0: Images) -> Float[Array, 'B']:
     """One draw of log p(x_0 | x_1), x_1 ~ q(x_1 | x_0).
 
     Args:
-        key: typed PRNG key.
+        key: one key, or one for each image, see `draws`.
         chain: the chain.
         x0: (B, ...), clean images.
 
@@ -133,7 +134,7 @@ def reconstruction(key: Key[Array, ''], chain: Chain, x0: Images) -> Float[Array
         (B,) nats.
     """
     last = jnp.full(x0.shape[:1], len(chain.t) - 1)
-    _, p = compare(chain, x0, jax.random.normal(key, x0.shape), last)
+    _, p = compare(chain, x0, draws.normal(key, x0.shape), last)
     return chain.decoder(x0, *p)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float
 
-from diffusion.gaussian import Images
+from diffusion.gaussian import Images, require_images
 
 Width = Float[Array, '...']  # broadcasts against the images
 
@@ -28,7 +28,11 @@ def discretized(x0: Images, mean: Images, std: Width, bins: int) -> Images:
 
     Returns:
         (B, ...) nats, the log-probability of each pixel.
+
+    Raises:
+        ValueError: x0 is outside [−1, 1], as far as that can be seen.
     """
+    require_images(x0)
     # In units of half a bin the values are whole numbers, and neighbouring bins share exactly the same edge.
     level = jnp.round((x0 + 1) * (bins - 1) / 2)
     value, mean, std = 2 * level - (bins - 1), mean * (bins - 1), std * (bins - 1)
@@ -80,7 +84,7 @@ def log_likelihood(
         (B,) nats, of a probability, or of a density for 'gaussian'.
 
     Raises:
-        ValueError: the decoder is unknown.
+        ValueError: the decoder is unknown, or x0 is outside its range.
     """
     if decoder not in DECODERS:
         raise ValueError(f'decoder is {decoder!r}, but must be one of {", ".join(DECODERS)}')

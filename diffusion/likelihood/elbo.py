@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from diffusion import gaussian
 from diffusion.gaussian import Clip, Images, Net, Variance
+from diffusion.likelihood import draws
 from diffusion.likelihood.chain import Chain, Normal, compare, forward, log_ratio, make_chain, reconstruction
 from diffusion.likelihood.decoder import Width, per_image
 from diffusion.schedule import Schedule
@@ -49,7 +50,8 @@ class Terms(NamedTuple):
         """
         y = self.consistency
         if y.shape[1] < 2:
-            return jnp.full(y.shape[:1], jnp.nan)
+            with jax.debug_nans(False):  # NaN is the answer
+                return jnp.full(y.shape[:1], jnp.nan, jnp.float32)
         half = y.shape[1] // 2
         squares = ((y[:, : 2 * half : 2] - y[:, 1 : 2 * half : 2]) ** 2).sum(axis=1)
         return jnp.sqrt(squares + (y[:, -1] - y[:, -2]) ** 2 * (y.shape[1] % 2))
@@ -61,18 +63,20 @@ class Form(NamedTuple):
     Attributes:
         title: its name in the ledger.
         equation: where it is defined.
-        prior: (key, chain, x0) -> (B,) nats, one draw of the prior term.
+        prior: (key, chain, x0) -> (B,) nats, one draw of the prior term; the key as in `draws`.
         consistency: (key, chain, x0, i) -> (B,) nats, one draw of the consistency term of pair i (B,) = (t, s), s > 0.
+        note: a sentence that readers of the ledger need, below its table.
     """
 
     title: str
     equation: str
-    prior: Callable[[Key[Array, ''], Chain, Images], Nats]
-    consistency: Callable[[Key[Array, ''], Chain, Images, Int[Array, 'B']], Nats]
+    prior: Callable[[draws.Keys, Chain, Images], Nats]
+    consistency: Callable[[draws.Keys, Chain, Images, Int[Array, 'B']], Nats]
+    note: str = ''
 
 
 def elbo(
-    key: Key[Array, ''],
+    key: draws.Keys,
     schedule: Schedule,
     net: Net,
     x0: Images,
@@ -108,7 +112,7 @@ def elbo(
     Memory does not grow with the number of levels.
 
     Args:
-        key: typed PRNG key.
+        key: typed PRNG key; or (B,) keys, one for each image, whose draws then do not depend on the other images.
         schedule: the noise schedule.
         net: the network, (x_t (B, ...), t (B,)) -> (B, ...).
         x0: (B, ...), images in [−1, 1].
@@ -136,16 +140,16 @@ def elbo(
     chain = make_chain(
         schedule, net, kind=kind, variance=variance, eta=eta, timesteps=timesteps, clip=clip, decoder=decoder, bins=bins
     )
-    num_pairs, batch = len(chain.t) - 1, x0.shape[:1]  # the last pair is the decoder's
+    num_pairs = len(chain.t) - 1  # the last pair is the decoder's
     if levels is not None and not 1 <= levels <= num_pairs:
         raise ValueError(f'levels is {levels}, but the chain has {num_pairs} consistency terms')
-    decoder_key, prior_key, level_key, pair_key = jax.random.split(key, 4)
+    decoder_key, prior_key, level_key, pair_key = draws.split(key, 4)
     num_strata = num_pairs if levels is None else levels
     first = jnp.asarray(strata(num_pairs, num_strata))
 
     def stratum(_, j):
-        i = jax.random.randint(jax.random.fold_in(level_key, j), batch, first[j], first[j + 1])
-        term = FORMS[form].consistency(jax.random.fold_in(pair_key, j), chain, x0, i)
+        i = draws.integers(draws.fold_in(level_key, j), len(x0), first[j], first[j + 1])
+        term = FORMS[form].consistency(draws.fold_in(pair_key, j), chain, x0, i)
         return None, (first[j + 1] - first[j]) * term
 
     _, consistency = jax.lax.scan(stratum, None, jnp.arange(num_strata))
@@ -196,7 +200,7 @@ def prior_term(chain: Chain, x0: Images) -> Nats:
 
 def _posterior_consistency(key, chain, x0, i):
     """−KL( q_σ(x_s|x_t,x_0) ‖ p(x_s|x_t) ) at one x_t ~ q(x_t|x_0)."""
-    q, p = compare(chain, x0, jax.random.normal(key, x0.shape), i)
+    q, p = compare(chain, x0, draws.normal(key, x0.shape), i)
     return -kl(*q, *p)
 
 
@@ -224,29 +228,29 @@ def _printed_consistency(key, chain, x0, i):
     return -kl(*q, *p)
 
 
-def _last_transition(key: Key[Array, ''], chain: Chain, x0: Images) -> tuple[Images, Normal]:
+def _last_transition(key: draws.Keys, chain: Chain, x0: Images) -> tuple[Images, Normal]:
     """Draw x_T from q(x_T|x_{T−1}); return its noise z, and the Gaussian."""
-    before_key, key = jax.random.split(key)
-    z, q, _ = _move(key, chain, x0, jax.random.normal(before_key, x0.shape), chain.s[0], chain.t[0])
+    before_key, key = draws.split(key)
+    z, q, _ = _move(key, chain, x0, draws.normal(before_key, x0.shape), chain.s[0], chain.t[0])
     return z, q
 
 
-def _neighbours(key: Key[Array, ''], chain: Chain, x0: Images, i: Int[Array, 'B']) -> tuple[Images, Normal, Normal]:
+def _neighbours(key: draws.Keys, chain: Chain, x0: Images, i: Int[Array, 'B']) -> tuple[Images, Normal, Normal]:
     """Draw x_r, x_s and x_t along q; return the noise z of x_s, and the Gaussians q(x_s|x_r) and p(x_s|x_t)."""
-    below_key, s_key, t_key = jax.random.split(key, 3)
+    below_key, s_key, t_key = draws.split(key, 3)
     r, s, t = jnp.asarray(chain.s)[i + 1], jnp.asarray(chain.s)[i], jnp.asarray(chain.t)[i]
-    z, q, eps = _move(s_key, chain, x0, jax.random.normal(below_key, x0.shape), r, s)
+    z, q, eps = _move(s_key, chain, x0, draws.normal(below_key, x0.shape), r, s)
     *_, eps = _move(t_key, chain, x0, eps, s, t)
     _, p = compare(chain, x0, eps, i)
     return z, q, p
 
 
 def _move(
-    key: Key[Array, ''], chain: Chain, x0: Images, eps: Images, s: Int[Array, '*B'], t: Int[Array, '*B']
+    key: draws.Keys, chain: Chain, x0: Images, eps: Images, s: Int[Array, '*B'], t: Int[Array, '*B']
 ) -> tuple[Images, Normal, Images]:
     """Draw x_t from q_σ(x_t|x_s,x_0), where eps is the ε of x_s; return its noise z, the Gaussian, and the ε of x_t."""
     rho, rest = (gaussian.like(coefficient, x0) for coefficient in forward(chain, s, t))
-    z = jax.random.normal(key, x0.shape)
+    z = draws.normal(key, x0.shape)
     mean = gaussian.q_sample(chain.schedule, x0, t, rho * eps)
     return z, (mean, gaussian.like(chain.schedule.noise(t), x0) * rest), rho * eps + rest * z
 
@@ -256,5 +260,12 @@ FORMS = {
         'ELBO, posterior form', 'DDPM Eq. 5', lambda key, chain, x0: prior_term(chain, x0), _posterior_consistency
     ),
     'transition': Form('ELBO, transition form', 'Eq. (8)', _transition_prior, _transition_consistency),
-    'printed': Form('as printed, which is not the ELBO', 'Eq. (9)', _printed_prior, _printed_consistency),
+    'printed': Form(
+        'as printed, which is not the ELBO',
+        'Eq. (9)',
+        _printed_prior,
+        _printed_consistency,
+        'Eq. (9) is no likelihood, however many bits/dim it shows: as tutorials print it, it takes the two neighbours '
+        'of a latent for independent, which makes its KL far too large, even of a perfect model (docs/derivation.md).',
+    ),
 }

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from diffusion import gaussian
 from diffusion.gaussian import Clip, Images, Net, Variance
+from diffusion.likelihood import draws
 from diffusion.likelihood.chain import compare, make_chain
 from diffusion.likelihood.decoder import LOG_SQRT_2PI, per_image
 from diffusion.schedule import Schedule
@@ -63,13 +65,13 @@ class Flow(NamedTuple):
         return self.reconstruction + self.entropy + self.density
 
 
-def flow_bound(key: Key[Array, ''], schedule: Schedule, net: Net, x0: Images, *, kind: str, **how: Any) -> Nats:
+def flow_bound(key: draws.Keys, schedule: Schedule, net: Net, x0: Images, *, kind: str, **how: Any) -> Nats:
     """E_{q(x_1|x_0)}[ log p_ode(x_1) − log q(x_1|x_0) + log p_θ(x_0|x_1) ] ≤ log p(x_0), at one draw.
 
     This p is not the model of the other bounds: x_1 comes from the ODE, and x_0 from the last step of the chain.
 
     Args:
-        key: typed PRNG key.
+        key: typed PRNG key; or (B,) keys, one for each image, whose draws then do not depend on the other images.
         schedule: the noise schedule.
         net: the network, (x_t (B, ...), t (B,) real) -> (B, ...).
         x0: (B, ...), images in [−1, 1].
@@ -86,7 +88,7 @@ def flow_bound(key: Key[Array, ''], schedule: Schedule, net: Net, x0: Images, *,
 
 
 def flow(
-    key: Key[Array, ''],
+    key: draws.Keys,
     schedule: Schedule,
     net: Net,
     x0: Images,
@@ -103,7 +105,7 @@ def flow(
     """One draw of the terms of `flow_bound`.
 
     Args:
-        key: typed PRNG key.
+        key: typed PRNG key; or (B,) keys, one for each image, whose draws then do not depend on the other images.
         schedule: the noise schedule.
         net: the network, (x_t (B, ...), t (B,) real) -> (B, ...).
         x0: (B, ...), images in [−1, 1].
@@ -120,11 +122,11 @@ def flow(
         The terms.
 
     Raises:
-        ValueError: `probes` is negative, or `chain.make_chain` refuses the other arguments.
+        ValueError: `probes` is negative, or `log_density` or `chain.make_chain` refuse the other arguments.
     """
     chain = make_chain(schedule, net, kind=kind, variance=variance, clip=clip, decoder=decoder, bins=bins)
-    noise_key, probe_key = jax.random.split(key)
-    eps = jax.random.normal(noise_key, x0.shape)
+    noise_key, probe_key = draws.split(key)
+    eps = draws.normal(noise_key, x0.shape)
     _, p = compare(chain, x0, eps, jnp.full(x0.shape[:1], len(chain.t) - 1))
     entropy = per_image(0.5 * eps**2 + LOG_SQRT_2PI + jnp.log(schedule.noise(1)))
     x_1 = gaussian.q_sample(schedule, x0, 1, eps)
@@ -133,7 +135,7 @@ def flow(
 
 
 def log_density(
-    key: Key[Array, ''],
+    key: draws.Keys,
     schedule: Schedule,
     net: Net,
     x: Images,
@@ -150,7 +152,7 @@ def log_density(
     (diffrax).
 
     Args:
-        key: typed PRNG key of the probes.
+        key: typed PRNG key of the probes, or (B,) keys.
         schedule: the noise schedule.
         net: the network, (x (B, ...), t (B,) real) -> (B, ...).
         x: (B, ...), noisy images at `level`.
@@ -165,15 +167,21 @@ def log_density(
         The log-density of each image, its error and the cost.
 
     Raises:
-        ValueError: `probes` is negative, or the kind is unknown.
+        ValueError: `probes` is negative, the kind is unknown, or ᾱ is 0 at `level`.
     """
+    table = schedule.log_alpha_bar
+    if not isinstance(table, jax.core.Tracer) and np.isneginf(np.asarray(table)[level]):
+        raise ValueError(
+            f'the probability-flow ODE starts at level {level}, but ᾱ is 0 there: this schedule has no '
+            'level between clean data and pure noise; use more levels, or no flow bound'
+        )
     size = math.prod(x.shape[1:])
     probes = num_probes(probes, size)
     if probes:
         # Draw with the batch axis first, so that images that pad a batch do not change the draws of the others.
-        vectors = jax.random.rademacher(key, (len(x), probes, *x.shape[1:]), jnp.float32).swapaxes(0, 1)
+        vectors = draws.signs(key, (len(x), probes, *x.shape[1:])).swapaxes(0, 1)
     else:
-        basis = jnp.eye(size).reshape(size, 1, *x.shape[1:])
+        basis = jnp.eye(size, dtype=jnp.float32).reshape(size, 1, *x.shape[1:])
         vectors = jnp.broadcast_to(basis, (size, *x.shape))
     minus_log_alpha_bar = -schedule.log_alpha_bar
     levels = jnp.arange(schedule.T + 1, dtype=jnp.float32)
@@ -182,7 +190,7 @@ def log_density(
     def velocity(x, lam):
         t = jnp.interp(jax.nn.softplus(2 * lam), minus_log_alpha_bar, levels)  # −log ᾱ = log(1 + e^{2λ})
         noise = schedule.noise(t)
-        output = net(x, jnp.full(x.shape[:1], t)).astype(jnp.float32)
+        output = gaussian.evaluate(net, x, jnp.full(x.shape[:1], t))
         return noise * (gaussian.predict(schedule, kind, output, x, t).eps - noise * x)
 
     def rates(lam, state, _):
@@ -197,13 +205,16 @@ def log_density(
         t0=-0.5 * schedule.log_snr(level),
         t1=-0.5 * schedule.log_snr(end),
         dt0=None,
-        y0=(x, jnp.zeros((probes or 1, *x.shape[:1]))),
+        y0=(x, jnp.zeros((probes or 1, *x.shape[:1]), jnp.float32)),
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
     )
     x_T, integrals = (leaf[-1] for leaf in solution.ys)
-    error = jnp.zeros(x.shape[:1])
-    if probes:
-        error = integrals.std(0, ddof=1) / math.sqrt(probes) if probes > 1 else jnp.full(x.shape[:1], jnp.nan)
+    error = jnp.zeros(x.shape[:1], jnp.float32)
+    if probes > 1:
+        error = integrals.std(0, ddof=1) / math.sqrt(probes)
+    elif probes == 1:
+        with jax.debug_nans(False):  # NaN is the answer
+            error = jnp.full_like(error, jnp.nan)
     nats = integrals.mean(0) - per_image(0.5 * x_T**2 + LOG_SQRT_2PI)
     return Density(nats, error, solution.stats['num_steps'])
 

@@ -1,18 +1,20 @@
 """The importance-weighted bound: Eq. (1) of the derivation, estimated with K trajectories."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from diffusion.gaussian import Images, Net
+from diffusion.likelihood import draws
 from diffusion.likelihood.chain import compare, forward, log_ratio, make_chain
 from diffusion.schedule import Schedule
 
 
 def importance_bound(
-    key: Key[Array, ''], schedule: Schedule, net: Net, x0: Images, *, kind: str, samples: int, **model: Any
+    key: draws.Keys, schedule: Schedule, net: Net, x0: Images, *, kind: str, samples: int, **model: Any
 ) -> Float[Array, 'B']:
     """log 1/K Σ_k p(x_{0:T}^k)/q(x_{1:T}^k|x_0) of K = `samples` trajectories from q(x_{1:T}|x_0).
 
@@ -22,7 +24,7 @@ def importance_bound(
     Memory grows neither with K nor with T.
 
     Args:
-        key: typed PRNG key.
+        key: typed PRNG key; or (B,) keys, one for each image, whose draws then do not depend on the other images.
         schedule: the noise schedule.
         net: the network, (x_t (B, ...), t (B,)) -> (B, ...).
         x0: (B, ...), images in [−1, 1].
@@ -40,15 +42,15 @@ def importance_bound(
         raise ValueError(f'samples is {samples}, but must be at least 1')
 
     def trajectory(total, k):
-        weight = log_weight(jax.random.fold_in(key, k), schedule, net, x0, kind=kind, **model)
+        weight = log_weight(draws.fold_in(key, k), schedule, net, x0, kind=kind, **model)
         return jnp.logaddexp(total, weight), None
 
-    total, _ = jax.lax.scan(trajectory, jnp.full(x0.shape[:1], -jnp.inf), jnp.arange(samples))
-    return total - jnp.log(samples)
+    total, _ = jax.lax.scan(trajectory, jnp.full(x0.shape[:1], -jnp.inf, jnp.float32), jnp.arange(samples))
+    return total - math.log(samples)
 
 
 def log_weight(
-    key: Key[Array, ''], schedule: Schedule, net: Net, x0: Images, *, kind: str, **model: Any
+    key: draws.Keys, schedule: Schedule, net: Net, x0: Images, *, kind: str, **model: Any
 ) -> Float[Array, 'B']:
     """log p(x_{0:T})/q_σ(x_{1:T}|x_0) along one trajectory drawn from q_σ, for each image.
 
@@ -60,7 +62,7 @@ def log_weight(
     nats.
 
     Args:
-        key: typed PRNG key.
+        key: typed PRNG key; or (B,) keys, one for each image, whose draws then do not depend on the other images.
         schedule: the noise schedule.
         net: the network, (x_t (B, ...), t (B,)) -> (B, ...).
         x0: (B, ...), images in [−1, 1].
@@ -74,8 +76,8 @@ def log_weight(
         ValueError: `chain.make_chain` refuses the arguments.
     """
     chain = make_chain(schedule, net, kind=kind, **model)
-    first_key, chain_key = jax.random.split(key)
-    eps = jax.random.normal(first_key, x0.shape)
+    first_key, chain_key = draws.split(key)
+    eps = draws.normal(first_key, x0.shape)
     signal, noise = schedule.signal(chain.t[0]), schedule.noise(chain.t[0])
     total = log_ratio(eps, signal * x0, noise, 0.0, 1.0)
 
@@ -83,7 +85,7 @@ def log_weight(
         eps, total, lost = carry
         pair = jnp.full(x0.shape[:1], i)
         q, p = compare(chain, x0, eps, pair)
-        z = jax.random.normal(jax.random.fold_in(chain_key, i), x0.shape)
+        z = draws.normal(draws.fold_in(chain_key, i), x0.shape)
         # From t down to s the kernel mixes the noise with the same ρ as `forward` does from s up to t.
         rho, rest = forward(chain, jnp.asarray(chain.s)[i], jnp.asarray(chain.t)[i])
         return (rho * eps + rest * z, *_kahan(total, lost, log_ratio(z, *q, *p))), None

@@ -82,7 +82,8 @@ def layers(network: Callable, image_size: int) -> dict[str, tuple[int, ...]]:
         height, breadth = (int(side) for side in np.broadcast_to(size, 2))
         inputs = x.shape[-1] // groups
         found[name] = (width, inputs, height, breadth)
-        nothing = {name: {'kernel': jnp.zeros((height, breadth, inputs, width)), 'bias': jnp.zeros(width)}}
+        kernel = jnp.zeros((height, breadth, inputs, width), jnp.float32)
+        nothing = {name: {'kernel': kernel, 'bias': jnp.zeros(width, jnp.float32)}}
         return apply_conv(nothing, lambda x: x, name, x, width, size, groups=groups, **rest)
 
     jax.eval_shape(functools.partial(network, conv), jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32))

@@ -59,6 +59,7 @@ def run(config: ConfigDict, path: str) -> int:
         'source': source,
         **found.facts,
         'settings': settings,
+        'signal_at_T': float(exp.schedule.signal(exp.schedule.T)),  # √ᾱ_T, 0 for pure noise
         'params_sha256': workdir.digest(state.params),
         'ema_sha256': workdir.digest(state.ema),
     }

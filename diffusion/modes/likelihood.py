@@ -86,7 +86,9 @@ def run(config: ConfigDict, path: str) -> int:
 
     # Record and report.
     consistency, record = summarize(parts, folder, config, settings)
+    record['signal_at_T'] = float(exp.schedule.signal(exp.schedule.T))  # √ᾱ_T
     table = ledger.markdown([ledger.Row(**row) for row in record['rows']])
+    table += ''.join(f'\n{form.note}\n' for name, form in FORMS.items() if name in asked.quantities and form.note)
     with workdir.writing(folder, key='likelihood.folder'):
         write_json(os.path.join(folder, 'ledger.json'), record)
         with open(os.path.join(folder, 'ledger.md'), 'w', encoding='utf-8') as file:
@@ -105,23 +107,25 @@ def quantities(config: ConfigDict, exp: Experiment) -> dict[str, Callable]:
     """Return the functions that config.likelihood asks for.
 
     Returns:
-        {name: (key, params, x0 (B, H, W, C)) → {part: (B, …) nats}}.
+        {name: (keys (B,), params, x0 (B, H, W, C)) → {part: (B, …) nats}}.
     """
     asked = config.likelihood
     common = dict(kind=config.model.kind, variance=asked.variance, clip=asked.clip)
     chain = common | dict(eta=asked.eta, timesteps=chain_levels(asked, exp))
     solver = dict(rtol=asked.rtol, atol=asked.atol, probes=None if asked.probes < 0 else asked.probes)
 
-    def form(key, params, x0, form):
-        terms = elbo(key, exp.schedule, exp.network.net(params), x0, form=form, levels=asked.levels or None, **chain)
-        return terms._asdict() | {'error': terms.standard_error()}
+    def form(keys, params, x0, form):
+        terms = elbo(keys, exp.schedule, exp.network.net(params), x0, form=form, levels=asked.levels or None, **chain)
+        several = terms.consistency.shape[1] > 1  # the error of a single term is not known
+        return terms._asdict() | ({'error': terms.standard_error()} if several else {})
 
-    def importance(key, params, x0):
-        return {'log_weight': log_weight(key, exp.schedule, exp.network.net(params), x0, **chain)}
+    def importance(keys, params, x0):
+        return {'log_weight': log_weight(keys, exp.schedule, exp.network.net(params), x0, **chain)}
 
-    def ode(key, params, x0):
-        terms = flow(key, exp.schedule, exp.network.net(params), x0, **common, **solver)._asdict()
-        return terms | {'error': terms.pop('probe_error')}
+    def ode(keys, params, x0):
+        terms = flow(keys, exp.schedule, exp.network.net(params), x0, **common, **solver)._asdict()
+        error = terms.pop('probe_error')
+        return terms if asked.probes == 1 else terms | {'error': error}
 
     everything = {name: functools.partial(form, form=name) for name in FORMS} | {'importance': importance, 'flow': ode}
     return {name: everything[name] for name in asked.quantities}
@@ -145,7 +149,7 @@ def check_shapes(config: ConfigDict, exp: Experiment) -> None:
     size = config.data.image_size
     x0 = jax.ShapeDtypeStruct((1, size, size, config.data.channels), np.float32)
     for function in quantities(config, dataclasses.replace(exp, network=ZeroNetwork(exp.network.make))).values():
-        jax.eval_shape(function, jax.random.key(0), None, x0)
+        jax.eval_shape(function, jax.random.split(jax.random.key(0), 1), None, x0)
 
 
 def require_quantities(asked: ConfigDict) -> None:
@@ -205,8 +209,9 @@ def compute(
     size += -size % exp.mesh.size
 
     def compiled(function, *arguments):
-        def on_mesh(key, params, x0):
-            return function(key, mesh.whole(exp.mesh, params), x0)
+        def on_mesh(key, params, x0, numbers):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)  # one for each image of the split
+            return function(keys, mesh.whole(exp.mesh, params), x0)
 
         return exp.implementation.compile(on_mesh, *arguments, out_shardings=mesh.replicated(exp.mesh))
 
@@ -219,11 +224,12 @@ def compute(
             if stopped(interrupt):
                 break
             bar.set_postfix_str(f'{part.quantity}, images {part.start}–{part.stop - 1}')
-            batch = data.to_float(images[np.arange(part.start, part.start + size) % len(images)])
+            numbers = np.arange(part.start, part.start + size, dtype=np.int32) % len(images)
             key = domain_key(asked.seed, 'likelihood')
-            for number in (QUANTITIES.index(part.quantity), part.trajectory, part.start):
+            for number in (QUANTITIES.index(part.quantity), part.trajectory):
                 key = jax.random.fold_in(key, number)
-            arguments = key, params, mesh.put_whole(batch, mesh.split_batch(exp.mesh))
+            batch = (mesh.put_whole(x, mesh.split_batch(exp.mesh)) for x in (data.to_float(images[numbers]), numbers))
+            arguments = key, params, *batch
             if part.quantity not in programs:
                 with naming('config.likelihood'), compiling(f'the quantity {part.quantity}'):
                     programs[part.quantity] = compiled(functions[part.quantity], *arguments)
@@ -260,7 +266,7 @@ def summarize(parts: list[Part], folder: str, config: ConfigDict, settings: dict
     for form, terms in consistency.items():
         values[form]['consistency'] = terms.sum(axis=1, dtype=np.float64)
     solver_steps = values['flow'].pop('num_steps') if 'flow' in values else None
-    errors = {name: mean_error(terms.pop('error')) for name, terms in values.items()}
+    errors = {name: mean_error(terms.pop('error', None)) for name, terms in values.items()}
     if 'importance' in asked.quantities:
         values['importance'] = np.stack([whole('importance', k)['log_weight'] for k in range(asked.samples)])
 
@@ -282,13 +288,13 @@ def summarize(parts: list[Part], folder: str, config: ConfigDict, settings: dict
     return consistency, record
 
 
-def mean_error(errors: np.ndarray) -> float | None:
+def mean_error(errors: np.ndarray | None) -> float | None:
     """Return the standard error of a mean over images whose draws are independent; None if one draw is all there is.
 
     Args:
-        errors: (n,) the standard error of each image, from its own draws.
+        errors: (n,) the standard error of each image, from its own draws; None if it has one draw.
     """
-    if not np.isfinite(errors).all():
+    if errors is None or not np.isfinite(errors).all():
         return None
     return float(math.sqrt((errors.astype(np.float64) ** 2).sum()) / len(errors))
 

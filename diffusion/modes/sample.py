@@ -25,6 +25,7 @@ from diffusion.runtime import hosts, memory, mesh
 from diffusion.runtime.compilation import compiling
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
+from diffusion.schedule import start_warning
 from diffusion.util import RunError, naming, numerics, progress, say, stage, versions
 
 MEMORY = 'lower config.sample.batch_size'  # if there is too little
@@ -53,6 +54,8 @@ def run(config: ConfigDict, path: str) -> int:
         chain = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys})
     first_level = int(np.asarray(chain['timesteps']).flat[0])  # whose noise x_T is
     done = {key: chain.pop(key) if key in ('num_steps', 'spacing') else chain[key] for key in keys}
+    if first_level < exp.schedule.T and (why := start_warning(exp.schedule, first_level)):
+        say(f"warning: config.sample: {why}; spacing='trailing' starts at T")
     say(f'reading a checkpoint of {path}')
     step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
@@ -100,8 +103,9 @@ def run(config: ConfigDict, path: str) -> int:
         'count': count,
         'model': config.model.to_dict(),
         'params_sha256': params_sha256,
-        'schedule': config.schedule.to_dict(),
+        'schedule': config.schedule.to_dict() | {'signal_at_T': float(exp.schedule.signal(exp.schedule.T))},
         'first_level': first_level,
+        'signal_at_start': float(exp.schedule.signal(first_level)),  # √ᾱ there
         'quantization': 'rounded to 8 bits',
         'colour_drift': None if drift is None else drift.tolist(),
         'compile_seconds': round(compiled - began, 3),

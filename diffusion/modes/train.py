@@ -219,7 +219,8 @@ def train_step(
 
     updates, opt_state = exp.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    step = state.step.astype(jnp.float32)  # JAX_ENABLE_X64 would make ratios of int32 float64
+    decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
 
     grad_norm, param_norm = optax.global_norm(gradient), optax.global_norm(params)

@@ -194,6 +194,7 @@ def test_the_bound_is_unbiased_for_the_evidence():
         ({'decoder': 'laplace'}, "'laplace'"),
         ({'variance': 'huge'}, "'small', 'large'"),
         ({'kind': 'noise'}, 'eps, x0, v'),
+        ({'schedule': schedule.jsd(1), 'kind': 'v'}, r'starts at level 1, but ᾱ is 0 there.*use more levels'),
     ],
 )
 def test_arguments_without_a_bound_are_an_error(change, message):

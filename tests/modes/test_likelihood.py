@@ -65,6 +65,7 @@ def test_the_files_and_the_rows_of_the_ledger(whole):
     assert any('K = 2' in name for name in names) and names[-1].startswith('gap')
     table = (folder / 'ledger.md').read_text(encoding='utf-8')
     assert all(name.replace('|', r'\|') in table for name in names)
+    assert 'Eq. (9) is no likelihood' in table  # so that its bits/dim puzzle nobody
     assert ledger['settings']['checkpoint_step'] == 12 and ledger['solver']['steps_mean'] > 0
     assert ledger['solver']['divergence'] == '2 Rademacher probes per image'
     assert set(ledger['error_of_the_draws']) == {'posterior', 'transition', 'printed', 'flow'}
@@ -117,7 +118,7 @@ def test_every_image_is_counted_once(trained, monkeypatch):
 
 
 def values_of_parts(monkeypatch, path, function, **asked):
-    """{file: what it holds}, with function(key, params, x0) → (B,) in place of the importance-weighted bound."""
+    """{file: what it holds}, with function(keys, params, x0) → (B,) in place of the importance-weighted bound."""
     program = {'importance': lambda key, params, x0: {'log_weight': function(key, params, x0)}}
     monkeypatch.setattr(likelihood, 'quantities', lambda config, exp: program)
     folder, _ = compute(path, asking(quantities=('importance',), **asked))
@@ -156,12 +157,28 @@ def test_the_flow_of_a_u_net_that_was_trained_with_remat(tmp_path):
 
 
 def test_each_trajectory_of_each_image_has_noise_of_its_own(trained, monkeypatch):
-    def noise(key, params, x0):
-        return jax.random.normal(key, x0.shape[:1])
+    def noise(keys, params, x0):
+        return jax.vmap(jax.random.normal)(keys)
 
     parts = values_of_parts(monkeypatch, trained, noise, seed=5)
     draws = np.concatenate(list(parts.values()))
     assert len(parts) == 2 * 3 and len(draws) == len(set(draws)) == 2 * 11
+
+
+def test_the_estimate_of_an_image_does_not_depend_on_its_batch(trained, whole):
+    """Batches of 11 instead of 4, the last of which is filled up: the same draws of levels and noise for each image."""
+    folders = [whole[0], compute(trained, asking(quantities=('posterior', 'importance'), batch_size=11))[0]]
+    for name, part in (
+        ('posterior-0', 'consistency'),
+        ('posterior-0', 'reconstruction'),
+        ('importance-1', 'log_weight'),
+    ):
+        values = []
+        for folder in folders:
+            arrays = [np.load(path)[part] for path in sorted((folder / 'parts').glob(f'{name}-*'))]
+            values.append(np.concatenate(arrays))
+        assert len(values[0]) == 11 and len(np.unique(values[0][..., None][:, 0])) == 11
+        np.testing.assert_allclose(*values, rtol=1e-4)
 
 
 def test_parts_of_other_weights_are_not_reused(tmp_path, monkeypatch):

@@ -94,6 +94,8 @@ def test_the_record_describes_the_images(five):
         assert record['versions'][package] == importlib.metadata.version(package)
     assert record['model']['kind'] == 'eps' and len(record['params_sha256']) == 64
     assert record['schedule']['T'] == 4 and record['schedule']['name'] == 'linear'
+    signal_at_T = np.sqrt(np.prod(1 - np.linspace(0.1, 0.5, 4)))  # the β of the tiny config
+    assert record['schedule']['signal_at_T'] == record['signal_at_start'] == pytest.approx(signal_at_T)
     for fact in ('step12', 'ema', 'eta1', '3trailing', 'small'):
         assert fact in folder.name
 
@@ -343,6 +345,7 @@ def test_each_setting_makes_other_images_in_a_folder_of_their_own(trained, five,
     assert {name for name in ours if ours[name] != theirs[name]} <= {
         key,
         'first_level',
+        'signal_at_start',
         'metrics',
         'wall_seconds',
         'compile_seconds',
