@@ -131,7 +131,9 @@ def _run(argv):
     try:
         build.join_hosts(flags.FLAGS.config, mode)
         interrupt.listen()  # again: JAX has a handler of its own for several hosts
-        sys.exit(module.run(flags.FLAGS.config, workdir))
+        with _compiled():
+            status = module.run(flags.FLAGS.config, workdir)
+        sys.exit(status)
     except KeyboardInterrupt:  # at the end of what a signal had to wait for
         interrupt.end()
     except Exception as error:
@@ -150,6 +152,15 @@ def _run(argv):
         _report(message)
         hosts.end_all(message)
         sys.exit(1)
+
+
+def _compiled():
+    """Return a context with compilation: JAX_DISABLE_JIT cannot run programs compiled ahead of time, as ours are."""
+    import jax
+
+    if jax.config.read('jax_disable_jit'):
+        say_here('JAX_DISABLE_JIT has no effect: all modes compile whole programs')
+    return jax.disable_jit(False)
 
 
 def _report(message):
