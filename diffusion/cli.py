@@ -158,7 +158,7 @@ def _compiled():
     """Return a context with compilation: JAX_DISABLE_JIT cannot run programs compiled ahead of time, as ours are."""
     import jax
 
-    if jax.config.read('jax_disable_jit'):
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         say_here('JAX_DISABLE_JIT has no effect: all modes compile whole programs')
     return jax.disable_jit(False)
 
