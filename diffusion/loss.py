@@ -64,6 +64,9 @@ def levels_of_density(
 
         p(t) ∝ density(λ_t)·(λ_{t−1} − λ_{t+1})/2
 
+    At the first and the last level, half of the difference to the neighbour counts. A level without signal, whose λ is
+    −∞, is never drawn.
+
     Args:
         density: λ (T,) -> (T,), at least 0; it need not integrate to 1.
 
@@ -73,6 +76,7 @@ def levels_of_density(
 
     def levels(key, schedule, batch_size):
         log_snr = schedule.log_snr(jnp.arange(1, schedule.T + 1))
+        log_snr = jnp.where(jnp.isfinite(log_snr), log_snr, jnp.min(log_snr, initial=jnp.inf, where=log_snr > -jnp.inf))
         middle = (log_snr[1:] + log_snr[:-1]) / 2
         width = -jnp.diff(middle, prepend=log_snr[:1], append=log_snr[-1:])
         total = jnp.cumsum(density(log_snr) * width)

@@ -167,6 +167,12 @@ def test_levels_of_a_density_have_its_quantiles(weighting):
     np.testing.assert_allclose(log_snr[inner], expected[inner], atol=0.1)  # λ of neighbouring levels differ by as much
 
 
+@pytest.mark.parametrize('weighting', ['sigmoid', 'edm'])
+def test_a_level_without_signal_has_no_share_of_a_density(weighting):
+    t = WEIGHTINGS[weighting].levels(jax.random.key(0), schedule.jsd(10), 1000)
+    assert set(np.unique(t)) <= set(range(1, 10)) and len(np.unique(t)) > 5
+
+
 def test_vlb_is_minus_the_elbo_in_bits_per_dim():
     """Mean over draws of the one-term estimate, against the whole sum; within 4.5 standard errors of both."""
     data = oracles.GaussianData(0.0, 0.5, ALPHA_BAR)
