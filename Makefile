@@ -16,7 +16,7 @@ CORRUPTIONS ?= 40
 python := $(VENV)/bin/python
 demo := runs/digits
 main := $(python) main.py --config=configs/digits.py --workdir=$(demo)
-pytest := $(python) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+pytest := $(python) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # What depends most on the versions of Python, JAX, Flax, Orbax and Diffrax: about a third of the time of all tests.
 version_tests := tests/networks tests/runtime tests/data tests/modes/test_train.py tests/modes/test_sample.py \

@@ -186,12 +186,13 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     return optax.chain(clip, optax.adam(learning_rate)), learning_rate
 
 
-def load_images(config: ConfigDict, split: str = '') -> data.Images:
+def load_images(config: ConfigDict, split: str = '', key: str = '') -> data.Images:
     """Load one split of the images that config.data describes.
 
     Args:
         config: the whole config.
         split: '' is config.data.split, the training images.
+        key: the key of the config that names the split, for errors.
 
     Returns:
         The images, uint8 (N, image_size, image_size, channels).
@@ -200,17 +201,18 @@ def load_images(config: ConfigDict, split: str = '') -> data.Images:
         RunError: there are no such images.
     """
     keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction', 'max_pixels')
-    asked = f'config.data, split {split!r}' if split else 'config.data'
+    asked = f'config.{key}={split!r}' if key else f'config.data, split {split!r}' if split else 'config.data'
     with naming(asked):
         return data.load(config.data.source, split or config.data.split, **{key: config.data[key] for key in keys})
 
 
-def load_same_images(config: ConfigDict, split: str = '') -> data.Images:
+def load_same_images(config: ConfigDict, split: str = '', key: str = '') -> data.Images:
     """Load one split of the images on all hosts, and check that all hosts have the same images.
 
     Args:
         config: the whole config.
         split: as in `load_images`.
+        key: as in `load_images`.
 
     Returns:
         The images, as in `load_images`.
@@ -220,7 +222,7 @@ def load_same_images(config: ConfigDict, split: str = '') -> data.Images:
     """
     failure = None
     try:
-        images = load_images(config, split)
+        images = load_images(config, split, key)
         found = f'{len(images)} images with SHA-256 {images.record["sha256"]}'
     except RunError as error:
         failure, found = error, str(error)

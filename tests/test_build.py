@@ -148,6 +148,7 @@ def test_images_are_loaded_as_config_data_asks(monkeypatch):
         'cache': False,
         'cache_dir': '/x',
         'max_bad_fraction': 0.5,
+        'max_pixels': config.data.max_pixels,
     }
 
 
@@ -155,7 +156,7 @@ def test_images_that_cannot_be_loaded_are_refused_by_key():
     with pytest.raises(RunError, match=r"config\.data: source is 'digit'"):
         build.load_images(tiny({'data.source': 'digit'}))
     with pytest.raises(RunError, match=r"config\.likelihood\.split='valid': split is 'valid'"):
-        build.load_images(tiny(), 'valid')
+        build.load_images(tiny(), 'valid', 'likelihood.split')
 
 
 @pytest.mark.parametrize(('mode', 'cores'), [('sample', [3]), ('train', []), ('likelihood', [])])

@@ -57,7 +57,7 @@ def run(config: ConfigDict, path: str) -> int:
     step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
     above = workdir.output_folder(config, path, 'likelihood', 'likelihood')  # before images are decoded
     workdir.use_compile_cache(config)
-    images = build.load_same_images(config, asked.split)
+    images = build.load_same_images(config, asked.split, 'likelihood.split')
     require_enough(asked, images)
     settings = {
         'checkpoint_step': step,

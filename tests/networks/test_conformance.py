@@ -113,8 +113,8 @@ def expected(name, dropout):
     [
         ('digits', None, False),
         ('digits', 0.3, True),
-        ('cifar10', None, False),
-        ('cifar10', 0.3, True),
+        pytest.param('cifar10', None, False, marks=pytest.mark.slow),
+        pytest.param('cifar10', 0.3, True, marks=pytest.mark.slow),
         ('odd', None, True),
         ('odd', 0.3, False),
     ],
