@@ -142,7 +142,9 @@ def test_on_several_hosts(tmp_path):
         with hosts(2, 1, path, *flags, mesh__fsdp=2, **changes) as processes:
             assert wait(processes, path) == [0, 0], printed(path) + printed(path, 1)
 
-    both('--mode=import_weights', f'--config.interop.source=diffusers:{PIPELINE}')
+    theirs = dict(model__channels=4, model__groups=2, model__multipliers=(1, 2), model__attention_resolutions=(4,))
+    theirs |= dict(schedule__T=100, schedule__beta_start=1e-4, schedule__beta_end=0.02)
+    both('--mode=import_weights', f'--config.interop.source=diffusers:{PIPELINE}', **theirs)
     assert 'the other modes use it with' in printed(path) and 'the other modes' not in printed(path, 1)
     stored = json.loads((path / 'config.json').read_text())
     settings = {
