@@ -110,11 +110,13 @@ class _Listener:
             if number[0] not in SIGNALS:
                 continue
             with self._lock:
-                if self._contexts and not self._since:
+                # The handler may have made it a request, and its context may have ended, before this thread ran.
+                if (self._contexts or self.name) and not self._since:
                     self._since = time.monotonic()
                     self.name = name = signal.Signals(number[0]).name
                     second = '; a second signal stops at once' if self._owns_process else ''
-                    _print(f'\n{name}: stopping after this {self._unit()} is saved{second}\n')
+                    if self._contexts:
+                        _print(f'\n{name}: stopping after this {self._unit()} is saved{second}\n')
                 elif not self._owns_process:
                     return
                 elif not self._since:

@@ -142,6 +142,20 @@ def test_after_a_request_the_process_ends_only_when_it_wants():
     assert (done.returncode, done.stdout) == (0, 'SIGHUP\n'), done.stderr
 
 
+def test_a_request_may_be_served_before_the_thread_that_reads_signals_runs():
+    done = python(
+        'import os, signal, sys, time\n'
+        'from diffusion.runtime import interrupt\n'
+        'interrupt.listen()\n'
+        'sys.setswitchinterval(100)\n'
+        'with interrupt.Interrupt() as request:\n'
+        '    os.kill(os.getpid(), signal.SIGTERM)\n'
+        'time.sleep(0.5)\n'
+        'print(request)\n'
+    )
+    assert (done.returncode, done.stdout) == (0, 'SIGTERM\n'), done.stderr
+
+
 def test_a_process_under_nohup_survives_its_terminal():
     done = python(
         'import os, signal\n'
