@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.model.first_level = 1  # the t with which the network is called at level 1; imported weights need 0
     config.model.head_channels = 0  # channels of each attention head; 0 means one head
     config.model.norm_epsilon = 1e-6  # ε of GroupNorm
-    config.model.downsample_padding = (0, 1)  # pixels of zeros before and after each axis; diffusers also has (1, 1)
+    config.model.downsample_padding = 0  # pixels of zeros before each axis, with one after it; diffusers also has 1
     config.model.embedding_order = 'sin_cos'  # halves of the time embedding
     config.model.embedding_shift = 1  # frequencies are 10000^(−i/(channels/2 − shift)); diffusers also has 0
     # Of convolutions and matmuls. On accelerators, 'float32' products have JAX's default precision (TF32 on GPUs,

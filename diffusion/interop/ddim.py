@@ -38,7 +38,7 @@ FIXED = {  # settings that their code does not vary, named as in our config
     'first_level': 0,
     'head_channels': 0,
     'norm_epsilon': 1e-6,
-    'downsample_padding': (0, 1),
+    'downsample_padding': 0,
     'embedding_order': 'sin_cos',
     'embedding_shift': 1,
 }

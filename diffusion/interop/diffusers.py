@@ -84,7 +84,7 @@ NOT_TRAINED = (
 # Their value → ours.
 EMBEDDING_ORDERS = {True: 'cos_sin', False: 'sin_cos'}  # flip_sin_to_cos
 EMBEDDING_SHIFTS = {0: 0, 1: 1}  # freq_shift
-DOWNSAMPLE_PADDINGS = {0: (0, 1), 1: (1, 1)}
+DOWNSAMPLE_PADDINGS = {0: 0, 1: 1}
 SCHEDULES = {
     'linear': 'linear',
     'scaled_linear': 'quadratic',

@@ -8,7 +8,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from diffusion.interop.diffusers import (
-    DOWNSAMPLE_PADDINGS,
     EMBEDDING_ORDERS,
     KINDS,
     NETWORK_KEYS,
@@ -54,7 +53,7 @@ def network_config(
     dropout: float,
     head_channels: int,
     norm_epsilon: float,
-    downsample_padding: Sequence[int],
+    downsample_padding: int,
     embedding_order: str,
     embedding_shift: int,
 ) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def network_config(
         'attention_head_dim': head_channels or None,
         'dropout': dropout,
         'norm_eps': norm_epsilon,
-        'downsample_padding': _theirs(DOWNSAMPLE_PADDINGS, tuple(downsample_padding)),
+        'downsample_padding': downsample_padding,
         'flip_sin_to_cos': _theirs(EMBEDDING_ORDERS, embedding_order),
         'freq_shift': embedding_shift,
         **{key: accepted[0] for key, (_, accepted) in NETWORK_KEYS.items()},

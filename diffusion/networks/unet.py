@@ -215,7 +215,7 @@ class UNet(nnx.Module):
         remat: bool = False,
         head_channels: int = 0,
         norm_epsilon: float = 1e-6,
-        downsample_padding: Sequence[int] = (0, 1),
+        downsample_padding: int = 0,
         embedding_order: str = 'sin_cos',
         embedding_shift: int = 1,
     ):
@@ -235,7 +235,7 @@ class UNet(nnx.Module):
             remat: whether the backward pass recomputes the activations of each block.
             head_channels: channels of each attention head; they divide each width that has attention. 0 means one head.
             norm_epsilon: ε of GroupNorm.
-            downsample_padding: pixels of zeros before and after each axis when the size is halved: (0, 1) or (1, 1).
+            downsample_padding: pixels of zeros before each axis when the size is halved, 0 or 1; after it is one.
             embedding_order: see `time_embedding`.
             embedding_shift: see `time_embedding`.
 
@@ -265,7 +265,7 @@ class UNet(nnx.Module):
         down = []
         for size, width in zip(sizes, widths, strict=True):
             last = size == sizes[-1]
-            downsample: dict[str, Any] = dict(strides=2, padding=(tuple(downsample_padding),) * 2)
+            downsample: dict[str, Any] = dict(strides=2, padding=((downsample_padding, 1),) * 2)
             resample = None if last else self.Conv(width, width, (3, 3), **downsample, **layer)
             down.append(stage(size, [skips[-1]] + [width] * (num_blocks - 1), width, resample))
             skips += [width] * (num_blocks if last else num_blocks + 1)

@@ -20,11 +20,11 @@ NETWORK = dict(
     dropout=0.1,
     head_channels=4,
     norm_epsilon=1e-5,
-    downsample_padding=(1, 1),
+    downsample_padding=1,
     embedding_order='cos_sin',
     embedding_shift=0,
 )
-HO = dict(head_channels=0, norm_epsilon=1e-6, downsample_padding=(0, 1), embedding_order='sin_cos', embedding_shift=1)
+HO = dict(head_channels=0, norm_epsilon=1e-6, downsample_padding=0, embedding_order='sin_cos', embedding_shift=1)
 SCHEDULE = dict(
     name='linear',
     T=4,

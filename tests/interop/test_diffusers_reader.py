@@ -170,7 +170,7 @@ def test_the_config_of_the_google_ddpms():
         'model': {
             'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2, 'attention_resolutions': (16,),
             'groups': 32, 'dropout': 0.0, 'first_level': 0, 'head_channels': 0, 'norm_epsilon': 1e-6,
-            'downsample_padding': (0, 1), 'embedding_order': 'sin_cos', 'embedding_shift': 1,
+            'downsample_padding': 0, 'embedding_order': 'sin_cos', 'embedding_shift': 1,
         },
     }  # fmt: skip
 

@@ -46,7 +46,7 @@ SHAPES = {
         groups=3,
         head_channels=4,
         norm_epsilon=1e-5,
-        downsample_padding=(1, 1),
+        downsample_padding=1,
         embedding_order='cos_sin',
         embedding_shift=0,
     ),
