@@ -221,9 +221,10 @@ def sides() -> list[str]:
 
 def work(side: str, task: Task, implementation: str) -> None:
     """For each line on standard input, do the task, and print its seconds and the peak of memory since the start."""
-    once, finish = SIDES[side](task, implementation)
-    once()
-    finish()
+    with contextlib.redirect_stdout(sys.stderr):  # standard output has the answers alone
+        once, finish = SIDES[side](task, implementation)
+        once()
+        finish()
     forget_peak(side)
     for _ in sys.stdin:
         started = time.perf_counter()
