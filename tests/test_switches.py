@@ -64,7 +64,13 @@ def test_results_without_nan_pass_the_search_for_nan(name):
 @pytest.mark.parametrize('switch', SWITCHES)
 def test_a_run_is_trained_sampled_and_measured(tmp_path, switch):
     config = '--config=tests/two_layers.py'
-    how = dict(sample__num_images=2, likelihood__num_images=2, likelihood__batch_size=2, likelihood__samples=2)
+    how = dict(
+        sample__num_images=2,
+        sample__num_steps=4,
+        likelihood__num_images=2,
+        likelihood__batch_size=2,
+        likelihood__samples=2,
+    )
     for mode in ('train', 'sample', 'likelihood'):
         done = main(*flags(tmp_path, config, **how), f'--mode={mode}', **{switch: '1'})
         assert done.returncode == 0, done.stderr
