@@ -18,6 +18,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # the peers use the same GPU
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import peers
+from benchmarks import cost, peers
 from benchmarks.peers import TASKS, Task, compare, layout_of, peer_versions, sides, summary
 from benchmarks.record import store
 
@@ -98,8 +99,7 @@ def losses(task: Task, device: jax.Device, steps: int) -> np.ndarray:
     config.model.implementation = 'plain'
     mesh = jax.sharding.Mesh(np.array([[device]]), ('data', 'fsdp'))
     exp = dataclasses.replace(build.build(config), mesh=mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, exp.abstract_state())
-    state = jax.jit(exp.init, out_shardings=shardings)(jax.random.key(0))
+    state = exp.initial_state(jax.random.key(0))
     config.train.num_steps = steps
     batches = train.feed(config, exp, build.load_images(config), 0)
     step, found = None, []
@@ -188,7 +188,7 @@ def kernels(task: Task, steps: int = 3) -> dict[str, Any]:
     }
 
 
-def table(tasks: list[Task], repetitions: int, seconds: float, keep: Any) -> None:
+def table(tasks: list[Task], repetitions: int, seconds: float, keep: Callable[[dict], None]) -> None:
     """Compare the times of tasks, as many as `seconds` allow; `keep` is given {'rates', 'tasks'} after each."""
     began, result = time.perf_counter(), {}
     rates = {'matrix products, FLOP/s': matrix_rate(*(() if jax.default_backend() == 'gpu' else (256, 2)))}
@@ -204,6 +204,10 @@ def table(tasks: list[Task], repetitions: int, seconds: float, keep: Any) -> Non
         elif task.config == 'cifar10':
             share = rate * STEP_FLOP / rates['matrix products, FLOP/s']
             rates[f'{task.name}: share of the rate of matrix products'] = share
+        keep({'rates': rates, 'tasks': result})
+    if tasks == TASKS['gpu'] and time.perf_counter() - began < seconds:
+        bound = cost.elbo_ratios('cifar10', images=500, batch=250, dtype='bfloat16')
+        rates['ELBO over network evaluations alone'] = float(np.median(bound))
         keep({'rates': rates, 'tasks': result})
 
 

@@ -105,7 +105,7 @@ def ours(task: Task, implementation: str) -> tuple[Callable[[], Any], Callable[[
         chain: dict[str, Any] = dict(timesteps=levels, kind='eps', eta=task.eta)
         draw = sample.make_sampler(exp, params, images.shape[1:], batch_size=task.batch, **chain)
         return lambda: data.to_uint8(draw(params, 0, 0, task.batch)), lambda: None
-    state = jax.jit(exp.init)(jax.random.key(0))
+    state = exp.initial_state(jax.random.key(0))
     batch = jax.device_put(images), jax.device_put(np.arange(task.batch, dtype=np.int32))
     step = train.compile_step(config, exp, state, *batch)
     last = None

@@ -20,7 +20,7 @@ from diffusion.runtime.checkpoints import Checkpoints
 def main(repetitions: int = 8) -> None:
     """Save a few checkpoints, each after the previous one is written, and store the figures."""
     exp = build.build(cifar10.get_config())
-    state = jax.block_until_ready(jax.jit(exp.init)(jax.random.key(0)))
+    state = exp.initial_state(jax.random.key(0))
     trees = state.trees()
     stalls, writes = [], []
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=1, writing=True) as checkpoints:

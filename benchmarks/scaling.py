@@ -179,8 +179,7 @@ def measure_rate(devices: int, fsdp: int, steps: int = 20) -> dict:
     config = digits.get_config()
     config.mesh.fsdp, config.train.batch_size = fsdp, 64
     exp, step, found = compiled_step(config)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, exp.abstract_state())
-    state = jax.jit(exp.init, out_shardings=shardings)(jax.random.key(0))
+    state = exp.initial_state(jax.random.key(0))
     batch = meshes.put(np.zeros((64, 8, 8, 1), np.uint8), meshes.split_batch(exp.mesh))
     state, _ = jax.block_until_ready(step(state, batch, None))
     rates = []

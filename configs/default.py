@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.data.crop = ''  # the square that is cut out before resizing; '' requires square pictures
     config.data.flip = True  # mirror each image with probability 1/2, drawn anew at each step
     config.data.max_bad_fraction = 0.01  # fraction of pictures that may be left out because they cannot be decoded
-    config.data.max_pixels = 89_478_485  # of a picture; larger ones are left out, because decoding takes much memory
+    config.data.max_pixels = 89_478_485  # pixels; larger pictures are left out, since decoding takes much memory
     config.data.cache = True  # keep the decoded images on disk; False decodes them for each batch
     config.data.cache_dir = ''  # folder of the decoded images; '' is $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion
     config.data.placement = 'auto'  # where training images are kept: device memory, or the host; auto: where they fit
@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     config.sample.variance = 'auto'
     config.sample.clip = True  # clip the predicted image to [−1, 1] at each step
     config.sample.weights = 'ema'  # which weights
-    config.sample.step = -1  # of the checkpoint; −1 is the newest
+    config.sample.step = -1  # the training step whose checkpoint is sampled; −1 is the newest
     config.sample.png = False  # write each image as a PNG file, too
     config.sample.folder = ''  # where <name>/ with the results is written; '' is samples/ in the workdir
     config.sample.batch_size = 256  # images at a time; the images do not depend on it
@@ -123,7 +123,7 @@ def get_config() -> ConfigDict:
     config.likelihood.num_steps = 0  # steps of the chain ('trailing' spacing); 0 takes all T
     config.likelihood.levels = 0  # consistency terms drawn per image, spread evenly over the chain; 0 computes all
     config.likelihood.eta = 1.0  # in (0, 1]
-    config.likelihood.variance = 'small'  # of the model: 'small' or 'large', as in sample.variance
+    config.likelihood.variance = 'small'  # σ² of the reverse process: 'small' or 'large', as in sample.variance
     config.likelihood.clip = True  # clip the predicted image to [−1, 1], as DDPM's evaluation does
     config.likelihood.rtol = 1e-4  # relative tolerance of the ODE solver
     config.likelihood.atol = 1e-4  # absolute tolerance of the ODE solver
@@ -131,7 +131,7 @@ def get_config() -> ConfigDict:
         -1
     )  # random vectors for the divergence; 0 is exact; −1: exact up to 16 dimensions, else 2
     config.likelihood.weights = 'ema'  # which weights
-    config.likelihood.step = -1  # of the checkpoint; −1 is the newest
+    config.likelihood.step = -1  # the training step whose checkpoint is measured; −1 is the newest
     config.likelihood.folder = ''  # where <name>/ with the results is written; '' is likelihood/ in the workdir
     config.likelihood.batch_size = 100  # images at a time
     config.likelihood.seed = 0  # of the noise, levels and probes

@@ -8,8 +8,8 @@ import os
 
 from diffusion.configs import default
 
-# Of a machine or of one command, not of a run: parts of the config, and keys of any part. A run that someone else made
-# must not say where files are written.
+# These parts of a config, and these keys of any part, belong to a machine or to one command. They are not taken from a
+# run, because someone else's run must not determine where files are written.
 PARTS_LEFT_OUT = ('command', 'compile_cache', 'distributed')
 KEYS_LEFT_OUT = ('accept_other_images', 'begin_again', 'folder', 'step')
 

@@ -102,6 +102,12 @@ class Experiment:
         params = self.network.init(key)
         return self.start(params, jax.tree.map(jnp.copy, params))  # one buffer cannot be donated twice
 
+    def initial_state(self, key: jax.Array) -> TrainState:
+        """Return `init(key)`, compiled and on the devices of the mesh."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        init = self.implementation.compile(self.init, key, out_shardings=shardings, once=True)
+        return jax.block_until_ready(init(key))  # raises if memory ran out
+
     def start(self, params: Any, ema: Any) -> TrainState:
         """Return the TrainState at step 0 with these weights."""
         return TrainState(jnp.int32(0), params, ema, self.optimizer.init(params), Skipped(jnp.int32(0), jnp.int32(0)))

@@ -75,12 +75,6 @@ def host(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-def initial(exp):
-    """The initial state, as training makes it: on the devices that are to hold it."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, exp.abstract_state())
-    return jax.jit(exp.init, out_shardings=shardings)(jax.random.key(0))
-
-
 def put(exp, tree):
     """A state or a part of it, from the host, on the devices that are to hold it."""
     return jax.tree.map(meshes.put_whole, tree, meshes.split_state(exp.mesh, tree))
@@ -164,7 +158,7 @@ def bound(exp, params, images):
 def agreement():
     """Losses, parameters, images and bounds on meshes of several shapes, compared with those on one device."""
     config, exp = make(1, 1)
-    first = host(initial(exp))
+    first = host(exp.initial_state(jax.random.key(0)))
     alone, state = trained(config, exp, put(exp, first))
     params = host(state.params)  # all that draws below starts from the same ones
     images = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32)
@@ -172,7 +166,7 @@ def agreement():
     found = {'1×1': alone | {'leaves': [leaf.size for leaf in jax.tree.leaves(params)]}}
     for name, (data, fsdp, changes) in RUNS.items():
         config, exp = make(data, fsdp, changes)
-        state = initial(exp) if name == '2×4' else put(exp, first)
+        state = exp.initial_state(jax.random.key(0)) if name == '2×4' else put(exp, first)
         begun = relative_leaves(state.params, first.params)
         seen, state = trained(config, exp, state)
         seen['initial'] = max(begun.values())

@@ -25,7 +25,7 @@ from diffusion.util import exclusive, progress, read_json, say, unfinished, writ
 
 CHUNK = 64  # pictures in one task of the thread pool
 CHECKED = 100  # pictures whose contents are compared whenever an entry is used
-FORMAT = 2  # of the entries
+FORMAT = 2  # version of the entries' file format
 MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # errors of calls that a file system lacks
 
 Item = TypeVar('Item')

@@ -83,8 +83,7 @@ NOT_TRAINED = (
 )
 # Their value → ours.
 EMBEDDING_ORDERS = {True: 'cos_sin', False: 'sin_cos'}  # flip_sin_to_cos
-EMBEDDING_SHIFTS = {0: 0, 1: 1}  # freq_shift
-DOWNSAMPLE_PADDINGS = {0: 0, 1: 1}
+ZERO_OR_ONE = {0: 0, 1: 1}  # freq_shift, downsample_padding
 SCHEDULES = {
     'linear': 'linear',
     'scaled_linear': 'quadratic',
@@ -248,9 +247,9 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
             'first_level': 0,
             'head_channels': head_channels or 0,
             'norm_epsilon': float(epsilon),
-            'downsample_padding': keys.choose('downsample_padding', 1, DOWNSAMPLE_PADDINGS),
+            'downsample_padding': keys.choose('downsample_padding', 1, ZERO_OR_ONE),
             'embedding_order': keys.choose('flip_sin_to_cos', True, EMBEDDING_ORDERS),
-            'embedding_shift': keys.choose('freq_shift', 0, EMBEDDING_SHIFTS),
+            'embedding_shift': keys.choose('freq_shift', 0, ZERO_OR_ONE),
         },
     }
     keys.refuse_others(ignored=('num_train_timesteps',))

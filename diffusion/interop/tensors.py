@@ -48,7 +48,7 @@ def to_tensors(params: Mapping[Any, Any], names: Names) -> dict[str, np.ndarray]
 
     Args:
         params: a tree of our parameters.
-        names: maps the path of a parameter to its names, of which the first is used.
+        names: maps a parameter's path to the names that it may have; the first one is used.
 
     Returns:
         {name: float32 tensor}.

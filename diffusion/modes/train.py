@@ -298,9 +298,7 @@ def restore(config: ConfigDict, exp: Experiment, path: str, checkpoints: Checkpo
         workdir.require_no_history(config, path)
         if os.path.exists(os.path.join(path, 'logs', 'metrics.jsonl')):
             say(f'no checkpoint was saved: beginning at step 0, with new logs in {path}/logs')
-        key = domain_key(config.seed, 'init')
-        init = exp.implementation.compile(exp.init, key, out_shardings=_shardings(abstract), once=True)
-        return jax.block_until_ready(init(key))  # raises if memory ran out
+        return exp.initial_state(domain_key(config.seed, 'init'))
     step, trees = found
     if saved is not None and saved > there[0]:
         warn(f'step {saved} was saved, but its checkpoint is gone: the steps after {there[0]} are done again')

@@ -40,7 +40,7 @@ class _Listener:
         self._owns_process = owns_process
         self._lock = threading.Lock()  # a signal either is a request or ends the process; none is lost in between
         self._contexts: list[Interrupt] = []  # within which a signal is a request; the outermost first
-        self.name = ''  # of the first signal that was a request
+        self.name = ''  # name of the first signal that was a request
         self._since = 0.0  # when it arrived
         self.answered = False  # whether an Interrupt has ended since then whose owner checks it for requests
 
@@ -125,7 +125,7 @@ class _Listener:
                     end('stopped at once; the same command continues from what is saved')
 
 
-_listener: _Listener | None = None  # of the process, since `listen`, or of the outermost `Interrupt`
+_listener: _Listener | None = None  # started by `listen`, or else by the outermost `Interrupt`
 _left = ['nothing is written yet; the same command starts over']
 
 

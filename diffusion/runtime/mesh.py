@@ -126,7 +126,7 @@ def put_whole(array: Any, sharding: Sharding) -> jax.Array:
         sharding: of the result.
 
     Returns:
-        The array, of which each device holds its part.
+        The array. Each device holds its part of it.
     """
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

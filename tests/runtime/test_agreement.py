@@ -2,26 +2,21 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.runtime.common import ROOT
+from tests.runs import ROOT, free_port
 
 
-@pytest.fixture(scope='module')
-def seen(tmp_path_factory):
-    """What each of the two hosts of tests/runtime/two_hosts.py saw."""
-    folder = tmp_path_factory.mktemp('shared')
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    processes = [
+def two_processes(option, program, *arguments):
+    """Start `python option program port host *arguments` for the hosts 0 and 1."""
+    port = free_port()
+    return [
         subprocess.Popen(
-            [sys.executable, '-m', 'tests.runtime.two_hosts', str(port), str(process_id), str(folder)],
+            [sys.executable, option, program, *map(str, (port, process_id, *arguments))],
             cwd=ROOT,
             env=os.environ | {'JAX_PLATFORMS': 'cpu'},
             stdout=subprocess.PIPE,
@@ -30,6 +25,13 @@ def seen(tmp_path_factory):
         )
         for process_id in range(2)
     ]
+
+
+@pytest.fixture(scope='module')
+def seen(tmp_path_factory):
+    """What each of the two hosts of tests/runtime/two_hosts.py saw."""
+    folder = tmp_path_factory.mktemp('shared')
+    processes = two_processes('-m', 'tests.runtime.two_hosts', folder)
     try:
         while any(process.poll() is None for process in processes):  # a host whose peer failed would wait for it
             if any(process.poll() for process in processes):
@@ -74,20 +76,7 @@ time.sleep(60)
 @pytest.mark.parametrize('failing', [0, 1])
 def test_a_host_that_would_fail_again_ends_all(failing):
     """With status 1, after which no launcher starts them again, whether the coordinator fails or another."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, '-c', FAILS, str(port), str(process_id), str(failing)],
-            cwd=ROOT,
-            env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process_id in range(2)
-    ]
+    processes = two_processes('-c', FAILS, failing)
     try:
         outputs = [process.communicate(timeout=60) for process in processes]
     finally:

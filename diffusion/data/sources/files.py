@@ -19,7 +19,7 @@ from diffusion.data import pictures
 from diffusion.util import open_regular, say
 
 MOST_VISITS = 16  # how often one folder is read through links: folders that link to each other would have no end
-BYTES_PER_PIXEL = 8  # of the largest uncompressed pictures: 4 channels of 16 bits
+BYTES_PER_PIXEL = 8  # at most, uncompressed: 4 channels of 16 bits
 LARGE = 64 * 2**20  # bytes; larger files are in memory one at a time
 
 _one_large = threading.Lock()
@@ -27,7 +27,7 @@ _one_large = threading.Lock()
 
 class _Folder(NamedTuple):
     path: str  # below the root; '' is the root
-    inodes: tuple[int, ...]  # of the folders from the root down to it
+    inodes: tuple[int, ...]  # one for each folder on the path, the root's first
 
 
 class File(NamedTuple):
