@@ -2,6 +2,7 @@
 # Everything worth knowing from one GPU, in eleven minutes, the most valuable first:
 #
 #     bash benchmarks/gpu_all.sh FOLDER RESULTS [--rehearse]
+#     PARTS='check table' bash benchmarks/gpu_all.sh FOLDER RESULTS
 #
 # FOLDER holds what benchmarks/gpu_wheels.sh put there: wheels that the machine lacks, and pictures. The machine needs
 # Python with JAX for its GPU and, for a comparison, PyTorch. Each part has its own time limit; what it found lies in
@@ -25,11 +26,16 @@ if [ -n "$rehearse" ]; then # perhaps on a slow machine
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 fi
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
+export JAX_COMPILATION_CACHE_DIR=$site/programs # each part finds what an earlier one compiled and tuned
+mkdir -m 700 "$JAX_COMPILATION_CACHE_DIR"
+parts=${PARTS:-check table kernels train sample}
+most=${TABLE_SECONDS:-220} # after which no other task is begun
 
 # part SECONDS NAME COMMAND…: run a command, stop it after so many seconds, and keep what it prints.
 part() {
   local seconds=$(($1 * scale)) name=$2
   shift 2
+  [[ " $parts " == *" $name "* ]] || return
   echo "── $name (at most $seconds s)"
   local began=$SECONDS
   timeout --signal=TERM --kill-after=20 "$seconds" "$@" 2>&1 | tee "$results/$name.log"
@@ -38,19 +44,19 @@ part() {
 }
 
 run=$site/run
-train=(--config=cifar10 --config.data.source="folder:$folder/pictures.zip" --config.model.dtype=bfloat16
+train=(--config=cifar10 --config.compile_cache="$JAX_COMPILATION_CACHE_DIR" --config.data.source="folder:$folder/pictures.zip" --config.model.dtype=bfloat16
   --config.train.num_steps=1000000 --config.train.log_every=50 --config.train.sample_every=1000
   --config.train.warmup_steps=500 --config.train.ema_decay=0.999)
 sample=(--config.sample.num_images=1000 --config.sample.num_steps=50 --config.sample.eta=0)
 if [ -n "$rehearse" ]; then
-  train=(--config=digits --config.model.channels=8 --config.model.groups=4 --config.model.multipliers='(1,)'
+  train=(--config=digits --config.compile_cache="$JAX_COMPILATION_CACHE_DIR" --config.model.channels=8 --config.model.groups=4 --config.model.multipliers='(1,)'
     --config.model.attention_resolutions='()' --config.train.num_steps=4 --config.train.sample_every=2)
   sample=(--config.sample.num_images=4 --config.sample.num_steps=2)
 fi
 
 nvidia-smi 2>/dev/null | tee "$results/nvidia-smi.log"
 part 75 check "$python" -m benchmarks.gpu check $rehearse
-part 300 table "$python" -m benchmarks.gpu table --seconds=220 --repetitions=3 $rehearse
+part $((most + 80)) table "$python" -m benchmarks.gpu table --seconds="$most" --repetitions=3 $rehearse
 part 60 kernels "$python" -m benchmarks.gpu kernels $rehearse
 part 130 train "$python" main.py "${train[@]}" --workdir="$run" # SIGTERM saves the last step
 part 75 sample "$python" main.py --workdir="$run" --mode=sample "${sample[@]}"

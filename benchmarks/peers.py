@@ -270,7 +270,7 @@ def start(side: str, task: Task, implementation: str) -> subprocess.Popen:
     command.append(f'--implementation={implementation}')
     pipe = subprocess.PIPE
     environment = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
 
 def ask(process: subprocess.Popen) -> None:

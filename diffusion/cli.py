@@ -137,6 +137,7 @@ def _run(argv):
     except KeyboardInterrupt:  # at the end of what a signal had to wait for
         interrupt.end()
     except Exception as error:
+        interrupt.wait_for_end()
         lost, exhausted = hosts.lost(error), memory.exhausted(error)
         if lost:
             _report(lost)

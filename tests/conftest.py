@@ -19,6 +19,8 @@ def pytest_configure(config):
     """Keep the caches of a session in a temporary folder, which xdist's workers and subprocesses inherit."""
     # JAX does not write its cache atomically; what it cannot read because another process writes it, it compiles.
     config.addinivalue_line('filterwarnings', 'ignore:Error reading persistent compilation cache')
+    # After a save that fails, Orbax awaits no coroutine, which Python says during whatever test it collects them in.
+    config.addinivalue_line('filterwarnings', r"ignore:coroutine '\w+\._\w+' was never awaited:RuntimeWarning")
     if 'PYTEST_XDIST_WORKER' in os.environ:
         return
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')

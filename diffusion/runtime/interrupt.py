@@ -127,6 +127,7 @@ class _Listener:
 
 _listener: _Listener | None = None  # started by `listen`, or else by the outermost `Interrupt`
 _left = ['nothing is written yet; the same command starts over']
+_ending = threading.Event()
 
 
 def listen() -> None:
@@ -153,10 +154,17 @@ def end(text: str = '') -> None:
     Args:
         text: the last line; by default the text that `leaves` set.
     """
+    _ending.set()
     for path in list(UNFINISHED):
         shutil.rmtree(path, ignore_errors=True)
     _print(f'\ninterrupted: {text or _left[0]}\n')
     os._exit(EXIT_STATUS)
+
+
+def wait_for_end() -> None:
+    """If another thread is ending the process, wait until it has: what fails meanwhile lacks the files it removes."""
+    while _ending.is_set():
+        time.sleep(1)
 
 
 class Interrupt:

@@ -174,9 +174,14 @@ def test_celeba_trains_from_tfds_without_tensorflow(tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_while_decoding_ends_in_one_line(pictures, tmp_path, number):
-    """With status 75, without a traceback, and without files of an unfinished cache."""
+    """With status 75, without a traceback, and without files of an unfinished cache.
+
+    Their removal takes longer here than the decoding that fails without them.
+    """
     code = (
-        'import runpy, sys, time\n'
+        'import runpy, shutil, sys, time\n'
+        'rmtree = shutil.rmtree\n'
+        'shutil.rmtree = lambda *args, **kwargs: (rmtree(*args, **kwargs), time.sleep(2))\n'
         'from diffusion.data import pictures\n'
         'decode = pictures.decode\n'
         'pictures.decode = lambda content: (time.sleep(0.2), decode(content))[1]\n'
