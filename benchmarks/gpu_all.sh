@@ -55,8 +55,8 @@ if [ -n "$rehearse" ]; then
 fi
 
 nvidia-smi 2>/dev/null | tee "$results/nvidia-smi.log"
-part 75 check "$python" -m benchmarks.gpu check $rehearse
-part $((most + 80)) table "$python" -m benchmarks.gpu table --seconds="$most" --repetitions=3 $rehearse
+part 120 check "$python" -m benchmarks.gpu check $rehearse
+part $((most + 100)) table "$python" -m benchmarks.gpu table --seconds="$most" --repetitions=3 $rehearse
 part 60 kernels "$python" -m benchmarks.gpu kernels $rehearse
 part 130 train "$python" main.py "${train[@]}" --workdir="$run" # SIGTERM saves the last step
 part 75 sample "$python" main.py --workdir="$run" --mode=sample "${sample[@]}"

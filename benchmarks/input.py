@@ -102,7 +102,7 @@ def waiting(images, placement, *, segments=8, steps=100):
     config.data.placement = placement
     config.train.num_steps = 10**6
     exp = build.build(config)
-    state = exp.initial_state(jax.random.key(0))
+    state = exp.packed(exp.initial_state(jax.random.key(0)))
     batches = train.feed(config, exp, images, 0)
     first = next(batches)
     step_fn = train.compile_step(config, exp, state, *first)

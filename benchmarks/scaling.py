@@ -164,7 +164,7 @@ def compiled_step(config: ConfigDict) -> tuple[Any, Callable, dict[str, int]]:
     held = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
     )
-    return exp, step, {'state': held, 'temporary': step.memory_analysis().temp_size_in_bytes}
+    return exp, step, {'state': held, 'temporary': step.compiled.memory_analysis().temp_size_in_bytes}
 
 
 def measure_rate(devices: int, fsdp: int, steps: int = 20) -> dict:
@@ -179,7 +179,7 @@ def measure_rate(devices: int, fsdp: int, steps: int = 20) -> dict:
     config = digits.get_config()
     config.mesh.fsdp, config.train.batch_size = fsdp, 64
     exp, step, found = compiled_step(config)
-    state = exp.initial_state(jax.random.key(0))
+    state = exp.packed(exp.initial_state(jax.random.key(0)))
     batch = meshes.put(np.zeros((64, 8, 8, 1), np.uint8), meshes.split_batch(exp.mesh))
     state, _ = jax.block_until_ready(step(state, batch, None))
     rates = []

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.network = 'unet'  # the architecture
-    config.model.implementation = 'auto'  # of the network's layers; auto is 'cpu' on CPUs, 'plain' on accelerators
+    config.model.implementation = 'auto'  # of the network and its training step; 'auto' follows the devices
     config.model.kind = 'eps'  # what the network predicts
     config.model.channels = 128  # width at full resolution; 0 chooses a network for the size and number of the images
     config.model.multipliers = (1, 2, 2, 2)  # width at each resolution, in units of channels; each halves the size

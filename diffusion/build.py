@@ -112,14 +112,31 @@ class Experiment:
         """Return the TrainState at step 0 with these weights."""
         return TrainState(jnp.int32(0), params, ema, self.optimizer.init(params), Skipped(jnp.int32(0), jnp.int32(0)))
 
-    def abstract_state(self) -> TrainState:
+    def abstract_state(self, *, packed: bool = False) -> TrainState:
         """Return the shapes and shardings of the TrainState."""
-        state = jax.eval_shape(self.init, jax.random.key(0))
+        state = jax.eval_shape(lambda key: self._pack(self.init(key)) if packed else self.init(key), jax.random.key(0))
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             state,
             mesh.split_state(self.mesh, state),
         )
+
+    def packed(self, state: TrainState) -> TrainState:
+        """Return a TrainState in the form that the implementation's training steps are fastest with."""
+        return self._convert(self._pack, state)
+
+    def unpacked(self, state: TrainState) -> TrainState:
+        """Return a TrainState as trees of named arrays, from its packed form."""
+        return self._convert(self.implementation.unpack, state)
+
+    def _pack(self, state):
+        return self.implementation.pack(state, state.params, self.mesh.shape['fsdp'])
+
+    def _convert(self, function, state):
+        new = jax.eval_shape(function, state)
+        if _structure(new) == _structure(state):
+            return state
+        return jax.jit(function, out_shardings=mesh.split_state(self.mesh, new))(state)
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -287,10 +304,13 @@ def require_same(values: dict[str, str], advice: str) -> None:
 
 
 def _implementation(name, device_mesh):
-    """Resolve 'auto': the fast implementation on CPUs, the plain one on other devices."""
-    if name != 'auto':
-        return name
-    return 'cpu' if device_mesh.devices.flat[0].platform == 'cpu' else 'plain'
+    """Resolve 'auto': the implementation for the platform of the devices if there is one, else the plain one."""
+    platform = device_mesh.devices.flat[0].platform
+    return (platform if platform in IMPLEMENTATIONS else 'plain') if name == 'auto' else name
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree)
 
 
 def _call(function, values):

@@ -94,11 +94,11 @@ def trained(config, exp, state):
             losses.append(metrics['loss'])
     seen = {
         'losses': [float(loss) for loss in losses],
-        'collectives': collectives(step.as_text()),
-        'talks_to_host': talks_to_host(step.as_text()),
+        'collectives': collectives(step.compiled.as_text()),
+        'talks_to_host': talks_to_host(step.compiled.as_text()),
         'state_bytes': held,
         'state_bytes_after': on_first(state),
-        'reused_bytes': step.memory_analysis().alias_size_in_bytes,
+        'reused_bytes': step.compiled.memory_analysis().alias_size_in_bytes,
         'old_is_gone': all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.ema, old.opt_state))),
         'images_are_split': first[1] is None and first[0].addressable_shards[0].data.shape[0],
     }

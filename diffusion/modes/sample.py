@@ -239,13 +239,13 @@ def make_sampler(
     def draw(params, seed, first):
         indices = jax.lax.with_sharding_constraint(first + jnp.arange(batch_size), mesh.split_batch(exp.mesh))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(domain_key(seed, 'sampling'), indices)
-        net = exp.network.net(mesh.whole(exp.mesh, params))
+        net = exp.network.net(exp.implementation.unpack(mesh.whole(exp.mesh, params)))
         x_T = None if start is None else sampler.noise(keys, start, shape)
         return sampler.sample(keys, exp.schedule, net, shape=shape, x_T=x_T, **how)
 
     with compiling('the sampler'):
         program = exp.implementation.compile(draw, params, 0, 0, out_shardings=mesh.replicated(exp.mesh))
-    memory.require(memory.of_program(program), f'a batch of {batch_size} samples, as XLA plans it,', MEMORY)
+    memory.require(memory.of_program(program.compiled), f'a batch of {batch_size} samples, as XLA plans it,', MEMORY)
     return lambda params, seed, start, stop: mesh.fetch(program(params, seed, start))[: stop - start]
 
 

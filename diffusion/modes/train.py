@@ -20,6 +20,7 @@ from diffusion.build import Experiment, Skipped, TrainState
 from diffusion.loss import WEIGHTINGS, draw
 from diffusion.metrics import colour
 from diffusion.modes.sample import make_sampler
+from diffusion.networks import Program
 from diffusion.report.grid import save_grid
 from diffusion.runtime import hosts, memory, mesh
 from diffusion.runtime.checkpoints import Checkpoints
@@ -69,6 +70,7 @@ def run(config: ConfigDict, path: str) -> int:
         workdir.use_compile_cache(config)
         checkpoints = stack.enter_context(workdir.open_checkpoints(config, path, writing=True))
         state = restore(config, exp, path, checkpoints)
+        about = describe(exp, state)
         start, num_steps = int(state.step), config.train.num_steps
         if start >= num_steps:
             say(f'complete: {start} steps of train.num_steps={num_steps}; checkpoints in {checkpoints.directory}')
@@ -80,19 +82,21 @@ def run(config: ConfigDict, path: str) -> int:
         say(f'{len(images)} images of {config.data.source}; step {start} of {num_steps}')
         if not start and not os.path.exists(os.path.join(path, 'data')):
             say('the same command with --mode=data shows what the network will see')
+        checkpoints.reserve(**state.trees())
+        state = exp.packed(state)
         batches = feed(config, exp, images, start, stop=lambda: jax.process_count() == 1 and bool(interrupt))
         first = next(batches)
         began = time.perf_counter()
         with compiling('the training step'):
             step_fn = compile_step(config, exp, state, *first)
-        memory.require(memory.of_program(step_fn), 'the training step, as XLA plans it,', MEMORY)
-        flops = exp.implementation.flops(step_fn, config.train.accumulate)
-        say(f'{describe(exp, state, flops)}; compiled in {time.perf_counter() - began:.1f} s')
+        memory.require(memory.of_program(step_fn.compiled), 'the training step, as XLA plans it,', MEMORY)
+        flops = step_fn.flops / exp.mesh.size
+        took = time.perf_counter() - began
+        say(f'{about}; {flops / 1e9:.3g} GFLOP per step and device; compiled in {took:.1f} s')
         preview = Preview(config, exp, path, images.record['channel_means'], state.ema, start)
 
-        checkpoints.reserve(**state.trees())
         log = stack.enter_context(Log(os.path.join(path, 'logs'), config, exp, flops, start))
-        saver = Saver(config, path, stored, checkpoints, lock, log, start)
+        saver = Saver(config, exp, path, stored, checkpoints, lock, log, start)
         stopped = hosts.AnyHost(exp.mesh)
         if jax.process_count() == 1:  # until now, a signal ended the process at once
             stack.enter_context(interrupt)
@@ -205,7 +209,7 @@ def train_step(
     t, eps = draw(noise_key, exp.schedule, x0.shape, weighting=weighting)
 
     def mean_loss(params, dropout_key, x0, t, eps):
-        net = exp.network.net(params, dropout_key=dropout_key)
+        net = exp.network.net(exp.implementation.unpack(params), dropout_key=dropout_key)
         return WEIGHTINGS[weighting].loss(exp.schedule, net, x0, t, eps, kind).mean()
 
     value_and_grad = jax.value_and_grad(mean_loss)
@@ -257,9 +261,7 @@ def augment(key: jax.Array, images: jax.Array, *, flip: bool) -> jax.Array:
     return x0
 
 
-def compile_step(
-    config: ConfigDict, exp: Experiment, state: TrainState, images: jax.Array, indices: Any
-) -> jax.stages.Compiled:
+def compile_step(config: ConfigDict, exp: Experiment, state: TrainState, images: jax.Array, indices: Any) -> Program:
     """Compile `train_step` with everything that stays the same from step to step; it reuses the state's buffers."""
     step_fn = functools.partial(
         train_step,
@@ -379,14 +381,14 @@ def require_enough(config: ConfigDict, images: data.Images) -> None:
         )
 
 
-def describe(exp: Experiment, state: TrainState, flops: float) -> str:
-    """Return one line with hosts, devices, mesh, parameters, state per device, and operations per step."""
+def describe(exp: Experiment, state: TrainState) -> str:
+    """Return one line with hosts, devices, mesh, parameters, and state per device."""
     devices, kind = exp.mesh, exp.mesh.devices.flat[0].device_kind
     several = f'{jax.process_count()} hosts, ' if jax.process_count() > 1 else ''
     return (
         f'{several}{devices.size} × {kind} as data {devices.shape["data"]} × fsdp {devices.shape["fsdp"]}; '
         f'{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters; '
-        f'{held_by_device(state) / 1e6:.1f} MB of state per device; {flops / 1e9:.3g} GFLOP per step and device'
+        f'{held_by_device(state) / 1e6:.1f} MB of state per device'
     )
 
 
@@ -449,7 +451,7 @@ class Log:
             self._steps, self._seconds = 0, 0.0
         speed = {'images_per_second': rate * self._batch_size}
         shown = {'loss': f'{values["loss"]:.4f}', 'images/s': f'{speed["images_per_second"]:.0f}'}
-        if self._peak and not math.isnan(self._flops):
+        if self._peak:
             speed['utilisation'] = rate * self._flops / self._peak
             shown['use'] = f'{speed["utilisation"]:.0%}'
         self._bar.set_postfix(shown)
@@ -470,6 +472,7 @@ class Saver:
     def __init__(
         self,
         config: ConfigDict,
+        exp: Experiment,
         path: str,
         stored: dict[str, Any],
         checkpoints: Checkpoints,
@@ -478,7 +481,7 @@ class Saver:
         start: int,
     ):
         self._path, self._stored = path, stored  # what config.json holds; each checkpoint keeps a copy
-        self._checkpoints, self._lock, self._log = checkpoints, lock, log
+        self._exp, self._checkpoints, self._lock, self._log = exp, checkpoints, lock, log
         self._every, self._log_every = config.train.checkpoint_every, config.train.log_every
         self._saved = self._retry = start
 
@@ -495,7 +498,7 @@ class Saver:
         try:
             if self._moved():
                 self._recreate(step)
-            self._checkpoints.save(step, self._stored, **state.trees())
+            self._checkpoints.save(step, self._stored, **self._exp.unpacked(state).trees())
             self._saved = step
         except (OSError, ValueError) as error:
             self._saved = max(self._checkpoints.steps(), default=0)

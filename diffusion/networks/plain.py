@@ -1,11 +1,12 @@
 """The plain implementation: networks as the papers write them, compiled by JAX with its own options."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+
+from diffusion.networks.program import Program, flops_of
 
 NETWORKS: dict[str, type[nnx.Module]] = {}  # entries that replace those of networks.NETWORKS
 
@@ -17,7 +18,7 @@ def compile(
     donate: Sequence[int] = (),
     largest_activation: int = 0,
     once: bool = False,
-) -> jax.stages.Compiled:
+) -> Program:
     """Compile function(*args).
 
     Args:
@@ -33,8 +34,8 @@ def compile(
     Returns:
         The compiled function.
     """
-    jitted = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings)
-    return jitted.lower(*args).compile()
+    traced = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings).trace(*args)
+    return Program(traced.lower().compile(), flops_of(traced.jaxpr))
 
 
 def fold(body: Callable[[Any, Any], Any], carry: Any, parts: Any) -> Any:
@@ -48,11 +49,17 @@ def fold(body: Callable[[Any, Any], Any], carry: Any, parts: Any) -> Any:
     return jax.lax.scan(lambda carry, part: (body(carry, part), None), carry, parts)[0]
 
 
-def flops(program: jax.stages.Compiled, parts: int = 1) -> float:
-    """Return the floating-point operations of a compiled program on each device; NaN if XLA does not count them.
+def pack(tree: Any, like: Any, parts: int = 1) -> Any:
+    """Return a training state in the form that a training step takes: as it is.
 
     Args:
-        program: the result of `compile`.
-        parts: number of parts of a `fold` that does most of the work. XLA counts the body of a loop once.
+        tree: the training state.
+        like: its parameters.
+        parts: among how many devices it is divided.
     """
-    return (program.cost_analysis() or {}).get('flops', math.nan) * parts
+    return tree
+
+
+def unpack(tree: Any) -> Any:
+    """Return the tree that `pack` was given."""
+    return tree

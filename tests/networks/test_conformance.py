@@ -1,4 +1,4 @@
-"""The implementation for CPUs computes what the plain network computes: outputs, gradients and forward derivatives."""
+"""The implementations compute what the plain network computes: outputs, gradients and forward derivatives."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from diffusion.configs import digits
-from diffusion.networks import NETWORKS, cpu
+from diffusion.networks import IMPLEMENTATIONS, NETWORKS, cpu
 from diffusion.networks.cpu import unet as cpu_unet
 from tests.jaxprs import equations
 from tests.xla_flags import FAST_TO_COMPILE
@@ -109,19 +109,22 @@ def expected(name, dropout):
 
 
 @pytest.mark.parametrize(
-    'name, dropout, remat',
+    'implementation, name, dropout, remat',
     [
-        ('digits', None, False),
-        ('digits', 0.3, True),
-        pytest.param('cifar10', None, False, marks=pytest.mark.slow),
-        pytest.param('cifar10', 0.3, True, marks=pytest.mark.slow),
-        ('odd', None, True),
-        ('odd', 0.3, False),
+        ('cpu', 'digits', None, False),
+        ('cpu', 'digits', 0.3, True),
+        pytest.param('cpu', 'cifar10', None, False, marks=pytest.mark.slow),
+        pytest.param('cpu', 'cifar10', 0.3, True, marks=pytest.mark.slow),
+        ('cpu', 'odd', None, True),
+        ('cpu', 'odd', 0.3, False),
+        pytest.param('gpu', 'cifar10', 0.3, True, marks=pytest.mark.slow),
+        ('gpu', 'odd', None, True),
+        ('gpu', 'odd', 0.3, False),
     ],
 )
-def test_outputs_and_derivatives_are_those_of_the_plain_network(monkeypatch, name, dropout, remat):
+def test_outputs_and_derivatives_are_those_of_the_plain_network(monkeypatch, implementation, name, dropout, remat):
     monkeypatch.setattr(cpu_unet, 'LARGE', LARGE)
-    found = results(cpu.NETWORKS['unet'], name, dropout=dropout, remat=remat)
+    found = results(IMPLEMENTATIONS[implementation].NETWORKS['unet'], name, dropout=dropout, remat=remat)
     reference = expected(name, dropout or None)[: len(found)]
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(reference[1]))
     flat = jax.tree_util.tree_leaves_with_path(found)

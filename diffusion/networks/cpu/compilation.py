@@ -1,14 +1,15 @@
 """Compiler options for XLA:CPU, and loops in a form that it compiles well."""
 
 import ctypes
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from diffusion.networks.cpu.conv import winograd
 from diffusion.networks.cpu.order import LARGE, after
+from diffusion.networks.program import Program, flops_of
 
 QUICK_TO_COMPILE = {'xla_backend_optimization_level': 0}
 LEAST_MEMORY = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
@@ -21,7 +22,7 @@ def compile(
     donate: Sequence[int] = (),
     largest_activation: int = 0,
     once: bool = False,
-) -> jax.stages.Compiled:
+) -> Program:
     """Compile function(*args), as `plain.compile` does.
 
     By default XLA:CPU starts operations as early as it can, so that they run concurrently. Small operations gain from
@@ -34,7 +35,8 @@ def compile(
     """
     options = QUICK_TO_COMPILE if once else LEAST_MEMORY if largest_activation > LARGE else {}
     jitted = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings, compiler_options=options)
-    program = jitted.lower(*args).compile()
+    traced = jitted.trace(*args)
+    program = Program(traced.lower().compile(), flops_of(traced.jaxpr, {'winograd': winograd}))
     _return_free_memory()
     return program
 
@@ -56,8 +58,3 @@ def fold(body: Callable[[Any, Any], Any], carry: Any, parts: Any) -> Any:
         done = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(carry))
         carry = body(carry, jax.tree.map(lambda x, i=i, done=done: after(done, x[i]), parts))
     return carry
-
-
-def flops(program: jax.stages.Compiled, parts: int = 1) -> float:
-    """Return the floating-point operations of a compiled program on each device, as `plain.flops` does."""
-    return (program.cost_analysis() or {}).get('flops', math.nan)  # `fold` makes no loop here, so every part is counted
