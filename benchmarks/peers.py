@@ -297,9 +297,11 @@ def compare(task: Task, sides: Sequence[str], repetitions: int, implementation: 
     """
     processes = {}
     for side in sides:  # one after the other: a compiler that measures what is fastest must be alone
+        began = time.perf_counter()
         processes[side] = start(side, task, implementation)
         ask(processes[side])
-        answer_of(processes[side])  # the first turn is not measured
+        seconds, _ = answer_of(processes[side])  # shown, but not counted
+        print(f'{task.name}, {side}: {seconds:.4g} s; ready after {time.perf_counter() - began:.0f} s', flush=True)
     found: dict[str, list] = {side: [] for side in sides}
     for _ in range(repetitions):
         for side, process in processes.items():
