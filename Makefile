@@ -4,6 +4,7 @@
 # make test-slow    tests that take longer: the demo's quality, likelihoods of a trained run, lost hosts
 # make chaos        kill a run at random moments, damage its checkpoints, fill its disk; KILLS=100 for the long form
 # make peers        comparisons with other projects, in an environment of their own
+# make test-plan    programs compiled for a GPU and a TPU that are not here, in an environment of their own
 # make bench        the numbers in docs/numbers.md; with VENV=.venv-peers EXTRAS=test,peers also PyTorch's
 # make prepare      a TFDS dataset as array_record files: DATASET=celeb_a [DATA_DIR=…] [MANUAL_DIR=…]; uses TensorFlow
 # make install      the environment alone; EXTRAS=test,cuda12 for NVIDIA GPUs, EXTRAS=test,tpu for TPUs
@@ -22,7 +23,7 @@ pytest := $(python) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfi
 version_tests := tests/networks tests/runtime tests/data tests/modes/test_train.py tests/modes/test_sample.py \
   tests/likelihood/test_flow.py tests/test_sampler.py tests/test_cli.py tests/test_layers.py tests/test_package.py
 
-.PHONY: demo prepare test test-slow test-newer test-versions peers chaos bench lint install clean
+.PHONY: demo prepare test test-slow test-newer test-versions test-plan peers chaos bench lint install clean
 
 install: $(VENV)/installed-$(EXTRAS)
 
@@ -72,6 +73,11 @@ peers:
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
 	  clean-fid pytorch-fid torch-fidelity  # they need torchvision, but what is compared does not
 	.venv-peers/bin/python -m pytest -m peers
+
+# In an environment of its own, because JAX looks for the accelerators whose compilers it has.
+test-plan:
+	$(MAKE) install VENV=.venv-plan EXTRAS=test,plan
+	.venv-plan/bin/python -m pytest tests/modes/test_plan.py -m ''
 
 chaos: install
 	$(python) -m tests.chaos --kills=$(KILLS) --corruptions=$(CORRUPTIONS)

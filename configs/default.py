@@ -136,6 +136,14 @@ def get_config() -> ConfigDict:
     config.likelihood.batch_size = 100  # images at a time
     config.likelihood.seed = 0  # of the noise, levels and probes
 
+    config.plan = ConfigDict()
+    # For --mode=plan: 'here', or devices that need not be here, such as h100:8, a100-80:8x2 (two hosts), tpu-v5e:4x4.
+    config.plan.target = 'here'
+    config.plan.programs = ('train', 'sample', 'likelihood')  # which programs are compiled
+    config.plan.alternatives = False  # also the training step with remat, accumulate, fsdp or the other dtype
+    config.plan.largest_batch = False  # also find the largest batch that fits, by compiling several
+    config.plan.folder = ''  # where the results are written; '' is plan/ in the workdir
+
     config.interop = ConfigDict()
     config.interop.source = ''  # for --mode=import_weights: 'diffusers:FOLDER', 'diffusers:HUB_ID' or 'ddim:FILE'
     config.interop.weights = 'ema'  # for --mode=export: which weights

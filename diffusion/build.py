@@ -5,7 +5,7 @@ import functools
 import importlib.metadata
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from diffusion import data, gaussian, schedule, workdir
 from diffusion.networks import IMPLEMENTATIONS, NETWORKS
-from diffusion.runtime import devices, hosts, mesh
+from diffusion.runtime import devices as runtime_devices
+from diffusion.runtime import hosts, mesh
 from diffusion.util import RunError, naming, say, warn
 
 # What may differ between the hosts of a run: the host's number, and where it finds and keeps files.
@@ -139,8 +140,12 @@ class Experiment:
         return jax.jit(function, out_shardings=mesh.split_state(self.mesh, new))(state)
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment:
     """Build the Experiment that a config describes.
+
+    Args:
+        config: the whole config.
+        devices: other devices than those of this run, for which programs are compiled but not run.
 
     Raises:
         RunError: a value is not allowed, or values do not fit together; the message names the key.
@@ -151,7 +156,7 @@ def build(config: ConfigDict) -> Experiment:
     with naming('config.model.kind'):
         gaussian.require_signal(noise_schedule, config.model.kind, noise_schedule.T)
     with naming('config.mesh'):
-        device_mesh = mesh.make_mesh(config.mesh.fsdp)
+        device_mesh = mesh.make_mesh(config.mesh.fsdp, devices)
     implementation = IMPLEMENTATIONS[_implementation(config.model.implementation, device_mesh)]
     with naming('config.model'):
         network = make_network(config, NETWORKS | implementation.NETWORKS)
@@ -276,8 +281,8 @@ def join_hosts(config: ConfigDict, mode: str) -> None:
         mesh.use_cores(min(config.sample.batch_size, config.sample.num_images))
     if mode in ('evaluate', 'reference'):
         mesh.use_cores(config.metrics.batch_size)
-    say(f'devices: {devices.start()}')
-    if warning := devices.unused():
+    say(f'devices: {runtime_devices.start()}')
+    if warning := runtime_devices.unused():
         warn(warning)
     if jax.distributed.is_initialized():
         asked = {f'config.{key}': repr(value) for key, value in _flat(config.to_dict()) if key not in PER_HOST}

@@ -31,6 +31,7 @@ MODES = {
     'sweep': "compute the metrics for several numbers of steps and η, as in DDIM's Table 1",
     'compare': 'test the difference of two records of images: --mode=compare A/record.json B/record.json',
     'reference': 'compute the features of the data, with which samples are compared',
+    'plan': 'compile for accelerators that need not be here: what fits, and what it costs',
     'data': 'show what the network will see',
     'import_weights': "make a workdir from another project's weights",
     'export': 'write a folder for diffusers',
@@ -125,10 +126,12 @@ def _run(argv):
     mode = ALIASES.get(flags.FLAGS.mode, flags.FLAGS.mode)
     say_here('loading JAX …')
     from diffusion import build
-    from diffusion.runtime import hosts, memory
+    from diffusion.runtime import hosts, memory, targets
 
     module = importlib.import_module(f'diffusion.modes.{mode}')
     try:
+        if mode == 'plan':
+            os.environ.update(targets.prepare(flags.FLAGS.config.plan.target))
         build.join_hosts(flags.FLAGS.config, mode)
         interrupt.listen()  # again: JAX has a handler of its own for several hosts
         with _compiled():

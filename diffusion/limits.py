@@ -219,6 +219,7 @@ LIMITS: dict[str, Limit] = {
     'likelihood.step': STEP,
     'likelihood.batch_size': Integers(1),
     'likelihood.seed': Integers(0),
+    'plan.programs': SomeOf('train', 'sample', 'likelihood'),
     'interop.weights': WEIGHTS,
     'interop.step': STEP,
     'mesh.fsdp': Integers(1),

@@ -344,7 +344,7 @@ class Device:
     ],
 )
 def test_peak_rates_are_those_that_the_makers_state(kind, peak):
-    assert meshes.peak_flops(Device(kind)) == peak
+    assert meshes.peak_flops(kind) == peak
 
 
 def test_the_devices_of_a_host_follow_each_other():

@@ -20,6 +20,7 @@ from diffusion.likelihood import ledger
 from diffusion.likelihood.elbo import FORMS, elbo, strata
 from diffusion.likelihood.flow import flow, num_probes
 from diffusion.likelihood.importance import log_weight
+from diffusion.networks import Program
 from diffusion.report.terms import save_terms
 from diffusion.runtime import hosts, mesh
 from diffusion.runtime.compilation import compiling
@@ -131,6 +132,28 @@ def quantities(config: ConfigDict, exp: Experiment) -> dict[str, Callable]:
     return {name: everything[name] for name in asked.quantities}
 
 
+def compile_quantity(exp: Experiment, function: Callable, key: Any, params: Any, x0: Any, numbers: Any) -> Program:
+    """Compile (key, params, x0, numbers) → terms of a batch of images.
+
+    Args:
+        exp: mesh and implementation.
+        function: one of `quantities`.
+        key: typed PRNG key; like the others, or its shape and sharding.
+        params: parameters.
+        x0: (B, H, W, C), the images.
+        numbers: (B,), their numbers in the split, from which their keys follow.
+
+    Returns:
+        The program.
+    """
+
+    def on_mesh(key, params, x0, numbers):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        return function(keys, mesh.whole(exp.mesh, params), x0)
+
+    return exp.implementation.compile(on_mesh, key, params, x0, numbers, out_shardings=mesh.replicated(exp.mesh))
+
+
 def chain_levels(asked: ConfigDict, exp: Experiment) -> np.ndarray:
     """Return the noise levels of the chain that config.likelihood asks for."""
     return timesteps(exp.schedule.T, asked.num_steps or exp.schedule.T)
@@ -208,13 +231,6 @@ def compute(
     size = min(asked.batch_size, len(images))
     size += -size % exp.mesh.size
 
-    def compiled(function, *arguments):
-        def on_mesh(key, params, x0, numbers):
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)  # one for each image of the split
-            return function(keys, mesh.whole(exp.mesh, params), x0)
-
-        return exp.implementation.compile(on_mesh, *arguments, out_shardings=mesh.replicated(exp.mesh))
-
     programs: dict[str, Callable] = {}
     stopped = hosts.AnyHost(exp.mesh)
     done = len(parts) - len(missing)
@@ -232,7 +248,7 @@ def compute(
             arguments = key, params, *batch
             if part.quantity not in programs:
                 with naming('config.likelihood'), compiling(f'the quantity {part.quantity}'):
-                    programs[part.quantity] = compiled(functions[part.quantity], *arguments)
+                    programs[part.quantity] = compile_quantity(exp, functions[part.quantity], *arguments)
             terms = mesh.fetch(programs[part.quantity](*arguments))
             if hosts.is_first():
                 count = part.stop - part.start

@@ -20,6 +20,7 @@ from diffusion import build, compat, data, sampler, workdir
 from diffusion.build import Experiment
 from diffusion.metrics import colour
 from diffusion.modes import evaluate
+from diffusion.networks import Program
 from diffusion.report.grid import save_each, save_grid
 from diffusion.runtime import hosts, memory, mesh
 from diffusion.runtime.compilation import compiling
@@ -49,11 +50,8 @@ def run(config: ConfigDict, path: str) -> int:
     workdir.check_config(config, path)  # first: what is wrong with the rest may follow from another run's config
     asked = config.sample
     exp = build.build(config)
-    with naming('config.sample'):
-        keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip')
-        chain = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys})
+    done, chain = resolve_chain(asked, exp)
     first_level = int(np.asarray(chain['timesteps']).flat[0])  # whose noise x_T is
-    done = {key: chain.pop(key) if key in ('num_steps', 'spacing') else chain[key] for key in keys}
     if first_level < exp.schedule.T and (why := start_warning(exp.schedule, first_level)):
         say(f"warning: config.sample: {why}; spacing='trailing' starts at T")
     say(f'reading a checkpoint of {path}')
@@ -127,6 +125,15 @@ def run(config: ConfigDict, path: str) -> int:
     if warning:
         say(f'warning: {warning}')
     return 0
+
+
+def resolve_chain(asked: ConfigDict, exp: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what config.sample says of the chain, as it will be done, and its part of `sampler.sample`'s arguments."""
+    keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip')
+    with naming('config.sample'):
+        chain = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys})
+    done = {key: chain.pop(key) if key in ('num_steps', 'spacing') else chain[key] for key in keys}
+    return done, chain
 
 
 def settings_sha256(config: ConfigDict, params_sha256: str, done: dict[str, Any], chain: dict[str, Any]) -> str:
@@ -223,6 +230,29 @@ def make_sampler(
     One program serves all calls: a short batch is filled up, and every batch to a multiple of the devices.
 
     Args:
+        exp: as in `compile_sampler`, and so are the others.
+        params: parameters, or their shapes and shardings.
+        shape: of one image, (H, W, C).
+        batch_size: the largest number of images per call.
+        start: see `compile_sampler`.
+        how: keyword arguments of `sampler.sample`.
+
+    Returns:
+        The function (params, seed, start, stop) → images start … stop−1, (stop−start, H, W, C) float32. Image i
+        depends on (seed, i) alone.
+    """
+    with compiling('the sampler'):
+        program = compile_sampler(exp, params, shape, batch_size=batch_size, start=start, **how)
+    memory.require(memory.of_program(program.compiled), f'a batch of {batch_size} samples, as XLA plans it,', MEMORY)
+    return lambda params, seed, start, stop: mesh.fetch(program(params, seed, start))[: stop - start]
+
+
+def compile_sampler(
+    exp: Experiment, params: Any, shape: tuple[int, ...], *, batch_size: int, start: int | None = None, **how: Any
+) -> Program:
+    """Compile (params, seed, first) → images first, first + 1, …, at least `batch_size`.
+
+    Args:
         exp: schedule, network, mesh and implementation.
         params: parameters, or their shapes and shardings.
         shape: of one image, (H, W, C).
@@ -231,8 +261,7 @@ def make_sampler(
         how: keyword arguments of `sampler.sample`.
 
     Returns:
-        The function (params, seed, start, stop) → images start … stop−1, (stop−start, H, W, C) float32. Image i
-        depends on (seed, i) alone.
+        The program.
     """
     batch_size += -batch_size % exp.mesh.size
 
@@ -243,10 +272,7 @@ def make_sampler(
         x_T = None if start is None else sampler.noise(keys, start, shape)
         return sampler.sample(keys, exp.schedule, net, shape=shape, x_T=x_T, **how)
 
-    with compiling('the sampler'):
-        program = exp.implementation.compile(draw, params, 0, 0, out_shardings=mesh.replicated(exp.mesh))
-    memory.require(memory.of_program(program.compiled), f'a batch of {batch_size} samples, as XLA plans it,', MEMORY)
-    return lambda params, seed, start, stop: mesh.fetch(program(params, seed, start))[: stop - start]
+    return exp.implementation.compile(draw, params, 0, 0, out_shardings=mesh.replicated(exp.mesh))
 
 
 def name_of(config: ConfigDict, step: int, done: dict[str, Any]) -> str:

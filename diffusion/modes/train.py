@@ -406,7 +406,7 @@ class Log:
 
     def __init__(self, folder: str, config: ConfigDict, exp: Experiment, flops: float, start: int):
         self._folder, self._batch_size = folder, config.train.batch_size
-        self._flops, self._peak = flops, mesh.peak_flops(exp.mesh.devices.flat[0])
+        self._flops, self._peak = flops, mesh.peak_flops(exp.mesh.devices.flat[0].device_kind)
         self._bar = progress(
             total=config.train.num_steps, initial=start, doing='train', unit='step', hidden=not hosts.is_first()
         )

@@ -23,6 +23,7 @@ PEAK_FLOPS = {
     'NVIDIA H100': 989e12,  # SXM
     'NVIDIA H100 PCIe': 756e12,
     'NVIDIA H200': 989e12,
+    'NVIDIA B200': 2250e12,
     'TPU v3': 123e12 / 2,  # a device is a core, half a chip
     'TPU v4': 275e12,
     'TPU v5 lite': 197e12,
@@ -48,16 +49,20 @@ def use_cores(most: int) -> None:
         jax.config.update('jax_num_cpu_devices', max(min(cores, most, MAX_CORES), 1))
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
+def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh of all devices, of shape (devices / fsdp, fsdp).
+
+    Args:
+        fsdp: over how many devices the state is split.
+        devices: other devices than those of this run.
 
     Raises:
         ValueError: `fsdp` does not divide the number of devices.
     """
-    devices = np.asarray(by_host(jax.devices()))
-    if fsdp < 1 or devices.size % fsdp:
-        raise ValueError(f'fsdp is {fsdp}, which does not divide the {devices.size} devices')
-    return Mesh(devices.reshape(-1, fsdp), ('data', 'fsdp'))
+    found = np.asarray(by_host(jax.devices() if devices is None else devices))
+    if fsdp < 1 or found.size % fsdp:
+        raise ValueError(f'fsdp is {fsdp}, which does not divide the {found.size} devices')
+    return Mesh(found.reshape(-1, fsdp), ('data', 'fsdp'))
 
 
 def by_host(devices: Iterable[Any]) -> list[Any]:
@@ -216,7 +221,7 @@ def fits(mesh: Mesh, nbytes: int, share: float = 0.25) -> bool:
     return nbytes <= share * min(s.get('bytes_limit', 8e9) for s in stats)
 
 
-def peak_flops(device: Any) -> float | None:
-    """Return the peak rate of a device in bfloat16 operations per second, or None if it is not known."""
-    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+def peak_flops(device_kind: str) -> float | None:
+    """Return the peak rate of a kind of device in bfloat16 operations per second, or None if it is not known."""
+    kinds = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None

@@ -1,0 +1,317 @@
+"""--mode=plan: what fits on accelerators that need not be here, and what it costs, from programs compiled for them."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion import build, workdir
+from diffusion.build import Experiment
+from diffusion.modes import likelihood, sample, train
+from diffusion.networks import Program
+from diffusion.runtime import hlo, memory, mesh, targets
+from diffusion.runtime.compilation import compiling
+from diffusion.runtime.targets import Card
+from diffusion.util import RunError, first_line, naming, say, versions, write_json
+
+LARGEST_BATCH = 2**16  # images; larger ones are not tried
+STEP_OF_BATCH = 1 / 8  # how exactly the largest batch is found
+
+
+def run(config: ConfigDict, path: str) -> int:
+    """Write plan/<name>.json and .md: memory, operations, messages, kernels and a bound on the time, by program.
+
+    Args:
+        config: the config of the command.
+        path: the workdir.
+
+    Returns:
+        The exit status, 0, also if something does not fit.
+
+    Raises:
+        RunError: the config does not allow it, the target is unknown, or its compiler is missing.
+    """
+    # Resolve.
+    config = workdir.resolve(config, path)
+    asked = config.plan
+    devices = targets.devices(asked.target)
+    card = targets.describe_here() if asked.target == targets.HERE else targets.parse(asked.target)[0]
+    exp = build.build(config, devices)
+    train.require_equal_parts(config, exp)
+    folder = workdir.output_folder(config, path, 'plan', 'plan')
+
+    # Compute.
+    compilers = {'train': compile_train, 'sample': compile_sample, 'likelihood': compile_likelihood}
+    programs = {name: measure(compilers[name], config, devices, card, name) for name in asked.programs}
+    others = alternatives(config, devices, card) if asked.alternatives else []
+    largest = largest_batch(config, devices, card) if asked.largest_batch else None
+
+    # Record.
+    name = re.sub(r'\W+', '-', f'{asked.target}-batch{config.train.batch_size}-{config.model.dtype}')
+    record = {
+        'target': asked.target,
+        'devices': len(devices),
+        'hosts': len({device.process_index for device in devices}),
+        'device': describe_card(card),
+        'mesh': dict(exp.mesh.shape),
+        'state_bytes': state_bytes(exp),
+        'programs': programs,
+        'alternatives': others,
+        'largest_batch': largest,
+        'model': config.model.to_dict(),
+        'data': {key: config.data[key] for key in ('image_size', 'channels')},
+        'train': {key: config.train[key] for key in ('batch_size', 'accumulate', 'loss')},
+        'versions': versions(),
+    }
+    text = markdown(record)
+    with workdir.writing(folder, key='plan.folder'):
+        write_json(os.path.join(folder, f'{name}.json'), record)
+        with open(os.path.join(folder, f'{name}.md'), 'w', encoding='utf-8') as file:
+            file.write(text)
+
+    # Report.
+    say(f'\n{text}')
+    workdir.wrote(folder, f'{name}.json', f'{name}.md')
+    return 0
+
+
+def compile_train(config: ConfigDict, exp: Experiment) -> tuple[Program, int]:
+    """Return the training step, for batches that hosts send, and the images of a batch."""
+    batch, size = config.train.batch_size, config.data.image_size
+    images = _array((batch, size, size, config.data.channels), np.uint8, mesh.split_batch(exp.mesh))
+    return train.compile_step(config, exp, exp.abstract_state(packed=True), images, None), batch
+
+
+def compile_sample(config: ConfigDict, exp: Experiment) -> tuple[Program, int]:
+    """Return the sampler, and the images of a batch."""
+    asked, size = config.sample, config.data.image_size
+    _, chain = sample.resolve_chain(asked, exp)
+    batch = min(asked.batch_size, asked.num_images)
+    batch += -batch % exp.mesh.size
+    how = dict(kind=config.model.kind, rule=asked.rule, **chain)
+    params, shape = exp.abstract_state().params, (size, size, config.data.channels)
+    with naming('config.sample'):
+        return sample.compile_sampler(exp, params, shape, batch_size=batch, **how), batch
+
+
+def compile_likelihood(config: ConfigDict, exp: Experiment) -> tuple[Program, int]:
+    """Return the first quantity of likelihood.quantities, in float32, and the images of a batch."""
+    config = config.copy_and_resolve_references()
+    config.model.dtype, config.model.remat = 'float32', False
+    exp = build.build(config, list(exp.mesh.devices.flat))
+    asked, size, split = config.likelihood, config.data.image_size, mesh.split_batch(exp.mesh)
+    batch = asked.batch_size + -asked.batch_size % exp.mesh.size
+    function = likelihood.quantities(config, exp)[asked.quantities[0]]
+    x0 = _array((batch, size, size, config.data.channels), np.float32, split)
+    key = _array((), jax.random.key(0).dtype, mesh.replicated(exp.mesh))
+    arguments = key, exp.abstract_state().params, x0, _array((batch,), np.int32, split)
+    with naming('config.likelihood'), jax.default_matmul_precision('highest'):
+        return likelihood.compile_quantity(exp, function, *arguments), batch
+
+
+def _array(shape, dtype, sharding):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def measure(
+    compile_program: Callable[[ConfigDict, Experiment], tuple[Program, int]],
+    config: ConfigDict,
+    devices: list[Any],
+    card: Card,
+    what: str,
+) -> dict[str, Any]:
+    """Compile a program, and return what it takes.
+
+    Returns:
+        'images': of a batch; 'peak_bytes', 'fits' and 'memory', its parts: on each device; 'flops_per_image' and
+        'flops_per_device'; 'kernels': of one step, or within the loop over the chain; 'collectives': messages between
+        devices, and 'collective_bytes', of their results; 'bytes_accessed': of the device's memory, as XLA counts
+        them; 'bound': see `bound`; 'compile_seconds'. If the compiler refuses because memory is too small, 'why' is
+        its message and what is not known is None.
+    """
+    exp = build.build(config, devices)
+    began = time.perf_counter()
+    try:
+        with compiling(f'{what} for {config.plan.target}'):
+            program, images = compile_program(config, exp)
+    except (RunError, jax.errors.JaxRuntimeError) as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error) and not memory.exhausted(error):
+            raise
+        return dict.fromkeys(UNKNOWN) | {'fits': False, 'why': first_line(error)}
+    seconds = time.perf_counter() - began
+    operations = hlo.operations(program.compiled.as_text() or '')
+    looped = [op for op in operations if op.in_loop]
+    messages = hlo.collectives(operations)
+    plan: Any = program.compiled.memory_analysis()
+    peak = (memory.of_program(program.compiled) or 0) + plan.generated_code_size_in_bytes
+    found = {
+        'images': images,
+        'peak_bytes': peak,
+        'fits': None if card.usable is None else peak <= card.usable,
+        'memory': {
+            'arguments': plan.argument_size_in_bytes,
+            'results': plan.output_size_in_bytes - plan.alias_size_in_bytes,
+            'temporary': plan.temp_size_in_bytes,
+            'code': plan.generated_code_size_in_bytes,
+        },
+        'flops_per_image': program.flops / images,
+        'flops_per_device': program.flops / len(devices),
+        'kernels': len(looped if what != 'train' and looped else operations),
+        'collectives': messages,
+        'collective_bytes': sum(kind['bytes'] for kind in messages.values()),
+        'bytes_accessed': (program.compiled.cost_analysis() or {}).get('bytes accessed'),
+        'compile_seconds': round(seconds, 1),
+    }
+    return found | {'bound': bound(found, card, len(devices))}
+
+
+UNKNOWN = (
+    *('images', 'peak_bytes', 'memory', 'flops_per_image', 'flops_per_device', 'kernels', 'collectives'),
+    *('collective_bytes', 'bytes_accessed', 'compile_seconds', 'bound'),
+)
+
+
+def bound(found: dict[str, Any], card: Card, devices: int) -> dict[str, float | None]:
+    """Return a bound from below on the seconds of a program, and what follows from it. It predicts nothing.
+
+    Arithmetic is done at the manufacturer's rate in bfloat16, and n bytes from all of p devices go around a ring, so
+    that 2·(p−1)/p·n bytes leave each. Traffic of the memory, as XLA counts it, is no bound, because caches save some of
+    it; it is shown beside the others.
+
+    Args:
+        found: what `measure` found.
+        card: the device.
+        devices: p.
+
+    Returns:
+        Seconds of 'arithmetic', 'memory' and 'links' by themselves; 'seconds', the longer of arithmetic and links;
+        'sum', of all three; 'images_per_second' and 'utilisation', at most. None where a rate is not known.
+    """
+
+    def seconds(work: float | None, rate: float | None) -> float | None:
+        return None if work is None or rate is None else work / rate
+
+    sent = 2 * (devices - 1) / devices * found['collective_bytes']
+    arithmetic = seconds(found['flops_per_device'], card.flops)
+    traffic = seconds(found['bytes_accessed'], card.bandwidth)
+    links = seconds(sent, card.link) if sent else 0.0
+    parts = {'arithmetic': arithmetic, 'memory': traffic, 'links': links}
+    if arithmetic is None or links is None:
+        return parts | dict.fromkeys(('seconds', 'sum', 'images_per_second', 'utilisation'))
+    least = max(arithmetic, links)
+    return parts | {
+        'seconds': least,
+        'sum': None if traffic is None else arithmetic + traffic + links,
+        'images_per_second': found['images'] / least,
+        'utilisation': arithmetic / least,
+    }
+
+
+def alternatives(config: ConfigDict, devices: list[Any], card: Card) -> list[dict[str, Any]]:
+    """Return what one other setting would change in the training step: [{'change', …, as in `measure`}]."""
+    other = 'float32' if config.model.dtype == 'bfloat16' else 'bfloat16'
+    on_host = len(devices) // len({device.process_index for device in devices})
+    changes = {
+        'model.remat': not config.model.remat,
+        'train.accumulate': 2 * config.train.accumulate,
+        'model.dtype': other,
+        'mesh.fsdp': on_host,
+    }
+    found = []
+    for key, value in changes.items():
+        changed = config.copy_and_resolve_references()
+        if changed[key.split('.')[0]][key.split('.')[1]] == value:
+            continue
+        changed.update_from_flattened_dict({key: value})
+        if changed.train.batch_size % (len(devices) * changed.train.accumulate):
+            continue
+        found.append({'change': f'{key}={value}'} | measure(compile_train, changed, devices, card, 'train'))
+    return found
+
+
+def largest_batch(config: ConfigDict, devices: list[Any], card: Card) -> int:
+    """Return the largest train.batch_size that fits, found by bisection to an eighth; 0 if not even one image does."""
+    unit = len(devices) * config.train.accumulate
+
+    def fits(units: int) -> bool:
+        changed = config.copy_and_resolve_references()
+        changed.train.batch_size = units * unit
+        answer = bool(measure(compile_train, changed, devices, card, 'train')['fits'])
+        say(f'a batch of {units * unit} images {"fits" if answer else "does not fit"}')
+        return answer
+
+    low, high = 0, config.train.batch_size // unit
+    while high * unit <= LARGEST_BATCH and fits(high):
+        low, high = high, 2 * high
+    if high * unit > LARGEST_BATCH:
+        return low * unit
+    while high - low > max(1, STEP_OF_BATCH * low):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * unit
+
+
+def state_bytes(exp: Experiment) -> dict[str, int]:
+    """Return the bytes of the parts of a TrainState on each device."""
+    state = exp.abstract_state(packed=True)
+    parts = {'parameters': state.params, 'EMA': state.ema, 'optimizer': state.opt_state}
+    return {name: train.held_by_device(part) for name, part in parts.items()}
+
+
+def describe_card(card: Card) -> dict[str, Any]:
+    """Return what the record says of a device."""
+    return {
+        'kind': card.kind,
+        'memory_bytes': card.memory,
+        'usable_bytes': card.usable,
+        'flops_per_second': card.flops,
+        'memory_bytes_per_second': card.bandwidth,
+        'link_bytes_per_second': card.link,
+        'source': card.source,
+    }
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Return the plan as tables."""
+    usable = memory.size(record['device']['usable_bytes'] or 0)
+    hosts = f' on {record["hosts"]} hosts' if record['hosts'] > 1 else ''
+    state = ', '.join(f'{name} {memory.size(nbytes)}' for name, nbytes in record['state_bytes'].items())
+    lines = [
+        f'{record["devices"]} × {record["device"]["kind"]}{hosts} ({record["target"]}): {usable} of memory can be used '
+        f'on each. There, {state}.',
+        '',
+        '| program | images | peak memory | fits | GFLOP/image | kernels | messages | their bytes | at least, ms '
+        '| at most, images/s | compile, s |',
+        '|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|',
+    ]
+    rows = list(record['programs'].items())
+    rows += [(f'train, {other["change"]}', other) for other in record['alternatives']]
+    for name, found in rows:
+        if found['images'] is None:
+            lines.append(f'| {name} |  | {found["why"]} | no |  |  |  |  |  |  |  |')
+            continue
+        limit = found['bound']
+        least, rate = ('?' if limit[key] is None else f'{factor * limit[key]:,.3g}' for key, factor in SHOWN.items())
+        count = sum(kind['count'] for kind in found['collectives'].values())
+        lines.append(
+            f'| {name} | {found["images"]} | {memory.size(found["peak_bytes"])} | {"yes" if found["fits"] else "no"} '
+            f'| {found["flops_per_image"] / 1e9:,.4g} | {found["kernels"]} | {count} '
+            f'| {memory.size(found["collective_bytes"])} | {least} | {rate} | {found["compile_seconds"]:.0f} |'
+        )
+    if record['largest_batch'] is not None:
+        lines += ['', f'The largest train.batch_size that fits, to an eighth: {record["largest_batch"]}.']
+    lines += ['', NOTE]
+    return '\n'.join(lines) + '\n'
+
+
+SHOWN = {'seconds': 1e3, 'images_per_second': 1}
+NOTE = (
+    'The kernels of `sample` and `likelihood` are those of one step of the chain. "At least" is the time that '
+    "arithmetic or messages take at the manufacturer's rates, whichever is longer: a bound, not a prediction. Images "
+    'that training keeps on the devices (data.placement) come on top.'
+)

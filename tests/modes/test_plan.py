@@ -1,0 +1,120 @@
+"""--mode=plan: programs compiled for devices that are not here, against what is known of them."""
+
+import importlib.util
+import json
+
+import pytest
+
+from diffusion.modes import plan
+from diffusion.runtime import targets
+from diffusion.util import RunError
+from tests.runs import CONFIG, assert_refused, main
+
+TINY = (
+    '--config.model.channels=8',
+    '--config.model.groups=4',
+    '--config.model.multipliers=(1,2)',
+    '--config.model.attention_resolutions=(4,)',
+    '--config.sample.num_steps=4',
+    '--config.likelihood.num_steps=4',
+)
+COMPILERS = {
+    'h100': ('jax_cuda13_plugin', 'jax_cuda12_plugin'),
+    'tpu-v5e': ('libtpu',),
+}
+
+
+def planned(folder, target, *keys, config=CONFIG):
+    """The record of a plan."""
+    done = main(config, f'--workdir={folder}', '--mode=plan', f'--config.plan.target={target}', *keys)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = next((folder / 'plan').glob('*.json'))
+    assert record.with_suffix('.md').read_text(encoding='utf-8') in done.stdout
+    return json.loads(record.read_text(encoding='utf-8'))
+
+
+def needs_compiler(target):
+    if not any(map(importlib.util.find_spec, COMPILERS[target.partition(':')[0]])):
+        pytest.skip('its compiler is not installed: make test-plan')
+
+
+def test_a_plan_of_this_machine(tmp_path):
+    """Arithmetic, memory and kernels of all programs; no messages, and no rate, as that of a CPU is not known."""
+    record = planned(tmp_path, 'here', *TINY)
+    assert set(record['programs']) == {'train', 'sample', 'likelihood'} and record['device']['flops_per_second'] is None
+    for found in record['programs'].values():
+        assert found['fits'] and found['collectives'] == {} and found['bound']['seconds'] is None
+        assert found['kernels'] > 0 and found['peak_bytes'] >= sum(found['memory'].values()) - 1
+
+
+@pytest.mark.parametrize(
+    ('target', 'said'),
+    [
+        ('h100', 'after h100 comes the number of GPUs on a host'),
+        ('h100:x', 'after h100 comes'),
+        ('tpu-v5e:8', 'after tpu-v5e comes the slice of the TPU: tpu-v5e:2x4'),
+        ('h1000:8', "must be 'here' or begin with one of a100-40, a100-80, h100, h200, b200, tpu-v4"),
+    ],
+)
+def test_unknown_targets_are_refused_with_those_that_are_known(tmp_path, target, said):
+    command = (CONFIG, f'--workdir={tmp_path}', '--mode=plan', f'--config.plan.target={target}')
+    assert_refused(main(*command), 'config.plan.target', said)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(RunError, match=r"the compiler for NVIDIA H100 .* pip install '.\[plan\]'"):
+        targets.devices('h100:8')
+
+
+def test_the_bound_is_the_longer_of_arithmetic_and_links():
+    """A card of 100 FLOP/s, 10 bytes/s of memory and 4 of links; two devices send what they reduce once."""
+    card = targets.Card('NVIDIA none', 1000, 10, 4, '', {})
+    found = {'images': 6, 'flops_per_device': 300, 'bytes_accessed': 50, 'collective_bytes': 8}
+
+    class Fast(targets.Card):
+        flops = 100
+
+    card = Fast(card.kind, card.memory, card.bandwidth, card.link, '', {})
+    assert plan.bound(found, card, 2) == {
+        'arithmetic': 3, 'memory': 5, 'links': 2, 'seconds': 3, 'sum': 10, 'images_per_second': 2, 'utilisation': 1
+    }  # fmt: skip
+    assert plan.bound(found | {'collective_bytes': 24}, card, 2)['seconds'] == 6
+    assert plan.bound(found | {'bytes_accessed': None}, card, 1)['sum'] is None
+
+
+@pytest.mark.parametrize('target', ['h100:4', 'tpu-v5e:2x2'])
+def test_plans_of_four_devices(tmp_path, target):
+    """One reduction of four bytes per parameter in a training step; the operations are those of any other device."""
+    needs_compiler(target)
+    record = planned(tmp_path, target, *TINY)
+    train, sample, likelihood = (record['programs'][name] for name in ('train', 'sample', 'likelihood'))
+    parameters = record['state_bytes']['parameters'] / 4
+    reduced = train['collectives']['all-reduce']
+    assert record['devices'] == 4 and record['mesh'] == {'data': 4, 'fsdp': 1}
+    assert reduced['count'] <= 3 and reduced['bytes'] == pytest.approx(4 * parameters, rel=0.15)
+    here = planned(tmp_path / 'here', 'here', *TINY, '--config.model.implementation=plain')['programs']
+    for name, found in record['programs'].items():
+        assert found['fits'] and found['images'] % 4 == 0
+        assert found['flops_per_image'] == pytest.approx(here[name]['flops_per_image'], rel=0.05)
+    # Upper bounds, so that they do not creep up: a launch costs microseconds on a GPU.
+    assert train['kernels'] <= (420 if target.startswith('h100') else 1200)
+    assert sample['kernels'] <= 160 and likelihood['kernels'] <= 250
+
+
+def test_what_cannot_fit_is_said_not_to_fit(tmp_path):
+    needs_compiler('h100')
+    huge = ('--config.train.batch_size=64000000', "--config.plan.programs=('train',)")
+    train = planned(tmp_path, 'h100:1', *TINY, *huge)['programs']['train']
+    assert train['fits'] is False and train['peak_bytes'] > 0.75 * 85e9
+
+
+@pytest.mark.slow
+def test_cifar10_for_an_h100(tmp_path):
+    """37.3 GFLOP for an image and step by hand: 36.5 in the forward pass and the gradients of the convolutions and
+    attention of DDPM's network of 35.7M parameters, and what surrounds them; the kernels stay few."""
+    needs_compiler('h100')
+    keys = ("--config.plan.programs=('train',)", '--config.model.dtype=bfloat16')
+    train = planned(tmp_path, 'h100:1', *keys, config='--config=cifar10')['programs']['train']
+    assert train['flops_per_image'] == pytest.approx(36.5e9, rel=0.03)
+    assert train['kernels'] <= 1200 and train['peak_bytes'] <= 3.5e9 and train['fits']
