@@ -47,9 +47,9 @@ def run(config: ConfigDict, path: str) -> int:
 
     # Compute.
     compilers = {'train': compile_train, 'sample': compile_sample, 'likelihood': compile_likelihood}
-    programs = {name: measure(compilers[name], config, devices, card, name) for name in asked.programs}
+    programs = {name: measure(compilers[name], config, exp, card, name) for name in asked.programs}
     others = alternatives(config, devices, card) if asked.alternatives else []
-    largest = largest_batch(config, devices, card) if asked.largest_batch else None
+    largest = largest_batch(config, exp, card) if asked.largest_batch else None
 
     # Record.
     name = re.sub(r'\W+', '-', f'{asked.target}-batch{config.train.batch_size}-{config.model.dtype}')
@@ -59,6 +59,7 @@ def run(config: ConfigDict, path: str) -> int:
         'hosts': len({device.process_index for device in devices}),
         'device': describe_card(card),
         'mesh': dict(exp.mesh.shape),
+        'parameters': sum(leaf.size for leaf in jax.tree.leaves(exp.abstract_state().params)),
         'state_bytes': state_bytes(exp),
         'programs': programs,
         'alternatives': others,
@@ -121,7 +122,7 @@ def _array(shape, dtype, sharding):
 def measure(
     compile_program: Callable[[ConfigDict, Experiment], tuple[Program, int]],
     config: ConfigDict,
-    devices: list[Any],
+    exp: Experiment,
     card: Card,
     what: str,
 ) -> dict[str, Any]:
@@ -134,7 +135,6 @@ def measure(
         them; 'bound': see `bound`; 'compile_seconds'. If the compiler refuses because memory is too small, 'why' is
         its message and what is not known is None.
     """
-    exp = build.build(config, devices)
     began = time.perf_counter()
     try:
         with compiling(f'{what} for {config.plan.target}'):
@@ -160,14 +160,14 @@ def measure(
             'code': plan.generated_code_size_in_bytes,
         },
         'flops_per_image': program.flops / images,
-        'flops_per_device': program.flops / len(devices),
+        'flops_per_device': program.flops / exp.mesh.size,
         'kernels': len(looped if what != 'train' and looped else operations),
         'collectives': messages,
         'collective_bytes': sum(kind['bytes'] for kind in messages.values()),
         'bytes_accessed': (program.compiled.cost_analysis() or {}).get('bytes accessed'),
         'compile_seconds': round(seconds, 1),
     }
-    return found | {'bound': bound(found, card, len(devices))}
+    return found | {'bound': bound(found, card, exp.mesh.size)}
 
 
 UNKNOWN = (
@@ -230,18 +230,20 @@ def alternatives(config: ConfigDict, devices: list[Any], card: Card) -> list[dic
         changed.update_from_flattened_dict({key: value})
         if changed.train.batch_size % (len(devices) * changed.train.accumulate):
             continue
-        found.append({'change': f'{key}={value}'} | measure(compile_train, changed, devices, card, 'train'))
+        found.append(
+            {'change': f'{key}={value}'} | measure(compile_train, changed, build.build(changed, devices), card, 'train')
+        )
     return found
 
 
-def largest_batch(config: ConfigDict, devices: list[Any], card: Card) -> int:
+def largest_batch(config: ConfigDict, exp: Experiment, card: Card) -> int:
     """Return the largest train.batch_size that fits, found by bisection to an eighth; 0 if not even one image does."""
-    unit = len(devices) * config.train.accumulate
+    unit = exp.mesh.size * config.train.accumulate
 
     def fits(units: int) -> bool:
         changed = config.copy_and_resolve_references()
         changed.train.batch_size = units * unit
-        answer = bool(measure(compile_train, changed, devices, card, 'train')['fits'])
+        answer = bool(measure(compile_train, changed, exp, card, 'train')['fits'])
         say(f'a batch of {units * unit} images {"fits" if answer else "does not fit"}')
         return answer
 
