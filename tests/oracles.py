@@ -108,3 +108,40 @@ class GaussianData:
             A, b, V = self.step(t, s, eta, variance if isinstance(variance, str) else variance[i])
             mean, var = A * mean + b, A**2 * var + V
         return mean, var
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Data of several classes, equally many of each: x_0 ~ N(means[c], std²) in class c."""
+
+    means: tuple[float, ...]
+    std: float
+    alpha_bar: np.ndarray  # (T+1,) float64
+
+    def log_density(self, x, t, label=None):
+        """log p_t(x | class), or log p_t(x) if there is none, up to a constant; `x` and `t` are (B,)."""
+        a = self.alpha_bar[t]
+        squares = [-((x - np.sqrt(a) * mean) ** 2) / (2 * (a * self.std**2 + 1 - a)) for mean in self.means]
+        return np.logaddexp.reduce(squares) if label is None else squares[label]
+
+    def eps(self, log_density, x, t, step=1e-5):
+        """E[ε | x_t] = −√(1−ᾱ_t)·∇log p_t(x_t) (Vincent 2011), the gradient by a central difference."""
+        slope = (log_density(x + step, t) - log_density(x - step, t)) / (2 * step)
+        return -np.sqrt(1 - self.alpha_bar[t]) * slope
+
+    def net(self, labels):
+        """The optimal net of kind 'eps' for images of these classes; −1 is no class."""
+        alpha_bar, means = jnp.asarray(self.alpha_bar, jnp.float32), jnp.asarray(self.means, jnp.float32)
+        labels = jnp.asarray(labels)
+
+        def net(x_t, t):
+            a = alpha_bar[t][:, None]
+            variance = a * self.std**2 + 1 - a
+            distances = x_t[:, None] - jnp.sqrt(a) * means  # (B, classes)
+            of_class = jnp.arange(len(self.means)) == labels[:, None]
+            allowed = of_class | (labels < 0)[:, None]
+            logits = jnp.where(allowed, -(distances**2) / (2 * variance), -jnp.inf)
+            weights = jnp.exp(logits - logits.max(1, keepdims=True))
+            return (jnp.sqrt(1 - a) * weights * distances / variance).sum(1) / weights.sum(1)
+
+        return net

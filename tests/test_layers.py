@@ -22,6 +22,7 @@ ORDER = [
     'workdir',
     'autoconfig',
     'limits',
+    'guidance',
     'loss',
     'sampler',
     'compat',
@@ -29,7 +30,7 @@ ORDER = [
     'gaussian',
     'schedule',
 ]
-PAPER = ORDER[ORDER.index('loss') :]
+PAPER = ORDER[ORDER.index('guidance') :]
 SUPPLIERS = ['networks', 'data', 'runtime', 'interop', 'metrics', 'report']
 # May import suppliers and util.
 ABOVE_SUPPLIERS = ['__main__', 'cli', 'modes', 'build', 'workdir', 'autoconfig']
