@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.data.channels = 3  # 1 for grey, 3 for colour; 0 chooses it from the pictures
     config.data.crop = ''  # the square that is cut out before resizing; '' requires square pictures
     config.data.flip = True  # mirror each image with probability 1/2, drawn anew at each step
+    config.data.labels = False  # train on the classes of the pictures as well: the model is then conditional
     config.data.max_bad_fraction = 0.01  # fraction of pictures that may be left out because they cannot be decoded
     config.data.max_pixels = 89_478_485  # pixels; larger pictures are left out, since decoding takes much memory
     config.data.cache = True  # keep the decoded images on disk; False decodes them for each batch
@@ -35,6 +36,7 @@ def get_config() -> ConfigDict:
     config.model.attention_resolutions = (16,)  # image sizes, in pixels, at which blocks are followed by attention
     config.model.groups = 32  # groups of GroupNorm
     config.model.dropout = 0.1  # probability
+    config.model.num_classes = 0  # classes of a conditional model; 0 with data.labels: as many as the source has
     config.model.remat = False  # recompute activations in the backward pass: a third more work, far less memory
     config.model.first_level = 1  # the t with which the network is called at level 1; imported weights need 0
     config.model.head_channels = 0  # channels of each attention head; 0 means one head
@@ -57,6 +59,9 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.loss = 'simple'  # 'simple' is DDPM Eq. 14, 'vlb' the ELBO in bits/dim; loss.py has the others' sources
     config.train.batch_size = 128  # images per step
+    # Probability with which an image's class is hidden, with data.labels; more than 0 also trains an unconditional
+    # model, which classifier-free guidance needs.
+    config.train.label_dropout = 0.0
     config.train.accumulate = 1  # parts of a batch that are computed one after the other, to save memory
     config.train.num_steps = 800_000  # steps
     config.train.learning_rate = 2e-4  # of Adam
@@ -82,6 +87,15 @@ def get_config() -> ConfigDict:
     # 'small' is the η family; 'large' DDPM's σ² = β, for η = 1 alone; 'auto' is 'large' for η = 1, and else 'small'
     config.sample.variance = 'auto'
     config.sample.clip = True  # clip the predicted image to [−1, 1] at each step
+    # Of a conditional model: 'all' is all classes in turn, '0,3,7' these, 'none' the unconditional model.
+    config.sample.labels = 'all'
+    config.sample.guidance = 1.0  # scale w of ε_weak + w·(ε − ε_weak); 1 is the model itself (arXiv:2207.12598)
+    # Noise levels σ = √((1−ᾱ)/ᾱ) that are guided, as (lowest, highest); () is all of them (arXiv:2404.07724).
+    config.sample.guidance_interval = ()
+    # Workdir of the run whose checkpoint is the weak model (autoguidance, arXiv:2406.02507); '' is the unconditional
+    # model.
+    config.sample.guide = ''
+    config.sample.guide_step = -1  # the training step of that checkpoint; −1 is the newest
     config.sample.weights = 'ema'  # which weights
     config.sample.step = -1  # the training step whose checkpoint is sampled; −1 is the newest
     config.sample.png = False  # write each image as a PNG file, too

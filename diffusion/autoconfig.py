@@ -9,7 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import data
-from diffusion.util import naming, say
+from diffusion.data.sources import open_source
+from diffusion.util import RunError, naming, say
 
 CHOSEN = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups')  # the keys of `choose_network`
 LARGEST_SIZE = 64  # pixels: what a first network can be trained for
@@ -17,7 +18,8 @@ LARGEST_SIZE = 64  # pixels: what a first network can be trained for
 
 def is_complete(config: ConfigDict) -> bool:
     """Return whether the config leaves nothing open."""
-    return bool(config.data.image_size and config.data.channels and config.model.channels)
+    classes_known = config.model.num_classes or not config.data.labels
+    return bool(config.data.image_size and config.data.channels and config.model.channels and classes_known)
 
 
 def complete(config: ConfigDict) -> ConfigDict:
@@ -27,6 +29,10 @@ def complete(config: ConfigDict) -> ConfigDict:
         RunError: no picture can be decoded, or there are none.
     """
     config = config.copy_and_resolve_references()
+    if config.data.labels and not config.model.num_classes:
+        config.model.num_classes = count_classes(config)
+    if is_complete(config):
+        return config
     with naming('config.data'):
         asked = {key: config.data[key] for key in ('split', 'crop', 'data_dir', 'max_pixels')}
         seen = data.survey(config.data.source, **asked)
@@ -51,6 +57,23 @@ def complete(config: ConfigDict) -> ConfigDict:
         f'data.channels={config.data.channels} {network}'
     )
     return config
+
+
+def count_classes(config: ConfigDict) -> int:
+    """Return the number of classes of the source.
+
+    Raises:
+        RunError: it has none.
+    """
+    with naming('config.data'):
+        pictures = open_source(config.data.source, config.data.split, config.data.data_dir, config.data.max_pixels)
+    if not pictures.classes:
+        why = ''.join(f' ({line})' for line in pictures.about if line.startswith('no labels'))
+        raise RunError(
+            f'config.data.labels is True, but the pictures of config.data.source={config.data.source!r} have no '
+            f'classes{why}: put the pictures of each class into a folder of its own, or use --config.data.labels=False'
+        )
+    return len(pictures.classes)
 
 
 def choose_size(sizes: Counter, most: int = LARGEST_SIZE) -> int:

@@ -61,6 +61,7 @@ class Network:
 
     make: Callable[[nnx.Rngs], nnx.Module]
     first_level: int = 1  # the t with which the module is called at level 1
+    num_classes: int = 0  # 0: unconditional
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
@@ -71,11 +72,14 @@ class Network:
         """Return initial parameters."""
         return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(key))))
 
-    def net(self, params: dict[str, Any], *, dropout_key: jax.Array | None = None) -> Callable:
-        """Close the network over its parameters.
+    def net(
+        self, params: dict[str, Any], labels: jax.Array | None = None, *, dropout_key: jax.Array | None = None
+    ) -> Callable:
+        """Close the network over its parameters, and over the classes of a batch of images.
 
         Args:
             params: a dict of arrays, of the structure that `init` returns.
+            labels: (B,) int32, for a conditional network; −1 is no class. None is no class for all images.
             dropout_key: typed PRNG key; None for no dropout.
 
         Returns:
@@ -84,7 +88,8 @@ class Network:
         module = nnx.merge(self.graph, params)
         mode = {} if dropout_key is None else dict(deterministic=False, rngs=nnx.Rngs(dropout=dropout_key))
         # Our levels are 1 … T; weights of other projects were trained with 0 … T−1.
-        return lambda x_t, t: module(x_t, t - (1 - self.first_level), **mode)
+        given = () if labels is None else (labels,)
+        return lambda x_t, t: module(x_t, t - (1 - self.first_level), *given, **mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +164,7 @@ def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experimen
         device_mesh = mesh.make_mesh(config.mesh.fsdp, devices)
     implementation = IMPLEMENTATIONS[_implementation(config.model.implementation, device_mesh)]
     with naming('config.model'):
+        require_classes(config)
         network = make_network(config, NETWORKS | implementation.NETWORKS)
         _ = network.graph  # raises ValueError now
     optimizer, learning_rate = make_optimizer(config.train)
@@ -193,7 +199,28 @@ def make_network(config: ConfigDict, networks: dict[str, Callable]) -> Network:
         'image_channels': config.data.channels,
         'dtype': jnp.dtype(config.model.dtype),
     }
-    return Network(lambda rngs: _call(networks[config.model.network], given | {'rngs': rngs}), config.model.first_level)
+    return Network(
+        lambda rngs: _call(networks[config.model.network], given | {'rngs': rngs}),
+        config.model.first_level,
+        config.model.num_classes,
+    )
+
+
+def require_classes(config: ConfigDict) -> None:
+    """Raise ValueError unless model.num_classes fits data.labels and the network."""
+    model = config.model
+    if model.num_classes and not config.data.labels:
+        raise ValueError(
+            f'num_classes is {model.num_classes}, but data.labels=False trains without classes: use data.labels=True, '
+            'or num_classes=0'
+        )
+    if config.data.labels and not model.num_classes:
+        raise ValueError('num_classes is 0, but data.labels=True: give the number of classes, or use data.labels=False')
+    if model.num_classes and 'num_classes' not in _signature(NETWORKS[model.network]).parameters:
+        raise ValueError(
+            f'network is {model.network!r}, which takes no num_classes, but data.labels=True: use network=unet, or '
+            'data.labels=False'
+        )
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -214,13 +241,14 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     return optax.chain(clip, optax.adam(learning_rate)), learning_rate
 
 
-def load_images(config: ConfigDict, split: str = '', key: str = '') -> data.Images:
+def load_images(config: ConfigDict, split: str = '', key: str = '', labelled: bool = False) -> data.Images:
     """Load one split of the images that config.data describes.
 
     Args:
         config: the whole config.
         split: '' is config.data.split, the training images.
         key: the key of the config that names the split, for errors.
+        labelled: whether all images must have one of config.model.num_classes classes.
 
     Returns:
         The images, uint8 (N, image_size, image_size, channels).
@@ -231,16 +259,18 @@ def load_images(config: ConfigDict, split: str = '', key: str = '') -> data.Imag
     keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction', 'max_pixels')
     asked = f'config.{key}={split!r}' if key else f'config.data, split {split!r}' if split else 'config.data'
     with naming(asked):
-        return data.load(config.data.source, split or config.data.split, **{key: config.data[key] for key in keys})
+        images = data.load(config.data.source, split or config.data.split, **{key: config.data[key] for key in keys})
+        return data.labelled(images, config.model.num_classes) if labelled else images
 
 
-def load_same_images(config: ConfigDict, split: str = '', key: str = '') -> data.Images:
+def load_same_images(config: ConfigDict, split: str = '', key: str = '', labelled: bool = False) -> data.Images:
     """Load one split of the images on all hosts, and check that all hosts have the same images.
 
     Args:
         config: the whole config.
         split: as in `load_images`.
         key: as in `load_images`.
+        labelled: as in `load_images`.
 
     Returns:
         The images, as in `load_images`.
@@ -250,8 +280,10 @@ def load_same_images(config: ConfigDict, split: str = '', key: str = '') -> data
     """
     failure = None
     try:
-        images = load_images(config, split, key)
+        images = load_images(config, split, key, labelled)
         found = f'{len(images)} images with SHA-256 {images.record["sha256"]}'
+        if labelled:
+            found += f' and their labels with {images.record["labels_sha256"]}'
     except RunError as error:
         failure, found = error, str(error)
     require_same({'config.data.source': found}, 'Give each host the same images: all of them, and nothing else.')
@@ -320,10 +352,11 @@ def _structure(tree: Any) -> Any:
 
 def _call(function, values):
     """Call a function or a class with the values that it has parameters for."""
-    signature = inspect.signature(
-        function.__init__ if inspect.isclass(function) else function
-    )  # nnx hides a class's own
-    return function(**{name: values[name] for name in signature.parameters if name in values})
+    return function(**{name: values[name] for name in _signature(function).parameters if name in values})
+
+
+def _signature(function):
+    return inspect.signature(function.__init__ if inspect.isclass(function) else function)  # nnx hides a class's own
 
 
 def _flat(tree, path=''):

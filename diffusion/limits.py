@@ -103,6 +103,38 @@ class FolderOr:
         return f"a folder, with a '/' in its path, or {' or '.join(map(repr, self._words))}"
 
 
+class NumbersOr:
+    """Whole numbers in a text, such as '0,3,7', or one of a few words."""
+
+    def __init__(self, *words: str):
+        self._words = words
+
+    def accepts(self, value):
+        try:
+            return value in self._words or all(0 <= number < LARGEST_COUNT for number in numbers(value))
+        except ValueError:
+            return False
+
+    def __str__(self):
+        return f"{', '.join(map(repr, self._words))} or whole numbers, such as '0,3,7'"
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Return the whole numbers in a text, such as '0,3,7' or '[0, 3, 7]'. Raises ValueError if it is anything else."""
+    return tuple(int(number) for number in text.strip('[]() ').split(','))
+
+
+class Interval:
+    """Two numbers from 0 on, the lower first, or none."""
+
+    def accepts(self, value):
+        real = all(isinstance(end, (int, float)) and math.isfinite(end) for end in value)
+        return real and len(value) in (0, 2) and (not value or 0 <= value[0] < value[1])
+
+    def __str__(self):
+        return 'two numbers from 0 on, the lower first, such as (0.3,3), or ()'
+
+
 class Each:
     """Any number of values, each within a limit."""
 
@@ -163,6 +195,7 @@ LIMITS: dict[str, Limit] = {
     'model.attention_resolutions': Sizes(),
     'model.groups': Integers(1, 2**16),
     'model.dropout': Reals(0, 1, '[)'),
+    'model.num_classes': Integers(0, 10**6),
     'model.first_level': OneOf(0, 1),
     'model.head_channels': Integers(0, 2**16),
     'model.norm_epsilon': Reals(0, 1, '()'),
@@ -178,6 +211,7 @@ LIMITS: dict[str, Limit] = {
     'schedule.max_beta': Reals(0, 1, '(]'),
     'train.loss': OneOf(table='diffusion.loss:WEIGHTINGS'),
     'train.batch_size': Integers(1),
+    'train.label_dropout': Reals(0, 1, '[)'),
     'train.accumulate': Integers(1),
     'train.num_steps': Integers(1),
     'train.learning_rate': Reals(0, ends='()'),
@@ -195,6 +229,10 @@ LIMITS: dict[str, Limit] = {
     'sample.rule': OneOf(table='diffusion.sampler:RULES'),
     'sample.spacing': OneOf(table='diffusion.schedule:SPACINGS'),
     'sample.variance': OneOf('auto', 'small', 'large'),
+    'sample.labels': NumbersOr('all', 'none'),
+    'sample.guidance': Reals(0, ends='[)'),
+    'sample.guidance_interval': Interval(),
+    'sample.guide_step': STEP,
     'sample.weights': WEIGHTS,
     'sample.step': STEP,
     'sample.batch_size': Integers(1),

@@ -88,10 +88,32 @@ def resolve(config: ConfigDict, workdir: str, *, training: bool = False) -> Conf
                 config.data[key] = config.data[key] or stored['data'][key]
             if not config.model.channels:
                 config.model.update({key: stored['model'][key] for key in autoconfig.CHOSEN})
+            if config.data.labels and not config.model.num_classes:
+                config.model.num_classes = stored['model'].get('num_classes', 0)
         except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(workdir, f'{type(error).__name__}: {error}') from error
         check(config, stored)
     return config if autoconfig.is_complete(config) else autoconfig.complete(config)
+
+
+def config_of_run(config: ConfigDict, workdir: str) -> ConfigDict:
+    """Return a config with the data, network and schedule of another run; the rest is that of this command.
+
+    Raises:
+        ValueError: there is no such run, or it has keys that this config has not.
+    """
+    stored = read_config(workdir)
+    if stored is None:
+        raise ValueError(f'there is no run in {workdir}')
+    theirs, defaults = config.copy_and_resolve_references(), default.get_config()
+    for part in IDENTITY:
+        found = defaults[part].to_dict() | stored.get(part, {})
+        others = [key for key in found if key not in theirs[part]]
+        if others:
+            raise ValueError(f'config.{part}.{others[0]} of that run is unknown here: give a --config that has it')
+        theirs[part].update({key: value for key, value in found.items() if key not in INCIDENTAL})
+    check(theirs, stored)
+    return theirs
 
 
 def _changed_by_its_command(stored: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
@@ -174,6 +196,8 @@ def check_config(config: ConfigDict, workdir: str, images: data.Images | None = 
                 f'        as many, but with SHA-256 {trained_on["sha256"][:12]}… there, {here["sha256"][:12]}… here: '
                 'a picture was replaced, or renamed (the order is that of the names)\n'
             )
+            if trained_on['sha256'] == here['sha256']:
+                detail = '        the same images, but in other classes\n'
         raise RunError(
             f'{workdir} holds a run on other images:\n'
             f'    the images: {trained_on["count"]}, preprocessing {trained_on["fingerprint"]} there; '
@@ -245,8 +269,8 @@ def write_config(config: ConfigDict, workdir: str, images: data.Images | None = 
 
 
 def _are_others(images, trained_on):
-    """Whether images are not those that a run records, if it does."""
-    return bool(trained_on) and trained_on['sha256'] != images.record['sha256']
+    """Whether images, or their labels, are not those that a run records, if it does."""
+    return bool(trained_on) and any(trained_on.get(k) != images.record.get(k) for k in ('sha256', 'labels_sha256'))
 
 
 def _another_run(found, differences, workdir):
@@ -394,7 +418,8 @@ def output_folder(config: ConfigDict, workdir: str, part: str, kind: str, *name:
 
 def settings_for_record(asked: ConfigDict) -> dict[str, Any]:
     """Return a mode's part of the config without what says where it reads and writes."""
-    return {key: value for key, value in asked.to_dict().items() if key not in ('folder', 'step')}
+    hidden = ('folder', 'step', 'guide', 'guide_step')
+    return {key: value for key, value in asked.to_dict().items() if key not in hidden}
 
 
 def open_checkpoints(config: ConfigDict, workdir: str, *, writing: bool = False) -> Checkpoints:

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion import gaussian, guidance, sampler, schedule
+from diffusion import build, gaussian, guidance, sampler, schedule
+from diffusion.modes.sample import condition
 from tests import oracles
+from tests.jaxprs import equations
+from tests.runs import tiny
 
 T = 100
 ALPHA_BAR = np.cumprod(np.concatenate([[1.0], 1 - np.linspace(1e-3, 0.15, T)]))
@@ -79,3 +82,57 @@ def test_images_of_a_class_come_from_its_density():
 def test_scale_1_is_the_net_itself():
     net = DATA.net(LABELS)
     assert guidance.guided(SCHEDULE, net, None, scale=1.0, interval=(0.1, 3.0)) is net
+
+
+# The network.
+
+
+@functools.cache
+def conditional():
+    config = tiny({'data.labels': True, 'model.num_classes': 10, 'model.implementation': 'plain'})
+    exp = build.build(config)
+    return exp, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), exp.abstract_state().params)
+
+
+def batches(**how):
+    """(batch size, whether it is within a condition) of each convolution of a net for 6 images."""
+    exp, params = conditional()
+    net = condition(exp, tuple(range(10)), **how)(params, jnp.arange(6))
+    jaxpr = jax.make_jaxpr(net)(jnp.zeros((6, 8, 8, 1)), jnp.ones(6, jnp.int32)).jaxpr
+    found = [(e, inside) for e, inside in equations(jaxpr) if e.primitive.name == 'conv_general_dilated']
+    return [(e.invars[0].aval.shape[0], 'cond' in inside) for e, inside in found]
+
+
+def test_the_unconditional_half_costs_one_evaluation_of_twice_the_batch():
+    """There are as many convolutions with guidance as without, each of twice as many images."""
+    plain = batches()
+    assert len(plain) > 4 and set(plain) == {(6, False)}
+    assert batches(scale=2.0) == [(12, False)] * len(plain)
+    assert batches(scale=1.0) == plain
+
+
+def test_outside_the_interval_the_batch_is_evaluated_once():
+    """One branch of a condition has the network with the batch, the other with twice the batch."""
+    count = len(batches())
+    assert sorted(batches(scale=2.0, interval=(0.3, 3.0))) == [(6, True)] * count + [(12, True)] * count
+
+
+class Echo:
+    """Returns the label of each image, and 100 more if its parameters are those of the guide."""
+
+    num_classes = 3
+
+    def net(self, params, labels=None):
+        return lambda x_t, t: jnp.broadcast_to((labels + params)[:, None], x_t.shape).astype(jnp.float32)
+
+
+def test_each_image_has_its_label_and_each_half_its_own():
+    exp, _ = conditional()
+    exp = build.Experiment(exp.schedule, Echo(), *(getattr(exp, name) for name in list(vars(exp))[2:]))
+    x_t, t, numbers = jnp.zeros((5, 2)), jnp.ones(5, jnp.int32), jnp.arange(7, 12)
+    labels = np.array([2, 0, 1])[np.arange(7, 12) % 3]
+    echo = functools.partial(condition, exp, (2, 0, 1))
+    np.testing.assert_array_equal(echo()(0, numbers)(x_t, t)[:, 1], labels)
+    np.testing.assert_array_equal(echo(scale=3.0)(0, numbers)(x_t, t)[:, 0], -1 + 3 * (labels + 1))
+    by_another = echo(scale=3.0, guide=exp)((0, 100), numbers)(x_t, t)
+    np.testing.assert_array_equal(by_another[:, 0], labels + 100 + 3 * -100)

@@ -11,17 +11,24 @@ from diffusion.networks import NETWORKS
 
 
 class TwoLayers(nnx.Module):
-    """conv(dropout(silu(conv(x) + linear(t)))); the last convolution starts at zero, as that of the U-Net does."""
+    """conv(dropout(silu(conv(x) + linear(t)))); the last convolution starts at zero, as that of the U-Net does.
 
-    def __init__(self, *, image_channels, channels, dropout, dtype, rngs):
+    With classes, a row for each, of which the last is no class, is added to linear(t).
+    """
+
+    def __init__(self, *, image_channels, channels, dropout, dtype, rngs, num_classes=0):
         zeros = nnx.initializers.zeros_init()
         self.conv_in = nnx.Conv(image_channels, channels, (3, 3), dtype=dtype, rngs=rngs)
         self.time = nnx.Linear(1, channels, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
         self.conv_out = nnx.Conv(channels, image_channels, (3, 3), kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.label = nnx.Embed(num_classes + 1, channels, rngs=rngs) if num_classes else None
 
-    def __call__(self, x, t, *, deterministic=True, rngs=None):
-        h = nnx.silu(self.conv_in(x) + self.time(t.astype(jnp.float32)[:, None])[:, None, None])
+    def __call__(self, x, t, labels=None, *, deterministic=True, rngs=None):
+        emb = self.time(t.astype(jnp.float32)[:, None])
+        if self.label is not None:
+            emb += self.label(jnp.full(t.shape, -1) if labels is None else labels)
+        h = nnx.silu(self.conv_in(x) + emb[:, None, None])
         return self.conv_out(self.dropout(h, deterministic=deterministic, rngs=rngs)).astype(jnp.float32)
 
 

@@ -89,7 +89,7 @@ def _open(entry: str, source: Source, preprocess: Preprocessing, max_bad_fractio
         good = np.load(os.path.join(entry, 'good.npy'), allow_pickle=False)
         labels = np.load(os.path.join(entry, 'labels.npy'), allow_pickle=False)
         shape = (record['count'], *preprocess.shape)
-        images: Any = Undecoded(source, preprocess, good)
+        images: Any = Undecoded(source, preprocess, good, labels)
         if keep and len(good):
             images = np.memmap(os.path.join(entry, 'images.bin'), np.uint8, 'r', shape=shape)
         os.stat(listed)

@@ -1,6 +1,9 @@
 """The images of one split, in memory, in a file, or decoded whenever they are needed."""
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,8 @@ class Images:
     Attributes:
         images: (N, H, W, C) uint8, or an object with shape, dtype and nbytes that is indexed in the same way.
         labels: (N,) int32 indices into record['classes'], or None if the source has no labels.
-        record: a description as JSON: count, classes, preprocessing, fingerprint, channel_means, sha256.
+        record: a description as JSON: count, classes, preprocessing, fingerprint, channel_means, sha256; and
+            labels_sha256 if it comes from `labelled`.
     """
 
     images: Any
@@ -32,23 +36,54 @@ class Images:
         return self.images[indices]
 
 
+def labelled(images: Images, num_classes: int) -> Images:
+    """Check that all images have labels, and add a SHA-256 of classes and labels to their record.
+
+    Args:
+        images: the images.
+        num_classes: the number of classes that they must have.
+
+    Returns:
+        The same images.
+
+    Raises:
+        ValueError: there are no labels, an image has none, or there are more or fewer classes.
+    """
+    classes, labels = images.record['classes'], images.labels
+    if labels is None:
+        raise ValueError('these images have no classes, but data.labels=True: use images with classes, or labels=False')
+    if len(classes) != num_classes:
+        raise ValueError(f'these images have {len(classes)} classes, but model.num_classes is {num_classes}')
+    if (labels < 0).any():
+        raise ValueError(f'{(labels < 0).sum()} of {len(labels)} images have no class, but data.labels=True needs it')
+    digest = hashlib.sha256(json.dumps(list(classes)).encode() + labels.astype('<i4').tobytes()).hexdigest()
+    return dataclasses.replace(images, record=images.record | {'labels_sha256': digest})
+
+
 class Undecoded:
     """Images that are decoded whenever they are needed, for data sets that are too large for the disk.
 
     Every picture could be decoded when the data set was opened. If one cannot be read any more, the next readable
-    picture replaces it, with a warning, so that a moved file does not end a run. Indexing raises ValueError after
-    RETRIES unreadable pictures.
+    picture of the same class replaces it, with a warning, so that a moved file does not end a run. Indexing raises
+    ValueError after RETRIES unreadable pictures.
 
     Args:
         source: the pictures.
         preprocess: applied to each picture.
         good: (N,) indices of the usable pictures in the source.
+        labels: (N,) their classes.
     """
 
     RETRIES = 20
 
-    def __init__(self, source: Source, preprocess: Preprocessing, good: Int64[np.ndarray, 'N']):
-        self._source, self._preprocess, self._good = source, preprocess, good
+    def __init__(
+        self,
+        source: Source,
+        preprocess: Preprocessing,
+        good: Int64[np.ndarray, 'N'],
+        labels: Int32[np.ndarray, 'N'],
+    ):
+        self._source, self._preprocess, self._good, self._labels = source, preprocess, good, labels
         self._reported: set[int] = set()
         self.shape = (len(good), *preprocess.shape)
         self.dtype = np.dtype(np.uint8)
@@ -63,8 +98,8 @@ class Undecoded:
         return np.asarray(images, np.uint8).reshape(*np.shape(rows), *self.shape[1:])
 
     def _decode(self, row: int) -> UInt8[np.ndarray, 'H W C']:
-        for candidate in range(row, row + self.RETRIES):
-            i = int(self._good[candidate % len(self)])
+        for candidate in self._like(row):
+            i = int(self._good[candidate])
             try:
                 return self._preprocess(self._source.read(i))
             except ValueError as error:
@@ -73,3 +108,9 @@ class Undecoded:
                     self._reported.add(i)
                     say(f'warning: {reason}; the next picture replaces it')
         raise ValueError(f'{reason}; {self.RETRIES - 1} pictures before it failed as well: is the disk still there?')
+
+    def _like(self, row: int) -> Iterator[int]:
+        """Yield the row, and then the next ones of its class."""
+        yield row
+        same = np.flatnonzero(self._labels == self._labels[row])
+        yield from np.resize(np.roll(same, -1 - int(np.searchsorted(same, row))), self.RETRIES - 1).tolist()

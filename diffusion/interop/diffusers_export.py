@@ -56,6 +56,7 @@ def network_config(
     downsample_padding: int,
     embedding_order: str,
     embedding_shift: int,
+    num_classes: int = 0,
 ) -> dict[str, Any]:
     """Return the config.json of the UNet2DModel that equals our network; the arguments are those of our UNet.
 
@@ -66,6 +67,10 @@ def network_config(
         raise ValueError(
             f'multipliers is {tuple(multipliers)}, but its first entry must be 1 for an export: the first convolution '
             'of a UNet2DModel has the width of its first resolution'
+        )
+    if num_classes:
+        raise ValueError(
+            f"num_classes is {num_classes} (data.labels=True), but diffusers' DDPM pipelines take no classes"
         )
     attends = [image_size >> level in attention_resolutions for level in range(len(multipliers))]
     return {

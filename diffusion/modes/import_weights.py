@@ -40,6 +40,8 @@ def run(config: ConfigDict, path: str) -> int:
         raise RunError(occupied or f'another host found that {path} holds a run already')
     workdir.check(config)
     source = config.interop.source
+    if config.data.labels:
+        raise RunError('config.data.labels is True, but imported networks are unconditional: use data.labels=False')
     with naming('config.interop.source'):
         found = read(source, image_size=config.data.image_size)
         config, settings = merge(config, found, source)

@@ -162,7 +162,7 @@ def chain_levels(asked: ConfigDict, exp: Experiment) -> np.ndarray:
 class ZeroNetwork(Network):
     """A network that takes no time to trace."""
 
-    def net(self, params: Any, *, dropout_key: jax.Array | None = None) -> Callable:
+    def net(self, params: Any, labels: Any = None, *, dropout_key: jax.Array | None = None) -> Callable:
         """Return the callable whose output is 0."""
         return lambda x_t, t: jnp.zeros_like(x_t)
 

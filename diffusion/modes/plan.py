@@ -85,7 +85,8 @@ def compile_train(config: ConfigDict, exp: Experiment) -> tuple[Program, int]:
     """Return the training step, for batches that hosts send, and the images of a batch."""
     batch, size = config.train.batch_size, config.data.image_size
     images = _array((batch, size, size, config.data.channels), np.uint8, mesh.split_batch(exp.mesh))
-    return train.compile_step(config, exp, exp.abstract_state(packed=True), images, None), batch
+    state, labels = exp.abstract_state(packed=True), _labels(config, exp, batch)
+    return train.compile_step(config, exp, state, images, None, *labels), batch
 
 
 def compile_sample(config: ConfigDict, exp: Experiment) -> tuple[Program, int]:
@@ -94,8 +95,13 @@ def compile_sample(config: ConfigDict, exp: Experiment) -> tuple[Program, int]:
     _, chain = sample.resolve_chain(asked, exp)
     batch = min(asked.batch_size, asked.num_images)
     batch += -batch % exp.mesh.size
-    how = dict(kind=config.model.kind, rule=asked.rule, **chain)
     params, shape = exp.abstract_state().params, (size, size, config.data.channels)
+    guide = build.build(sample.config_of_guide(config), list(exp.mesh.devices.flat)) if asked.guide else None
+    if guide:
+        params = params, guide.abstract_state().params
+    conditions = dict(scale=asked.guidance, interval=tuple(asked.guidance_interval), guide=guide)
+    net_of = sample.condition(exp, sample.all_classes(config), **conditions)
+    how = dict(kind=config.model.kind, rule=asked.rule, net_of=net_of, **chain)
     with naming('config.sample'):
         return sample.compile_sampler(exp, params, shape, batch_size=batch, **how), batch
 
@@ -113,6 +119,11 @@ def compile_likelihood(config: ConfigDict, exp: Experiment) -> tuple[Program, in
     arguments = key, exp.abstract_state().params, x0, _array((batch,), np.int32, split)
     with naming('config.likelihood'), jax.default_matmul_precision('highest'):
         return likelihood.compile_quantity(exp, function, *arguments), batch
+
+
+def _labels(config, exp, batch):
+    """The labels of a batch, if the network is conditional."""
+    return [_array((batch,), np.int32, mesh.split_batch(exp.mesh))] if config.data.labels else []
 
 
 def _array(shape, dtype, sharding):

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from diffusion import build, compat, data, sampler, workdir
+from diffusion import build, compat, data, guidance, sampler, workdir
 from diffusion.build import Experiment
+from diffusion.limits import numbers
 from diffusion.metrics import colour
 from diffusion.modes import evaluate
 from diffusion.networks import Program
@@ -54,11 +55,15 @@ def run(config: ConfigDict, path: str) -> int:
     first_level = int(np.asarray(chain['timesteps']).flat[0])  # whose noise x_T is
     if first_level < exp.schedule.T and (why := start_warning(exp.schedule, first_level)):
         say(f"warning: config.sample: {why}; spacing='trailing' starts at T")
+    require_conditions(config, path)
     say(f'reading a checkpoint of {path}')
     step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
+    conditions = open_conditions(config, exp)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     plan = evaluate.prepare(config, shape)
-    folder = os.path.join(workdir.output_folder(config, path, 'sample', 'samples'), name_of(config, step, done))
+    folder = os.path.join(
+        workdir.output_folder(config, path, 'sample', 'samples'), name_of(config, step, done, conditions)
+    )
     workdir.use_compile_cache(config)
     params_sha256 = workdir.digest(params)  # all hosts take part
 
@@ -67,10 +72,11 @@ def run(config: ConfigDict, path: str) -> int:
     batch_size = min(asked.batch_size, asked.num_images)
     with naming('config.sample'):
         how = dict(kind=config.model.kind, rule=asked.rule, **chain)
-        draw = make_sampler(exp, params, shape, batch_size=batch_size, **how)
+        params = conditions.params(params)
+        draw = make_sampler(exp, params, shape, batch_size=batch_size, net_of=conditions.net_of, **how)
     compiled = time.perf_counter()
     with workdir.writing(folder, key='sample.folder'), Interrupt('batch') as interrupt:
-        drawn = Drawn(folder, shape, settings_sha256(config, params_sha256, done, chain))
+        drawn = Drawn(folder, shape, settings_sha256(config, params_sha256, done, chain, conditions.settings))
         count = draw_all(draw, params, asked, batch_size, drawn, exp.mesh, interrupt)
         if count < asked.num_images or (interrupt and jax.process_count() == 1):
             reason = interrupt or 'a signal to another host'
@@ -80,8 +86,8 @@ def run(config: ConfigDict, path: str) -> int:
     images = drawn.images() if hosts.is_first() else None
     if images is not None:  # before they are measured, which takes a while
         with workdir.writing(folder, key='sample.folder'):
-            save_grid(os.path.join(folder, 'grid.png'), images)
-            save_npz(os.path.join(folder, 'samples.npz'), images)
+            save_grid(os.path.join(folder, 'grid.png'), images, classes=len(conditions.labels))
+            save_npz(os.path.join(folder, 'samples.npz'), images, *conditions.labels_of(count))
             if asked.png:
                 save_each(os.path.join(folder, 'png'), images)
         workdir.wrote(folder, 'grid.png', 'samples.npz', *(['png'] if asked.png else []))
@@ -96,6 +102,7 @@ def run(config: ConfigDict, path: str) -> int:
     record = {
         'checkpoint_step': step,
         **workdir.settings_for_record(asked),
+        **({'guide': conditions.guide.record} if conditions.guide else {}),
         **done,
         **({'timesteps': chain['timesteps'].tolist(), 'last_noise': chain['last_noise']} if asked.compat else {}),
         'count': count,
@@ -122,7 +129,7 @@ def run(config: ConfigDict, path: str) -> int:
     seconds = f'{finished - compiled:.1f} s, and {compiled - began:.1f} s to compile'
     say(f'{count} images from step {step}, {asked.weights} weights, in {seconds}')
     evaluate.tell(found)
-    if warning:
+    if warning and asked.labels == 'all':  # some classes may have other colours than all of them
         say(f'warning: {warning}')
     return 0
 
@@ -136,13 +143,185 @@ def resolve_chain(asked: ConfigDict, exp: Experiment) -> tuple[dict[str, Any], d
     return done, chain
 
 
-def settings_sha256(config: ConfigDict, params_sha256: str, done: dict[str, Any], chain: dict[str, Any]) -> str:
+# Labels and guidance.
+
+
+class Guide(NamedTuple):
+    """The checkpoint that config.sample.guide names."""
+
+    exp: Experiment
+    params: Any
+    record: dict[str, Any]
+
+
+class Conditions(NamedTuple):
+    """The classes that are drawn, and what guides the network.
+
+    Attributes:
+        labels: image i is of class labels[i mod len(labels)], where −1 is no class; empty for an unconditional network.
+        guide: the weak network, if it is another one.
+        net_of: see `make_sampler`.
+        settings: what the images depend on; empty for an unconditional network without guidance.
+    """
+
+    labels: tuple[int, ...]
+    guide: Guide | None
+    net_of: Callable
+    settings: dict[str, Any]
+
+    def params(self, params: Any) -> Any:
+        """Return the parameters that `net_of` takes."""
+        return (params, self.guide.params) if self.guide else params
+
+    def labels_of(self, count: int) -> list[np.ndarray]:
+        """Return [the labels of the first `count` images], or [] if they have none."""
+        return [np.resize(np.array(self.labels), count)] if self.labels else []
+
+
+def require_conditions(config: ConfigDict, path: str) -> None:
+    """Raise RunError unless the run in `path` can draw what sample.labels and sample.guidance ask for."""
+    asked, num_classes = config.sample, config.model.num_classes
+    if asked.guide and asked.guidance == 1:
+        raise RunError('config.sample.guide has no effect with sample.guidance=1: use a larger one, such as 2')
+    classifier_free = asked.guidance != 1 and not asked.guide
+    if not num_classes:
+        retrain = 'train with --config.data.labels=True'
+        if asked.labels != 'all':
+            raise RunError(f'config.sample.labels is {asked.labels!r}, but the model is unconditional: {retrain}')
+        if classifier_free:
+            raise RunError(
+                f'config.sample.guidance is {asked.guidance:g}, but the model is unconditional: {retrain} '
+                '--config.train.label_dropout=0.1, or name a weaker run by --config.sample.guide=WORKDIR'
+            )
+        return
+    trained = (workdir.read_config(path) or {}).get('train', {})
+    if not trained.get('label_dropout') and (classifier_free or asked.labels == 'none'):
+        key = 'labels' if asked.labels == 'none' else 'guidance'
+        raise RunError(
+            f'config.sample.{key} is {asked[key]!r}, but the run was trained with train.label_dropout=0, so that it '
+            'has no unconditional model: train on with --config.train.label_dropout=0.1'
+            + (', or name a weaker run by --config.sample.guide=WORKDIR' if classifier_free else '')
+        )
+    if classifier_free and asked.labels == 'none':
+        raise RunError(
+            f"config.sample.guidance is {asked.guidance:g}, but sample.labels='none' draws from the unconditional "
+            'model, which cannot guide itself: use guidance=1, or labels=all'
+        )
+    absent = [label for label in labels_asked_for(config) if label >= num_classes]
+    if absent:
+        raise RunError(
+            f'config.sample.labels has {absent[0]}, but the model knows the classes 0 to {num_classes - 1} '
+            '(config.json lists their names in images.classes)'
+        )
+
+
+def all_classes(config: ConfigDict) -> tuple[int, ...]:
+    """Return all classes of a conditional network, or none."""
+    return tuple(range(config.model.num_classes))
+
+
+def labels_asked_for(config: ConfigDict) -> tuple[int, ...]:
+    """Return the classes that config.sample.labels names; −1 is no class."""
+    text = config.sample.labels
+    return all_classes(config) if text == 'all' else (-1,) if text == 'none' else numbers(text)
+
+
+def open_conditions(config: ConfigDict, exp: Experiment) -> Conditions:
+    """Return what config.sample asks for; the checkpoint of a guide is read.
+
+    Raises:
+        RunError: there is no such checkpoint, or its network does not fit.
+    """
+    asked, labels = config.sample, labels_asked_for(config)
+    guide = open_guide(config) if asked.guide else None
+    interval = tuple(asked.guidance_interval)
+    net_of = condition(exp, labels, scale=asked.guidance, interval=interval, guide=guide.exp if guide else None)
+    settings = {}
+    if labels or asked.guidance != 1:
+        settings = {'labels': labels, 'guidance': asked.guidance, 'interval': interval if asked.guidance != 1 else ()}
+    return Conditions(labels, guide, net_of, settings | ({'guide': guide.record} if guide else {}))
+
+
+def open_guide(config: ConfigDict) -> Guide:
+    """Read the checkpoint that config.sample.guide and guide_step name.
+
+    Raises:
+        RunError: there is none, or its images, schedule or kind are others.
+    """
+    asked, theirs = config.sample, config_of_guide(config)
+    weak = build.build(theirs)
+    path = os.path.abspath(os.path.expanduser(asked.guide))
+    step, params = workdir.load_params(weak.abstract_state(), theirs, path, asked.weights, asked.guide_step)
+    record = {'checkpoint_step': step, 'params_sha256': workdir.digest(params), 'model': theirs.model.to_dict()}
+    return Guide(weak, params, record)
+
+
+def config_of_guide(config: ConfigDict) -> ConfigDict:
+    """Return the config with the network of the run that config.sample.guide names.
+
+    Raises:
+        RunError: there is none, or its images, schedule or kind are others.
+    """
+    with naming(f'config.sample.guide={config.sample.guide}'):
+        theirs = workdir.config_of_run(config, os.path.abspath(os.path.expanduser(config.sample.guide)))
+        same = ['data.image_size', 'data.channels', 'model.kind', *(f'schedule.{key}' for key in config.schedule)]
+        same += ['model.num_classes'] if theirs.model.num_classes else []
+        for key in same:
+            part, name = key.split('.')
+            if theirs[part][name] != config[part][name]:
+                raise ValueError(
+                    f'it has {key}={theirs[part][name]!r}, but this run has {config[part][name]!r}: a guide needs '
+                    'the same images, classes, schedule and kind'
+                )
+        return theirs
+
+
+def condition(
+    exp: Experiment,
+    labels: tuple[int, ...] = (),
+    *,
+    scale: float = 1.0,
+    interval: tuple = (),
+    guide: Experiment | None = None,
+) -> Callable:
+    """Return the function (params, indices) → net for the images of these numbers, see `make_sampler`.
+
+    Args:
+        exp: schedule, network and implementation.
+        labels: as in `Conditions`.
+        scale: of the guidance, see `guidance.guided`.
+        interval: see `guidance.guided`.
+        guide: the weak network; params are then a pair, and its are the second ones. None is `exp` without classes.
+    """
+
+    def net_of(params: Any, indices: jax.Array) -> Callable:
+        params, weak_params = params if guide else (params, params)
+        given = [jnp.asarray(labels, jnp.int32)[indices % len(labels)]] if labels else []
+        net = exp.network.net(params, *given)
+        if scale == 1:
+            return net
+        if guide:
+            weak = guide.network.net(weak_params, *(given if guide.network.num_classes else []))
+            return guidance.guided(
+                exp.schedule, net, lambda x_t, t: (net(x_t, t), weak(x_t, t)), scale=scale, interval=interval
+            )
+        both = jnp.stack([*given, jnp.full_like(indices, -1)], axis=1).ravel()
+        pair = guidance.halves(exp.network.net(params, both))
+        return guidance.guided(exp.schedule, net, pair, scale=scale, interval=interval)
+
+    return net_of
+
+
+def settings_sha256(
+    config: ConfigDict, params_sha256: str, done: dict[str, Any], chain: dict[str, Any], conditions: dict[str, Any]
+) -> str:
     """Return a digest of everything that determines the pixels of image i, for every i."""
     settings = {
         'params': params_sha256,
         'model': config.model.to_dict(),
         'schedule': config.schedule.to_dict(),
         'sample': {key: config.sample[key] for key in ('seed', 'rule', 'compat')} | done,
+        'conditions': conditions,
         'timesteps': np.asarray(chain['timesteps']).tolist(),
         'device': jax.devices()[0].device_kind,
         'numerics': numerics(),
@@ -215,10 +394,10 @@ def draw_all(
     return done
 
 
-def save_npz(path: str, images: UInt8[np.ndarray, 'N H W C']) -> None:
-    """Write images as arr_0 of an .npz file, atomically and without holding them in memory."""
+def save_npz(path: str, images: UInt8[np.ndarray, 'N H W C'], *labels: np.ndarray) -> None:
+    """Write images as arr_0, and labels as arr_1, of an .npz file, atomically and without holding images in memory."""
     with open(path + '.new', 'wb') as file:
-        np.savez(file, images)
+        np.savez(file, images, *labels)
     os.replace(path + '.new', path)
 
 
@@ -235,7 +414,7 @@ def make_sampler(
         shape: of one image, (H, W, C).
         batch_size: the largest number of images per call.
         start: see `compile_sampler`.
-        how: keyword arguments of `sampler.sample`.
+        how: other keyword arguments of `compile_sampler`.
 
     Returns:
         The function (params, seed, start, stop) → images start … stop−1, (stop−start, H, W, C) float32. Image i
@@ -248,7 +427,14 @@ def make_sampler(
 
 
 def compile_sampler(
-    exp: Experiment, params: Any, shape: tuple[int, ...], *, batch_size: int, start: int | None = None, **how: Any
+    exp: Experiment,
+    params: Any,
+    shape: tuple[int, ...],
+    *,
+    batch_size: int,
+    start: int | None = None,
+    net_of: Callable | None = None,
+    **how: Any,
 ) -> Program:
     """Compile (params, seed, first) → images first, first + 1, …, at least `batch_size`.
 
@@ -258,28 +444,34 @@ def compile_sampler(
         shape: of one image, (H, W, C).
         batch_size: the largest number of images per call.
         start: the level whose noise is x_T, so that chains with other first levels start alike; None is their own.
+        net_of: (params, indices of the images (B,)) → net, see `condition`; None is the network without classes.
         how: keyword arguments of `sampler.sample`.
 
     Returns:
         The program.
     """
     batch_size += -batch_size % exp.mesh.size
+    make_net = net_of or condition(exp)
 
     def draw(params, seed, first):
         indices = jax.lax.with_sharding_constraint(first + jnp.arange(batch_size), mesh.split_batch(exp.mesh))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(domain_key(seed, 'sampling'), indices)
-        net = exp.network.net(exp.implementation.unpack(mesh.whole(exp.mesh, params)))
+        net = make_net(exp.implementation.unpack(mesh.whole(exp.mesh, params)), indices)
         x_T = None if start is None else sampler.noise(keys, start, shape)
         return sampler.sample(keys, exp.schedule, net, shape=shape, x_T=x_T, **how)
 
     return exp.implementation.compile(draw, params, 0, 0, out_shardings=mesh.replicated(exp.mesh))
 
 
-def name_of(config: ConfigDict, step: int, done: dict[str, Any]) -> str:
+def name_of(config: ConfigDict, step: int, done: dict[str, Any], conditions: Conditions) -> str:
     """Return the name of the folder of the samples: everything that the images depend on."""
     asked = config.sample
+    conditioned = f'-guidance{asked.guidance:.12g}' if asked.guidance != 1 else ''
+    if asked.labels != 'all' or (conditioned and (asked.guidance_interval or asked.guide)):
+        conditioned += f'-{hashlib.sha256(json.dumps(conditions.settings).encode()).hexdigest()[:8]}'
     return (
         f'step{step}-{asked.weights}-eta{done["eta"]:.12g}-{done["num_steps"]}{done["spacing"]}-{done["variance"]}'
         f'{"" if done["clip"] else "-noclip"}{"" if asked.rule == "kernel" else f"-{asked.rule}"}'
-        f'{f"-as-{asked.compat}" if asked.compat else ""}-{config.model.dtype}-n{asked.num_images}-seed{asked.seed}'
+        f'{f"-as-{asked.compat}" if asked.compat else ""}{conditioned}'
+        f'-{config.model.dtype}-n{asked.num_images}-seed{asked.seed}'
     )

@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 from diffusion import build, gaussian, workdir
 from diffusion.build import Experiment
 from diffusion.modes import evaluate
-from diffusion.modes.sample import Drawn, draw_all, make_sampler, settings_sha256
+from diffusion.modes.sample import (
+    Conditions,
+    Drawn,
+    draw_all,
+    make_sampler,
+    open_conditions,
+    require_conditions,
+    settings_sha256,
+)
 from diffusion.report.grid import save_grid
 from diffusion.report.sweep import save_sweep
 from diffusion.runtime import hosts
@@ -60,7 +68,9 @@ def run(config: ConfigDict, path: str) -> int:
     exp = build.build(config)
     cells = all_cells(config)
     check_cells(config, exp, cells)
+    require_conditions(config, path)
     step, params = workdir.load_params(exp.abstract_state(), config, path, config.sample.weights, config.sample.step)
+    conditions = open_conditions(config, exp)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     plan = evaluate.prepare(config, shape)
     above = workdir.output_folder(config, path, 'sweep', 'sweep')
@@ -75,6 +85,7 @@ def run(config: ConfigDict, path: str) -> int:
         'metrics': config.metrics.to_dict() | {'names': list(config.sample.metrics)},
         'model': config.model.to_dict(),
         'schedule': config.schedule.to_dict(),
+        **({'conditions': conditions.settings} if conditions.settings else {}),
         'versions': versions(),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -86,7 +97,7 @@ def run(config: ConfigDict, path: str) -> int:
     with Interrupt('batch') as interrupt:
         for number, cell in enumerate(cells):
             say(f'{cell.row}, {cell.num_steps} steps ({number + 1} of {len(cells)})')
-            found = compute(config, exp, plan, params, cell, folder, params_sha256, trained_on, interrupt)
+            found = compute(config, exp, plan, params, conditions, cell, folder, params_sha256, trained_on, interrupt)
             if found is None:
                 reason = interrupt or 'a signal to another host'
                 say(f'{reason}: {number} of {len(cells)} cells are done and kept; the same command resumes')
@@ -150,6 +161,7 @@ def compute(
     exp: Experiment,
     plan: evaluate.Plan,
     params: Any,
+    conditions: Conditions,
     cell: Cell,
     folder: str,
     params_sha256: str,
@@ -170,11 +182,14 @@ def compute(
     }
     batch_size = min(asked.batch_size, asked.num_images)
     with naming('config.sweep'):
-        how = dict(kind=config.model.kind, rule=asked.rule, **chain)
+        how = dict(kind=config.model.kind, rule=asked.rule, net_of=conditions.net_of, **chain)
+        params = conditions.params(params)
         draw = make_sampler(exp, params, shape, batch_size=batch_size, start=exp.schedule.T, **how)
     with workdir.writing(folder, key='sweep.folder'):
         done = {key: value for key, value in chain.items() if key != 'timesteps'}
-        drawn = Drawn(os.path.dirname(result), shape, settings_sha256(config, params_sha256, done, chain))
+        drawn = Drawn(
+            os.path.dirname(result), shape, settings_sha256(config, params_sha256, done, chain, conditions.settings)
+        )
         count = draw_all(draw, params, asked, batch_size, drawn, exp.mesh, interrupt)
     if count < asked.num_images:
         return None

@@ -19,7 +19,7 @@ from diffusion import build, data, workdir
 from diffusion.build import Experiment, Skipped, TrainState
 from diffusion.loss import WEIGHTINGS, draw
 from diffusion.metrics import colour
-from diffusion.modes.sample import make_sampler
+from diffusion.modes.sample import all_classes, condition, make_sampler
 from diffusion.networks import Program
 from diffusion.report.grid import save_grid
 from diffusion.runtime import hosts, memory, mesh
@@ -57,9 +57,10 @@ def run(config: ConfigDict, path: str) -> int:
     config = workdir.resolve(config, path, training=True)
     exp = build.build(config)
     require_equal_parts(config, exp)
+    require_labels(config)
     require_memory(config, exp)
     workdir.check_config(config, path)  # before the images are decoded
-    images = build.load_same_images(config)
+    images = build.load_same_images(config, labelled=config.data.labels)
     require_enough(config, images)
 
     with workdir.lock(path) as lock, contextlib.ExitStack() as stack:
@@ -79,7 +80,8 @@ def run(config: ConfigDict, path: str) -> int:
         if start:
             leaves('the same command continues from the last checkpoint')
 
-        say(f'{len(images)} images of {config.data.source}; step {start} of {num_steps}')
+        classes = f' in {config.model.num_classes} classes' if config.data.labels else ''
+        say(f'{len(images)} images of {config.data.source}{classes}; step {start} of {num_steps}')
         if not start and not os.path.exists(os.path.join(path, 'data')):
             say('the same command with --mode=data shows what the network will see')
         checkpoints.reserve(**state.trees())
@@ -170,6 +172,7 @@ def train_step(
     state: TrainState,
     images: jax.Array,
     indices: jax.Array | None,
+    labels: jax.Array | None = None,
     *,
     exp: Experiment,
     seed: int,
@@ -177,6 +180,7 @@ def train_step(
     weighting: str,
     ema_decay: float,
     flip: bool,
+    label_dropout: float = 0.0,
     accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Do one optimizer step on the batch images[indices], and update the EMA ē of the parameters θ.
@@ -189,12 +193,14 @@ def train_step(
         state: the TrainState before the step.
         images: (N, H, W, C) uint8.
         indices: (B,) int32, the batch; None if `images` are the batch.
+        labels: (N,) int32, the classes of `images`; None for an unconditional network.
         exp: schedule, network, optimizer, mesh and implementation.
         seed: all randomness follows from (seed, state.step).
         kind: what the network predicts, a key of KINDS.
         weighting: which loss, a key of WEIGHTINGS.
         ema_decay: the largest d.
         flip: mirror each image with probability 1/2.
+        label_dropout: probability with which a label is replaced by −1, no class.
         accumulate: number of parts into which each device divides its share of the batch; their gradients are
             averaged. Levels and noise do not depend on it, dropout does.
 
@@ -202,22 +208,25 @@ def train_step(
         The TrainState after the step, and scalar metrics: 'loss', 'grad_norm' (before clipping), 'param_norm' (after
         the step), 'learning_rate', 'skipped' and 'skipped_in_a_row'.
     """
-    flip_key, noise_key, dropout_key = (
-        jax.random.fold_in(domain_key(seed, domain), state.step) for domain in ('flips', 'noise', 'dropout')
+    flip_key, noise_key, dropout_key, label_key = (
+        jax.random.fold_in(domain_key(seed, domain), state.step) for domain in ('flips', 'noise', 'dropout', 'labels')
     )
     x0 = augment(flip_key, images if indices is None else images[indices], flip=flip)
     t, eps = draw(noise_key, exp.schedule, x0.shape, weighting=weighting)
+    batch = [x0, t, eps]
+    if labels is not None:
+        batch.append(drop_labels(label_key, labels if indices is None else labels[indices], label_dropout))
 
-    def mean_loss(params, dropout_key, x0, t, eps):
-        net = exp.network.net(exp.implementation.unpack(params), dropout_key=dropout_key)
+    def mean_loss(params, dropout_key, x0, t, eps, *labels):
+        net = exp.network.net(exp.implementation.unpack(params), *labels, dropout_key=dropout_key)
         return WEIGHTINGS[weighting].loss(exp.schedule, net, x0, t, eps, kind).mean()
 
     value_and_grad = jax.value_and_grad(mean_loss)
     params = mesh.whole(exp.mesh, state.params)
     if accumulate == 1:
-        value, gradient = value_and_grad(params, dropout_key, x0, t, eps)
+        value, gradient = value_and_grad(params, dropout_key, *batch)
     else:
-        parts = (exp.mesh, value_and_grad, params, dropout_key, (x0, t, eps), accumulate)
+        parts = (exp.mesh, value_and_grad, params, dropout_key, batch, accumulate)
         value, gradient = mesh.mean_over_parts(*parts, fold=exp.implementation.fold)
     gradient = mesh.like_state(exp.mesh, gradient)
 
@@ -261,8 +270,25 @@ def augment(key: jax.Array, images: jax.Array, *, flip: bool) -> jax.Array:
     return x0
 
 
-def compile_step(config: ConfigDict, exp: Experiment, state: TrainState, images: jax.Array, indices: Any) -> Program:
-    """Compile `train_step` with everything that stays the same from step to step; it reuses the state's buffers."""
+def drop_labels(key: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
+    """Replace each label by −1, no class, with a given probability (Ho and Salimans 2022, arXiv:2207.12598, Alg. 1).
+
+    Args:
+        key: typed PRNG key.
+        labels: (B,) int32.
+        probability: in [0, 1).
+
+    Returns:
+        (B,) int32.
+    """
+    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), -1, labels) if probability else labels
+
+
+def compile_step(config: ConfigDict, exp: Experiment, state: TrainState, images: jax.Array, *rest: Any) -> Program:
+    """Compile `train_step` with everything that stays the same from step to step; it reuses the state's buffers.
+
+    `images` and the rest are a batch of `feed`.
+    """
     step_fn = functools.partial(
         train_step,
         exp=exp,
@@ -271,6 +297,7 @@ def compile_step(config: ConfigDict, exp: Experiment, state: TrainState, images:
         weighting=config.train.loss,
         ema_decay=config.train.ema_decay,
         flip=config.data.flip,
+        label_dropout=config.train.label_dropout,
         accumulate=config.train.accumulate,
     )
     parts = exp.mesh.size * config.train.accumulate
@@ -279,7 +306,7 @@ def compile_step(config: ConfigDict, exp: Experiment, state: TrainState, images:
             step_fn,
             state,
             images,
-            indices,
+            *rest,
             out_shardings=(_shardings(state), mesh.replicated(exp.mesh)),
             donate=(0,),
             largest_activation=config.train.batch_size // parts * config.data.image_size**2 * config.model.channels,
@@ -315,8 +342,10 @@ def feed(
     start: int,
     *,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[jax.Array, Any]]:
+) -> Iterator[tuple]:
     """Yield (images, indices) on the devices for each step from `start` on, as `train_step` takes them.
+
+    With data.labels, their labels follow.
 
     With data.placement 'device' all images are kept on the devices and only indices are sent; with 'host' batches are
     sent, gathered ahead of the step that needs them; 'auto' keeps the images on the devices if they fit. A batch that
@@ -336,11 +365,15 @@ def feed(
     )
     sharding = mesh.split_batch(exp.mesh)
     fits = config.data.cache and mesh.fits(exp.mesh, images.images.nbytes)
+    labels = [np.asarray(images.labels)] if config.data.labels else []
     if placement == 'device' or (placement == 'auto' and fits):
-        everything = mesh.put(images.images, mesh.replicated(exp.mesh))
-        return ((everything, mesh.put(order[step], sharding)) for step in range(start, end))
+        everything = [mesh.put(array, mesh.replicated(exp.mesh)) for array in (images.images, *labels)]
+        return ((everything[0], mesh.put(order[step], sharding), *everything[1:]) for step in range(start, end))
     batches = until(stop, data.prefetch(images, order, start, end))
-    return ((mesh.put(batch, sharding), None) for batch in batches)
+    return (
+        (mesh.put(batch, sharding), None, *(mesh.put(array[order[step]], sharding) for array in labels))
+        for batch, step in zip(batches, range(start, end), strict=False)
+    )
 
 
 def require_equal_parts(config: ConfigDict, exp: Experiment) -> None:
@@ -350,6 +383,15 @@ def require_equal_parts(config: ConfigDict, exp: Experiment) -> None:
         raise RunError(
             f'config.train.batch_size is {config.train.batch_size}, which {exp.mesh.size} devices with '
             f'train.accumulate={config.train.accumulate} cannot divide evenly: use a multiple of {unit}'
+        )
+
+
+def require_labels(config: ConfigDict) -> None:
+    """Raise RunError if labels are to be dropped, but there are none."""
+    if config.train.label_dropout and not config.data.labels:
+        raise RunError(
+            f'config.train.label_dropout is {config.train.label_dropout:g}, but data.labels=False trains without '
+            'labels: use --config.data.labels=True, or label_dropout=0'
         )
 
 
@@ -557,6 +599,7 @@ class Preview:
         """Compile the sampler now if any sheet will be drawn: in the loop, a signal would have to wait for it."""
         self._every, self._num_steps = config.train.sample_every, config.train.num_steps
         self._folder = os.path.join(path, 'samples', 'progress')
+        self._num_classes = config.model.num_classes
         self._data_means = np.asarray(data_means)
         self._colours_were_right = False
         regular = (start // self._every + 1) * self._every if self._every else 0
@@ -591,7 +634,7 @@ class Preview:
         path = os.path.join(self._folder, f'{step:08d}.png')
         drift, warning = colour.drift(images, self._data_means)
         try:
-            log.image(step, save_grid(path, images), colour_drift=float(np.abs(drift).max()))
+            log.image(step, save_grid(path, images, classes=self._num_classes), colour_drift=float(np.abs(drift).max()))
         except OSError as error:
             warn(f'{path} could not be written ({error}); training continues without it')
         late = 2 * step >= self._num_steps
@@ -607,6 +650,7 @@ def _compile_preview(config, exp, ema):
         ema,
         (size, size, config.data.channels),
         batch_size=EARLY_IMAGES,
+        net_of=condition(exp, all_classes(config)),
         timesteps=timesteps(T, min(PREVIEW_STEPS, T)),
         kind=config.model.kind,
         eta=0.0,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num
 
 Images = Float[Array, 'B H W C']
 Embedding = Float[Array, 'B E']
@@ -189,6 +189,9 @@ class Stage(nnx.Module):
 class UNet(nnx.Module):
     """The network: (x_t (B, H, W, C), t (B,)) → (B, H, W, C), float32.
 
+    A conditional one also takes the classes of the images; their embedding is added to that of the levels (Dhariwal and
+    Nichol 2021, arXiv:2105.05233, §3).
+
     The classes of its parts are attributes, which a subclass may replace.
     """
 
@@ -218,6 +221,7 @@ class UNet(nnx.Module):
         downsample_padding: int = 0,
         embedding_order: str = 'sin_cos',
         embedding_shift: int = 1,
+        num_classes: int = 0,
     ):
         """Make the network with initial parameters.
 
@@ -238,6 +242,7 @@ class UNet(nnx.Module):
             downsample_padding: pixels of zeros before each axis when the size is halved, 0 or 1; after it is one.
             embedding_order: see `time_embedding`.
             embedding_shift: see `time_embedding`.
+            num_classes: number of classes; 0 makes the network unconditional.
 
         Raises:
             ValueError: sizes do not fit together; the message names them.
@@ -286,10 +291,16 @@ class UNet(nnx.Module):
         self.norm_out = self.GroupNorm(width, groups, epsilon=norm_epsilon, rngs=rngs)
         self.conv_out = self.Conv(width, image_channels, (3, 3), **layer | dict(kernel_init=zeros))
 
+        # A matrix product, because GPUs do not fix the order in which the gradient of a lookup is summed. The last row
+        # is no class.
+        embedding: dict[str, Any] = layer | dict(kernel_init=nnx.initializers.normal(1.0), use_bias=False)
+        self.label = nnx.Linear(num_classes + 1, emb_dim, **embedding) if num_classes else None
+
     def __call__(
         self,
         x: Images,
         t: Num[Array, 'B'],
+        labels: Int[Array, 'B'] | None = None,
         *,
         deterministic: bool = True,
         rngs: nnx.Rngs | None = None,
@@ -299,6 +310,7 @@ class UNet(nnx.Module):
         Args:
             x: noisy images.
             t: noise levels.
+            labels: classes, of a conditional network; −1 is no class. None is no class for all images.
             deterministic: whether dropout is off.
             rngs: random streams; each block draws a key from 'dropout'. Needed unless `deterministic`.
 
@@ -310,6 +322,10 @@ class UNet(nnx.Module):
             return None if deterministic else rngs.dropout()  # type: ignore[union-attr]
 
         emb = self.time2(nnx.silu(self.time1(time_embedding(t, *self.embedding))))
+        if self.label is not None:
+            rows = self.label.in_features
+            labels = jnp.full(t.shape, -1) if labels is None else labels
+            emb += self.label(jax.nn.one_hot(labels % rows, rows))
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down:

@@ -8,10 +8,17 @@ from jaxtyping import UInt8
 from PIL import Image
 
 GAP = 4  # pixels between images and around the grid
+ROW = 10  # images of a class
 
 
 def save_grid(
-    path: str, images: UInt8[np.ndarray, 'N H W C'], *, most: int = 100, tile: int = 48, columns: int = 0
+    path: str,
+    images: UInt8[np.ndarray, 'N H W C'],
+    *,
+    most: int = 100,
+    tile: int = 48,
+    columns: int = 0,
+    classes: int = 0,
 ) -> UInt8[np.ndarray, 'height width C']:
     """Write the first `most` images as a grid with gaps between them.
 
@@ -22,6 +29,8 @@ def save_grid(
         tile: the height in pixels to which smaller images are enlarged, rounded to a whole factor, without
             interpolation.
         columns: images in a row; 0 makes the grid square.
+        classes: if more than 1, image i is of class i mod `classes`, and each row shows the images of one class, if
+            there are enough.
 
     Returns:
         The grid, (height, width, 1 or 3).
@@ -29,6 +38,10 @@ def save_grid(
     Raises:
         OSError: the file cannot be written.
     """
+    if classes > 1 and len(images) >= (classes if classes <= ROW else 2 * classes):
+        columns = min(len(images) // classes, ROW)
+        rows = min(classes, most // columns)
+        images = images[(np.arange(rows)[:, None] + np.arange(columns) * classes).ravel()]
     images = np.asarray(images[:most])
     if images.shape[-1] not in (1, 3):
         images = images.mean(-1, keepdims=True).round().astype(np.uint8)

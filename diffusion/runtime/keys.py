@@ -2,7 +2,8 @@
 
 import jax
 
-DOMAINS = ('init', 'noise', 'dropout', 'flips', 'sampling', 'likelihood')  # data.Order draws batches with NumPy
+# A domain's position is part of its key. data.Order draws batches with NumPy.
+DOMAINS = ('init', 'noise', 'dropout', 'flips', 'sampling', 'likelihood', 'labels')
 
 
 def domain_key(seed: int | jax.Array, domain: str) -> jax.Array:

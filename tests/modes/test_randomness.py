@@ -17,6 +17,8 @@ CHANGES = {
     'model.network': 'two layers',
     'model.dropout': 0.1,
     'data.flip': True,
+    'data.labels': True,
+    'train.label_dropout': 0.1,
     'train.num_steps': 6,
     'sample.num_images': 6,
     'sample.num_steps': 2,
@@ -48,18 +50,20 @@ def record_keys(monkeypatch):
         monkeypatch.setattr(module, name, wrapper)
 
     class Recording(TwoLayers):
-        def __init__(self, *, image_channels, channels, dropout, dtype, rngs):
+        def __init__(self, *, image_channels, channels, dropout, dtype, rngs, num_classes):
             record('init', rngs.default.key[...])
-            super().__init__(image_channels=image_channels, channels=channels, dropout=dropout, dtype=dtype, rngs=rngs)
+            layers = dict(image_channels=image_channels, channels=channels, dropout=dropout, dtype=dtype, rngs=rngs)
+            super().__init__(**layers, num_classes=num_classes)
 
-        def __call__(self, x, t, *, deterministic=True, rngs=None):
+        def __call__(self, x, t, labels=None, *, deterministic=True, rngs=None):
             if not deterministic:
                 record('dropout', rngs.dropout.key[...])
-            return super().__call__(x, t, deterministic=deterministic, rngs=rngs)
+            return super().__call__(x, t, labels, deterministic=deterministic, rngs=rngs)
 
     monkeypatch.setitem(NETWORKS, 'two layers', Recording)
     wrap(train, 'draw', 'noise')
     wrap(train, 'augment', 'flips')
+    wrap(train, 'drop_labels', 'labels')
     wrap(sampler, 'sample', 'sampling')
     wrap(likelihood, 'elbo', 'likelihood')
     wrap(likelihood, 'log_weight', 'likelihood')
@@ -93,6 +97,7 @@ def test_equal_seeds_of_all_modes_share_no_key(tmp_path, monkeypatch):
         ('train', 'noise'),
         ('train', 'dropout'),
         ('train', 'flips'),
+        ('train', 'labels'),
         ('sample', 'sampling'),
         ('likelihood', 'likelihood'),
         ('data', 'flips'),
@@ -101,7 +106,7 @@ def test_equal_seeds_of_all_modes_share_no_key(tmp_path, monkeypatch):
 
     counts = {name: len(set(found)) for name, found in keys.items()}
     # 6 steps; 6 images; for each of 6 images one key of the ELBO and 2 of the importance-weighted bound.
-    expected = {'noise': 6, 'flips': 6, 'dropout': 6, 'sampling': 6, 'likelihood': 18}
+    expected = {'noise': 6, 'flips': 6, 'labels': 6, 'dropout': 6, 'sampling': 6, 'likelihood': 18}
     assert {name: counts[name] for name in expected} == expected and set(counts) == {*expected, 'init'}
 
     def derived(key):
