@@ -124,3 +124,28 @@ def markdown(rows: Iterable[Row]) -> str:
         quantity = r.quantity.replace('|', r'\|')
         lines.append(f'| {quantity} | {r.equation} | {r.nats:.3f} | {r.bits_per_dim:.4f} | {error} | {r.n} |')
     return '\n'.join(lines) + '\n'
+
+
+def markdown_of_classes(classes: Mapping[str, Iterable[Row]]) -> str:
+    """Format the likelihoods of each class as a Markdown table.
+
+    Args:
+        classes: {class: its rows, those of `ledger`}.
+
+    Returns:
+        The table, one line for each class: the totals, and the importance-weighted bound with the most trajectories.
+    """
+    text = ''
+    for name, rows in classes.items():
+        chosen = {r.quantity.partition(':')[0]: r for r in rows if ': total' in r.quantity}
+        *_, last = [None, *(r for r in rows if r.quantity.startswith('importance'))]
+        chosen |= {'importance-weighted bound': last} if last else {}
+        if not text:
+            text = f'| bits/dim of the class | n | {" | ".join(chosen)} |\n|---|---:|{"---:|" * len(chosen)}\n'
+        cells = []
+        for r in chosen.values():
+            error = '' if r.standard_error is None else f' ± {abs(r.standard_error * r.bits_per_dim / r.nats):.4f}'
+            cells.append(f'{r.bits_per_dim:.4f}{error}')
+        count = next(iter(chosen.values())).n
+        text += f'| {name.replace("|", "")} | {count} | {" | ".join(cells)} |\n'
+    return text

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,17 +58,18 @@ def run(config: ConfigDict, path: str) -> int:
     step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
     above = workdir.output_folder(config, path, 'likelihood', 'likelihood')  # before images are decoded
     workdir.use_compile_cache(config)
-    images = build.load_same_images(config, asked.split, 'likelihood.split')
+    images = build.load_same_images(config, asked.split, 'likelihood.split', config.data.labels)
     require_enough(asked, images)
     settings = {
         'checkpoint_step': step,
         **workdir.settings_for_record(asked),
         'params_sha256': workdir.digest(params),
-        'images': {key: images.record[key] for key in ('sha256', 'fingerprint')},
+        'images': {k: images.record[k] for k in ('sha256', 'fingerprint', 'labels_sha256') if k in images.record},
         'numerics': numerics(),
         'versions': versions(),
     }
     pixels = images[np.arange(asked.num_images or len(images))]
+    labels = np.asarray(images.labels)[: len(pixels)] if config.data.labels else None
     # The name contains a digest of all settings: the same command finds the parts that are computed already.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = f'step{step}-{asked.weights}-{asked.split}-n{len(pixels)}-{digest}'
@@ -77,7 +78,7 @@ def run(config: ConfigDict, path: str) -> int:
 
     # Compute.
     with Interrupt('part') as interrupt:
-        done = compute(quantities(config, exp), parts, folder, params, pixels, asked, exp, interrupt)
+        done = compute(quantities(config, exp), parts, folder, params, pixels, labels, asked, exp, interrupt)
     if done < len(parts):
         reason = interrupt or 'a signal to another host'
         say(f'{reason}: {done} of {len(parts)} parts are computed and kept; the same command resumes')
@@ -86,9 +87,12 @@ def run(config: ConfigDict, path: str) -> int:
         return 0
 
     # Record and report.
-    consistency, record = summarize(parts, folder, config, settings)
+    consistency, record = summarize(parts, folder, config, settings, labels, images.record['classes'])
     record['signal_at_T'] = float(exp.schedule.signal(exp.schedule.T))  # √ᾱ_T
     table = ledger.markdown([ledger.Row(**row) for row in record['rows']])
+    if labels is not None:
+        classes = {found['name']: [ledger.Row(**row) for row in found['rows']] for found in record['classes']}
+        table += f'\nEach image is given its class: log p(x_0 | class).\n\n{ledger.markdown_of_classes(classes)}'
     table += ''.join(f'\n{form.note}\n' for name, form in FORMS.items() if name in asked.quantities and form.note)
     with workdir.writing(folder, key='likelihood.folder'):
         write_json(os.path.join(folder, 'ledger.json'), record)
@@ -108,23 +112,25 @@ def quantities(config: ConfigDict, exp: Experiment) -> dict[str, Callable]:
     """Return the functions that config.likelihood asks for.
 
     Returns:
-        {name: (keys (B,), params, x0 (B, H, W, C)) → {part: (B, …) nats}}.
+        {name: (keys (B,), params, x0 (B, H, W, C), labels (B,) if the network is conditional) → {part: (B, …) nats}}.
     """
     asked = config.likelihood
     common = dict(kind=config.model.kind, variance=asked.variance, clip=asked.clip)
     chain = common | dict(eta=asked.eta, timesteps=chain_levels(asked, exp))
     solver = dict(rtol=asked.rtol, atol=asked.atol, probes=None if asked.probes < 0 else asked.probes)
 
-    def form(keys, params, x0, form):
-        terms = elbo(keys, exp.schedule, exp.network.net(params), x0, form=form, levels=asked.levels or None, **chain)
+    def form(keys, params, x0, *labels, form):
+        terms = elbo(
+            keys, exp.schedule, exp.network.net(params, *labels), x0, form=form, levels=asked.levels or None, **chain
+        )
         several = terms.consistency.shape[1] > 1  # the error of a single term is not known
         return terms._asdict() | ({'error': terms.standard_error()} if several else {})
 
-    def importance(keys, params, x0):
-        return {'log_weight': log_weight(keys, exp.schedule, exp.network.net(params), x0, **chain)}
+    def importance(keys, params, x0, *labels):
+        return {'log_weight': log_weight(keys, exp.schedule, exp.network.net(params, *labels), x0, **chain)}
 
-    def ode(keys, params, x0):
-        terms = flow(keys, exp.schedule, exp.network.net(params), x0, **common, **solver)._asdict()
+    def ode(keys, params, x0, *labels):
+        terms = flow(keys, exp.schedule, exp.network.net(params, *labels), x0, **common, **solver)._asdict()
         error = terms.pop('probe_error')
         return terms if asked.probes == 1 else terms | {'error': error}
 
@@ -132,8 +138,10 @@ def quantities(config: ConfigDict, exp: Experiment) -> dict[str, Callable]:
     return {name: everything[name] for name in asked.quantities}
 
 
-def compile_quantity(exp: Experiment, function: Callable, key: Any, params: Any, x0: Any, numbers: Any) -> Program:
-    """Compile (key, params, x0, numbers) → terms of a batch of images.
+def compile_quantity(
+    exp: Experiment, function: Callable, key: Any, params: Any, x0: Any, numbers: Any, *labels: Any
+) -> Program:
+    """Compile (key, params, x0, numbers, *labels) → terms of a batch of images.
 
     Args:
         exp: mesh and implementation.
@@ -142,16 +150,18 @@ def compile_quantity(exp: Experiment, function: Callable, key: Any, params: Any,
         params: parameters.
         x0: (B, H, W, C), the images.
         numbers: (B,), their numbers in the split, from which their keys follow.
+        *labels: (B,), their classes, if the network is conditional.
 
     Returns:
         The program.
     """
 
-    def on_mesh(key, params, x0, numbers):
+    def on_mesh(key, params, x0, numbers, *labels):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-        return function(keys, mesh.whole(exp.mesh, params), x0)
+        return function(keys, mesh.whole(exp.mesh, params), x0, *labels)
 
-    return exp.implementation.compile(on_mesh, key, params, x0, numbers, out_shardings=mesh.replicated(exp.mesh))
+    arguments = key, params, x0, numbers, *labels
+    return exp.implementation.compile(on_mesh, *arguments, out_shardings=mesh.replicated(exp.mesh))
 
 
 def chain_levels(asked: ConfigDict, exp: Experiment) -> np.ndarray:
@@ -220,6 +230,7 @@ def compute(
     folder: str,
     params: Any,
     images: np.ndarray,
+    labels: np.ndarray | None,
     asked: ConfigDict,
     exp: Experiment,
     interrupt: Interrupt,
@@ -244,8 +255,8 @@ def compute(
             key = domain_key(asked.seed, 'likelihood')
             for number in (QUANTITIES.index(part.quantity), part.trajectory):
                 key = jax.random.fold_in(key, number)
-            batch = (mesh.put_whole(x, mesh.split_batch(exp.mesh)) for x in (data.to_float(images[numbers]), numbers))
-            arguments = key, params, *batch
+            batch = [data.to_float(images[numbers]), numbers, *([] if labels is None else [labels[numbers]])]
+            arguments = key, params, *(mesh.put_whole(x, mesh.split_batch(exp.mesh)) for x in batch)
             if part.quantity not in programs:
                 with naming('config.likelihood'), compiling(f'the quantity {part.quantity}'):
                     programs[part.quantity] = compile_quantity(exp, functions[part.quantity], *arguments)
@@ -260,8 +271,15 @@ def compute(
     return done
 
 
-def summarize(parts: list[Part], folder: str, config: ConfigDict, settings: dict[str, Any]) -> tuple[dict, dict]:
-    """Put the parts together.
+def summarize(
+    parts: list[Part],
+    folder: str,
+    config: ConfigDict,
+    settings: dict[str, Any],
+    labels: np.ndarray | None = None,
+    classes: Sequence[str] | None = None,
+) -> tuple[dict, dict]:
+    """Put the parts together, over all images and, if there are labels, over those of each class.
 
     Returns:
         (consistency, record): the consistency terms of each form, (images, levels); the contents of ledger.json.
@@ -288,6 +306,7 @@ def summarize(parts: list[Part], folder: str, config: ConfigDict, settings: dict
 
     record: dict[str, Any] = {
         'rows': [row._asdict() for row in ledger.ledger(values, size)],
+        **({} if labels is None else {'classes': of_classes(values, size, labels, classes or ())}),
         'error_of_the_draws': {name: error for name, error in errors.items() if error is not None},
         'settings': settings,
     }
@@ -302,6 +321,16 @@ def summarize(parts: list[Part], folder: str, config: ConfigDict, settings: dict
             'divergence': f'{probes} Rademacher probe{"s" * (probes > 1)} per image' if probes else 'exact',
         }
     return consistency, record
+
+
+def of_classes(values: dict[str, Any], size: int, labels: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return {'label', 'name', 'rows': those of the ledger of its images} of each class that has images."""
+    found = []
+    for label in np.unique(labels).tolist():
+        of_class = jax.tree.map(lambda value, mine=labels == label: value[..., mine], values)
+        rows = [row._asdict() for row in ledger.ledger(of_class, size)]
+        found.append({'label': label, 'name': classes[label], 'rows': rows})
+    return found
 
 
 def mean_error(errors: np.ndarray | None) -> float | None:

@@ -116,7 +116,8 @@ def compile_likelihood(config: ConfigDict, exp: Experiment) -> tuple[Program, in
     function = likelihood.quantities(config, exp)[asked.quantities[0]]
     x0 = _array((batch, size, size, config.data.channels), np.float32, split)
     key = _array((), jax.random.key(0).dtype, mesh.replicated(exp.mesh))
-    arguments = key, exp.abstract_state().params, x0, _array((batch,), np.int32, split)
+    numbers, labels = _array((batch,), np.int32, split), _labels(config, exp, batch)
+    arguments = key, exp.abstract_state().params, x0, numbers, *labels
     with naming('config.likelihood'), jax.default_matmul_precision('highest'):
         return likelihood.compile_quantity(exp, function, *arguments), batch
 

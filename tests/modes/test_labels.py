@@ -1,4 +1,4 @@
-"""Conditional models from the classes of a source to samples, and what is refused."""
+"""Conditional models from the classes of a source to samples and likelihoods, and what is refused."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 from diffusion import build, data, schedule, workdir
 from diffusion.configs import cifar10_conditional, digits_conditional
 from diffusion.data import cache, images, sources
-from diffusion.modes import export, sample, sweep, train
+from diffusion.modes import export, likelihood, plan, sample, sweep, train
 from diffusion.networks import IMPLEMENTATIONS, NETWORKS, plain
 from diffusion.runtime import mesh
 from diffusion.util import RunError
@@ -270,6 +270,17 @@ def test_a_sweep_draws_the_classes_that_are_asked_for(trained):
     np.testing.assert_array_equal(np.load(cell), draw(trained, config)[0][:4])
 
 
+def test_a_plan_counts_the_work_of_guidance(trained, tmp_path):
+    """Twice that of the network, and all programs of a conditional network are planned."""
+    work = []
+    for changes in ({}, {'guidance': 2.0}, {'guidance': 2.0, 'guide': str(trained)}):
+        config = conditional(**{f'sample__{key}': value for key, value in changes.items()})
+        assert plan.run(config, str(tmp_path / str(len(work)))) == 0
+        (record,) = (tmp_path / str(len(work)) / 'plan').glob('*.json')
+        work.append(json.loads(record.read_text())['programs']['sample']['flops_per_image'])
+    assert work[1] == work[2] == pytest.approx(2 * work[0])
+
+
 def test_a_run_from_before_there_were_labels_is_used_as_before(tmp_path):
     config = quick(SAMPLE)
     make_run(tmp_path, config, 3, params=random_params(config, 1), ema=random_params(config, 2))
@@ -280,6 +291,38 @@ def test_a_run_from_before_there_were_labels_is_used_as_before(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(stored))
     images, labels, _, _, folder = draw(tmp_path, quick(SAMPLE))
     assert len(images) == 7 and labels is None and 'guidance' not in folder.name
+
+
+# Likelihoods.
+
+
+def test_likelihoods_are_given_the_class_of_each_image_and_listed_by_class(trained):
+    ask = {'num_images': 60, 'batch_size': 25, 'samples': 2, 'quantities': ('posterior', 'importance')}
+    config = conditional(**{f'likelihood__{key}': value for key, value in ask.items()})
+    assert likelihood.run(config, str(trained)) == 0
+    (folder,) = (trained / 'likelihood').iterdir()
+    ledger = json.loads((folder / 'ledger.json').read_text())
+    digits = sources.open_source('digits', 'test')
+    classes = np.array([digits.label(i) for i in range(60)])
+    assert [found['label'] for found in ledger['classes']] == sorted(set(classes.tolist()))
+    for i, whole in enumerate(ledger['rows'][:4]):
+        mine = [found['rows'][i] for found in ledger['classes']]
+        assert [row['n'] for row in mine] == np.bincount(classes).tolist()
+        assert np.average([row['nats'] for row in mine], weights=[row['n'] for row in mine]) == pytest.approx(
+            whole['nats']
+        )
+    lines = (folder / 'ledger.md').read_text().splitlines()
+    assert sum(line.startswith(f'| {i} | ') for line in lines for i in range(10)) == len(set(classes))
+
+    exp = build.build(config)
+    _, params = workdir.load_params(exp.abstract_state(), config, str(trained), 'ema')
+    posterior = likelihood.quantities(config, exp)['posterior']
+    x0 = data.to_float(build.load_images(config, 'test')[:25])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(25))
+    right, wrong = (
+        posterior(keys, params, x0, jnp.int32(c[:25]))['consistency'] for c in (classes, (classes + 1) % 10)
+    )
+    assert (np.abs(right - wrong).max(1) > 1e-3).all()
 
 
 # What is refused.
