@@ -64,9 +64,9 @@ def devices_of(platform):
     return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
 
 
-def test_auto_is_the_cpu_implementation_on_cpus_and_plain_elsewhere():
+def test_auto_is_the_implementation_for_the_devices():
     found = {platform: build._implementation('auto', devices_of(platform)) for platform in ('cpu', 'gpu', 'tpu')}
-    assert found == {'cpu': 'cpu', 'gpu': 'plain', 'tpu': 'plain'}
+    assert found == {'cpu': 'cpu', 'gpu': 'gpu', 'tpu': 'plain'}
     assert build._implementation('plain', devices_of('cpu')) == 'plain'
     assert build._implementation('cpu', devices_of('gpu')) == 'cpu'
 
