@@ -4,7 +4,6 @@ FID is this distance for the features of one network, Inception. For raw pixels 
 images, and not an FID.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from jaxtyping import Float, Float64, Shaped
 
 Moments = tuple[Float64[np.ndarray, 'D'], Float64[np.ndarray, 'D D']]  # mean and covariance
 BLOCK = 4096  # vectors that are converted to float64 at a time
+MIN_WAITING = 256  # vectors at least whose sums are computed at once
 
 
 class Sums(NamedTuple):
@@ -81,10 +81,61 @@ def merge(a: Sums, b: Sums) -> Sums:
     return Sums(n, a.mean + shift * (b.n / n), scatter)
 
 
-def moments(batches: Iterable[Shaped[np.ndarray, 'n ...']]) -> Moments:
-    """Compute the mean and the covariance of a stream of vectors in float64.
+class Accumulator:
+    """The mean and the covariance of a stream of vectors in float64.
 
-    Memory holds one batch and a few (D, D) matrices, whatever the number of vectors.
+    Vectors wait until there are as many as each has values. Merging takes several passes over (D, D) matrices, so that
+    the sums of fewer vectors would take longer to merge than to compute. Memory holds these vectors and a few (D, D)
+    matrices, whatever the number of all vectors. The result does not depend on how the stream is cut into batches.
+    """
+
+    def __init__(self) -> None:
+        self._sums = NOTHING
+        self._waiting = np.empty((0, 0))  # (max(D, MIN_WAITING), D) once D is known
+        self._count = 0
+
+    def add(self, batch: Shaped[np.ndarray, 'n ...']) -> None:
+        """Add vectors.
+
+        Args:
+            batch: (n, …) of any real type, flattened to (n, D); n may be 0.
+
+        Raises:
+            ValueError: earlier vectors have another size.
+        """
+        if not len(batch):
+            return
+        vectors = np.asarray(batch).reshape(len(batch), -1)
+        size = vectors.shape[1]
+        if not len(self._waiting):
+            self._waiting = np.empty((max(size, MIN_WAITING), size))
+        if size != self._waiting.shape[1]:
+            raise ValueError(f'vectors of {self._waiting.shape[1]} and of {size} values have no common covariance')
+        while len(vectors):
+            room = len(self._waiting) - self._count
+            part, vectors = vectors[:room], vectors[room:]
+            self._waiting[self._count : self._count + len(part)] = part
+            self._count += len(part)
+            if self._count == len(self._waiting):
+                self._merge()
+
+    def moments(self) -> Moments:
+        """Return the mean (D,) and the covariance (D, D) of all vectors, with divisor N − 1.
+
+        Raises:
+            ValueError: there are fewer than two vectors.
+        """
+        if self._count:
+            self._merge()
+        return self._sums.moments()
+
+    def _merge(self):
+        self._sums = merge(self._sums, sums(self._waiting[: self._count]))
+        self._count = 0
+
+
+def moments(batches: Iterable[Shaped[np.ndarray, 'n ...']]) -> Moments:
+    """Compute the mean and the covariance of a stream of vectors in float64, see `Accumulator`.
 
     Args:
         batches: arrays (n, …) of any real type, flattened to (n, D); n may differ and may be 0.
@@ -98,7 +149,10 @@ def moments(batches: Iterable[Shaped[np.ndarray, 'n ...']]) -> Moments:
     """
     if hasattr(batches, 'shape'):
         raise TypeError('batches is one array, but must be several; moments([array]) takes it as one batch')
-    return functools.reduce(merge, (sums(batch) for batch in batches if len(batch)), NOTHING).moments()
+    accumulator = Accumulator()
+    for batch in batches:
+        accumulator.add(batch)
+    return accumulator.moments()
 
 
 def distance(moments1: Moments, moments2: Moments) -> float:

@@ -94,8 +94,7 @@ class Comparison:
     @functools.cached_property
     def moments(self) -> Moments:
         """Mean and covariance of the samples."""
-        blocks = range(0, len(self.samples), frechet.BLOCK)
-        return frechet.moments(self.samples[start : start + frechet.BLOCK] for start in blocks)
+        return frechet.moments([self.samples])
 
     @functools.cached_property
     def distance(self) -> float:

@@ -244,7 +244,7 @@ def _compute(network, images, devices, folder, described, batch_size):
     step = math.ceil(count / MOST_VECTORS)
     new = f'{folder}.{os.getpid()}.new'
     files: dict[str, np.memmap] = {}
-    totals = dict.fromkeys(outputs, frechet.NOTHING)
+    totals = {output: frechet.Accumulator() for output in outputs}
     if hosts.is_first():
         os.makedirs(new)
     with unfinished(new):
@@ -260,7 +260,7 @@ def _compute(network, images, devices, folder, described, batch_size):
                     continue
                 kept = rows % step == 0
                 for output, values in found.items():
-                    totals[output] = frechet.merge(totals[output], frechet.sums(values))
+                    totals[output].add(values)
                     if outputs[output]:
                         if output not in files:
                             shape = (math.ceil(count / step), values.shape[1])
