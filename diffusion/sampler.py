@@ -101,24 +101,91 @@ def sample(
             f'keys are {keys.dtype} of the shape {keys.shape}, but must be typed and of the shape (N,), one typed key '
             'an image: jax.random.split(jax.random.key(seed), N)'
         )
+    steps = make_steps(schedule, timesteps, kind=kind, eta=eta, variance=variance, last_noise=last_noise)
+    if x_T is None:
+        x_T = noise(keys, steps.t[0], shape)
+    if jnp.shape(x_T) != (*keys.shape, *shape):
+        raise ValueError(f'x_T has the shape {jnp.shape(x_T)}, but the keys and shape ask for {(*keys.shape, *shape)}')
+    return follow(keys, schedule, net, steps, len(steps.t), kind=kind, eta=eta, clip=clip, x_T=x_T, rule=rule)
+
+
+class Steps(NamedTuple):
+    """The steps of a chain.
+
+    Attributes:
+        t: (num_steps,) int, the noise levels before each step.
+        s: (num_steps,) int, the noise levels after each step.
+        std: (num_steps,) float32, the standard deviations of the noise; None for those of the rule.
+    """
+
+    t: Int[Array | np.ndarray, 'num_steps']
+    s: Int[Array | np.ndarray, 'num_steps']
+    std: Float[Array | np.ndarray, 'num_steps'] | None
+
+
+def make_steps(
+    schedule: Schedule,
+    timesteps: Int[ArrayLike, 'num_steps+1'] | Int[ArrayLike, 'num_steps 2'],
+    *,
+    kind: str,
+    eta: float,
+    variance: Variance = 'small',
+    last_noise: bool = False,
+) -> Steps:
+    """Return the steps of a chain. Arguments and errors are those of `sample`."""
     t, s = _pairs(schedule, kind, np.asarray(timesteps))
-    variances = gaussian.own_variance(schedule, variance, s, t, eta=eta)
-    std = None if variances is None else jnp.where((s > 0) | last_noise, jnp.sqrt(variances), 0)
+    with jax.ensure_compile_time_eval():  # every program is given the same numbers
+        variances = gaussian.own_variance(schedule, variance, s, t, eta=eta)
+        std = None if variances is None else jnp.where((s > 0) | last_noise, jnp.sqrt(variances), 0)
+    return Steps(t, s, std)
+
+
+def follow(
+    keys: Key[Array, 'N'],
+    schedule: Schedule,
+    net: Net,
+    steps: Steps,
+    num_steps: int | Int[Array, ''],
+    *,
+    kind: str,
+    eta: float,
+    clip: Clip,
+    x_T: Images,
+    rule: str,
+) -> Batch:
+    """Carry x_T through the first steps of a chain, see `sample`.
+
+    If `steps` and `num_steps` are traced, one compiled program serves chains of any number of steps.
+
+    Args:
+        keys: (N,) typed PRNG keys, one for each image.
+        schedule: the noise schedule.
+        net: the network, (x_t (N, ...), t (N,)) -> (N, ...).
+        steps: the steps of the chain, of which there may be more than are taken.
+        num_steps: how many steps are taken.
+        kind: what the network outputs, a key of `gaussian.KINDS`.
+        eta: η, a Python float in [0, 1].
+        clip: see `sample`.
+        x_T: (N, ...), where the chain starts.
+        rule: a key of `RULES`.
+
+    Returns:
+        (N, ...) float32, the images after the last step.
+    """
+    shape = jnp.shape(x_T)[1:]
 
     def predict(x_t: Batch, t: Int[Array, '']) -> Prediction:
         output = gaussian.evaluate(net, x_t, jnp.full(keys.shape, t))
         return gaussian.predict(schedule, kind, output, x_t, t, clip=clip)
 
-    def step(carry, pair):
+    def step(i, carry):
+        of_step = jax.tree.map(lambda values: jax.lax.dynamic_index_in_dim(values, i, keepdims=False), steps)
         of_level = functools.partial(noise, keys, shape=shape)
-        return RULES[rule].step(*carry, *pair, schedule=schedule, predict=predict, noise=of_level, eta=eta), None
+        return RULES[rule].step(*carry, *of_step, schedule=schedule, predict=predict, noise=of_level, eta=eta)
 
-    if x_T is None:
-        x_T = noise(keys, t[0], shape)
-    if jnp.shape(x_T) != (*keys.shape, *shape):
-        raise ValueError(f'x_T has the shape {jnp.shape(x_T)}, but the keys and shape ask for {(*keys.shape, *shape)}')
     x_T = jnp.asarray(x_T, jnp.float32)
-    (_, x0), _ = jax.lax.scan(step, (RULES[rule].init(x_T), x_T), (t, s, std))
+    steps = jax.tree.map(jnp.asarray, steps)
+    _, x0 = jax.lax.fori_loop(0, num_steps, step, (RULES[rule].init(x_T), x_T))
     return x0
 
 

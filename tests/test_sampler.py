@@ -177,6 +177,26 @@ def test_the_program_does_not_grow_with_the_number_of_steps():
     assert size(T) == size(10)
 
 
+@pytest.mark.parametrize(('eta', 'variance'), [(0.5, 'small'), (1.0, 'large')])
+def test_one_program_serves_chains_of_any_number_of_steps(eta, variance):
+    """It is given the longest chain and how many steps to take."""
+    how = dict(kind='eps', eta=eta)
+
+    def draw(steps, num_steps):
+        return sampler.follow(
+            keys(), SCH, DATA.net('eps'), steps, num_steps, clip=True, x_T=noise(), rule='kernel', **how
+        )
+
+    program = None
+    for num_steps in (3, 6):
+        levels = timesteps(T, num_steps)
+        steps = sampler.make_steps(SCH, levels, variance=variance, **how)
+        padded = jax.tree.map(lambda values: np.pad(values, (0, 6 - len(values))), steps)
+        expected = sample(DATA.net('eps'), levels, x_T=noise(), variance=variance, **how)
+        program = program or jax.jit(draw).lower(padded, num_steps).compile()
+        np.testing.assert_allclose(program(padded, num_steps), expected, rtol=0, atol=1e-5)
+
+
 def test_an_image_depends_on_its_key_alone():
     @jax.jit
     def draw(keys):

@@ -402,28 +402,29 @@ def save_npz(path: str, images: UInt8[np.ndarray, 'N H W C'], *labels: np.ndarra
 
 
 def make_sampler(
-    exp: Experiment, params: Any, shape: tuple[int, ...], *, batch_size: int, start: int | None = None, **how: Any
+    exp: Experiment,
+    params: Any,
+    shape: tuple[int, ...],
+    *,
+    batch_size: int,
+    net_of: Callable | None = None,
+    **how: Any,
 ) -> Callable:
     """Compile a function that draws any images of any seed.
-
-    One program serves all calls: a short batch is filled up, and every batch to a multiple of the devices.
 
     Args:
         exp: as in `compile_sampler`, and so are the others.
         params: parameters, or their shapes and shardings.
         shape: of one image, (H, W, C).
         batch_size: the largest number of images per call.
-        start: see `compile_sampler`.
-        how: other keyword arguments of `compile_sampler`.
+        net_of: see `compile_draw`.
+        how: keyword arguments of `sampler.sample`.
 
     Returns:
         The function (params, seed, start, stop) → images start … stop−1, (stop−start, H, W, C) float32. Image i
         depends on (seed, i) alone.
     """
-    with compiling('the sampler'):
-        program = compile_sampler(exp, params, shape, batch_size=batch_size, start=start, **how)
-    memory.require(memory.of_program(program.compiled), f'a batch of {batch_size} samples, as XLA plans it,', MEMORY)
-    return lambda params, seed, start, stop: mesh.fetch(program(params, seed, start))[: stop - start]
+    return make_draw(exp, params, _sample(exp, shape, how), batch_size=batch_size, net_of=net_of)
 
 
 def compile_sampler(
@@ -432,7 +433,6 @@ def compile_sampler(
     shape: tuple[int, ...],
     *,
     batch_size: int,
-    start: int | None = None,
     net_of: Callable | None = None,
     **how: Any,
 ) -> Program:
@@ -443,9 +443,56 @@ def compile_sampler(
         params: parameters, or their shapes and shardings.
         shape: of one image, (H, W, C).
         batch_size: the largest number of images per call.
-        start: the level whose noise is x_T, so that chains with other first levels start alike; None is their own.
-        net_of: (params, indices of the images (B,)) → net, see `condition`; None is the network without classes.
+        net_of: see `compile_draw`.
         how: keyword arguments of `sampler.sample`.
+
+    Returns:
+        The program.
+    """
+    return compile_draw(exp, params, _sample(exp, shape, how), batch_size=batch_size, net_of=net_of)
+
+
+def _sample(exp, shape, how):
+    """The function (keys, net) → images."""
+    return lambda keys, net: sampler.sample(keys, exp.schedule, net, shape=shape, **how)
+
+
+def make_draw(
+    exp: Experiment, params: Any, sample: Callable, *more: Any, batch_size: int, net_of: Callable | None = None
+) -> Callable:
+    """Compile a function that draws any images of any seed.
+
+    One program serves all calls: a short batch is filled up, and every batch to a multiple of the devices.
+
+    Args:
+        exp: as in `compile_draw`, and so are the others.
+        params: parameters, or their shapes and shardings.
+        sample: (keys (N,), net, *more) → images.
+        more: what each call passes on, or arrays of the same shapes and types.
+        batch_size: the largest number of images per call.
+        net_of: see `compile_draw`.
+
+    Returns:
+        The function (params, seed, start, stop, *more) → images start … stop−1, (stop−start, H, W, C) float32.
+    """
+    with compiling('the sampler'):
+        program = compile_draw(exp, params, sample, *more, batch_size=batch_size, net_of=net_of)
+    memory.require(memory.of_program(program.compiled), f'a batch of {batch_size} samples, as XLA plans it,', MEMORY)
+    return lambda params, seed, start, stop, *more: mesh.fetch(program(params, seed, start, *more))[: stop - start]
+
+
+def compile_draw(
+    exp: Experiment, params: Any, sample: Callable, *more: Any, batch_size: int, net_of: Callable | None = None
+) -> Program:
+    """Compile (params, seed, first, *more) → images first, first + 1, …, at least `batch_size`.
+
+    Args:
+        exp: network, mesh and implementation.
+        params: parameters, or their shapes and shardings.
+        sample: (keys (N,), net, *more) → images (N, H, W, C) float32; image i depends on keys[i] and `more` alone.
+        more: pytrees of arrays, or of their shapes.
+        batch_size: the largest number of images per call.
+        net_of: (params, indices of the images (B,)) → net, see `condition`; None is the network without classes.
 
     Returns:
         The program.
@@ -453,14 +500,13 @@ def compile_sampler(
     batch_size += -batch_size % exp.mesh.size
     make_net = net_of or condition(exp)
 
-    def draw(params, seed, first):
+    def draw(params, seed, first, *more):
         indices = jax.lax.with_sharding_constraint(first + jnp.arange(batch_size), mesh.split_batch(exp.mesh))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(domain_key(seed, 'sampling'), indices)
         net = make_net(exp.implementation.unpack(mesh.whole(exp.mesh, params)), indices)
-        x_T = None if start is None else sampler.noise(keys, start, shape)
-        return sampler.sample(keys, exp.schedule, net, shape=shape, x_T=x_T, **how)
+        return sample(keys, net, *more)
 
-    return exp.implementation.compile(draw, params, 0, 0, out_shardings=mesh.replicated(exp.mesh))
+    return exp.implementation.compile(draw, params, 0, 0, *more, out_shardings=mesh.replicated(exp.mesh))
 
 
 def name_of(config: ConfigDict, step: int, done: dict[str, Any], conditions: Conditions) -> str:

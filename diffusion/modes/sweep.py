@@ -1,22 +1,25 @@
 """--mode=sweep: images and metrics for several numbers of steps and η, from one checkpoint, as in DDIM's Table 1."""
 
+import functools
 import hashlib
 import itertools
 import json
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import build, gaussian, workdir
+from diffusion import build, sampler, workdir
 from diffusion.build import Experiment
 from diffusion.modes import evaluate
 from diffusion.modes.sample import (
     Conditions,
     Drawn,
     draw_all,
-    make_sampler,
+    make_draw,
     open_conditions,
     require_conditions,
     settings_sha256,
@@ -92,12 +95,20 @@ def run(config: ConfigDict, path: str) -> int:
     name = f'step{step}-{config.sample.weights}-n{config.sample.num_images}-seed{config.sample.seed}-{digest}'
     folder = os.path.join(above, name)
 
+    longest = max(cell.num_steps for cell in cells)
+
     # Compute.
+    @functools.lru_cache(maxsize=1)  # cells come row by row
+    def draw_row(eta: float, variance: str) -> Callable:
+        return make_row_sampler(config, exp, conditions, params, shape, Cell(eta, variance, longest))
+
     results = []
     with Interrupt('batch') as interrupt:
         for number, cell in enumerate(cells):
             say(f'{cell.row}, {cell.num_steps} steps ({number + 1} of {len(cells)})')
-            found = compute(config, exp, plan, params, conditions, cell, folder, params_sha256, trained_on, interrupt)
+            found = compute(
+                config, exp, plan, params, conditions, cell, draw_row, folder, params_sha256, trained_on, interrupt
+            )
             if found is None:
                 reason = interrupt or 'a signal to another host'
                 say(f'{reason}: {number} of {len(cells)} cells are done and kept; the same command resumes')
@@ -147,8 +158,13 @@ def check_cells(config: ConfigDict, exp: Experiment, cells: list[Cell]) -> None:
         raise RunError(f'config.sample.compat is {config.sample.compat!r}, but a sweep sets steps and η itself')
     for cell in cells:
         with naming(f'config.sweep ({cell.row}, {cell.num_steps} steps), config.sample.spacing'):
-            levels = timesteps(exp.schedule.T, cell.num_steps, config.sample.spacing)
-            gaussian.chain(exp.schedule, config.model.kind, levels)
+            make_steps(config, exp, cell)
+
+
+def make_steps(config: ConfigDict, exp: Experiment, cell: Cell) -> sampler.Steps:
+    """Return the steps of a cell."""
+    levels = timesteps(exp.schedule.T, cell.num_steps, config.sample.spacing)
+    return sampler.make_steps(exp.schedule, levels, kind=config.model.kind, eta=cell.eta, variance=cell.variance)
 
 
 def cell_path(folder: str, cell: Cell, ending: str) -> str:
@@ -163,6 +179,7 @@ def compute(
     params: Any,
     conditions: Conditions,
     cell: Cell,
+    draw_row: Callable,
     folder: str,
     params_sha256: str,
     trained_on: dict[str, Any] | None,
@@ -182,9 +199,8 @@ def compute(
     }
     batch_size = min(asked.batch_size, asked.num_images)
     with naming('config.sweep'):
-        how = dict(kind=config.model.kind, rule=asked.rule, net_of=conditions.net_of, **chain)
+        draw = functools.partial(draw_row(cell.eta, cell.variance), steps=make_steps(config, exp, cell))
         params = conditions.params(params)
-        draw = make_sampler(exp, params, shape, batch_size=batch_size, start=exp.schedule.T, **how)
     with workdir.writing(folder, key='sweep.folder'):
         done = {key: value for key, value in chain.items() if key != 'timesteps'}
         drawn = Drawn(
@@ -201,6 +217,45 @@ def compute(
             write_json(result, {key: value for key, value in found.items() if key != 'influences'})
             drawn.remove()
     return found
+
+
+def make_row_sampler(
+    config: ConfigDict,
+    exp: Experiment,
+    conditions: Conditions,
+    params: Any,
+    shape: tuple[int, ...],
+    longest: Cell,
+) -> Callable:
+    """Compile a function that draws the images of all cells of a row.
+
+    Every cell starts from the noise of level T, also with a spacing whose first level depends on the number of steps.
+
+    Args:
+        config: config.sample says how.
+        exp: schedule, network, mesh and implementation.
+        conditions: the classes of the images, and guidance.
+        params: parameters.
+        shape: of one image, (H, W, C).
+        longest: the cell of the row with the most steps.
+
+    Returns:
+        The function (params, seed, start, stop, *, steps) → images start … stop−1, (stop−start, H, W, C) float32.
+    """
+
+    def sample(keys, net, steps, num_steps):
+        x_T = sampler.noise(keys, exp.schedule.T, shape)
+        how = dict(kind=config.model.kind, eta=longest.eta, clip=config.sample.clip, rule=config.sample.rule)
+        return sampler.follow(keys, exp.schedule, net, steps, num_steps, x_T=x_T, **how)
+
+    def padded(steps):
+        missing = longest.num_steps - len(steps.t)
+        return jax.tree.map(lambda values: np.pad(values, (0, missing)), steps), len(steps.t)
+
+    batch_size = min(config.sample.batch_size, config.sample.num_images)
+    how = dict(batch_size=batch_size, net_of=conditions.net_of)
+    draw = make_draw(exp, conditions.params(params), sample, *padded(make_steps(config, exp, longest)), **how)
+    return lambda *images, steps: draw(*images, *padded(steps))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

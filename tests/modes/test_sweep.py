@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -57,15 +58,21 @@ def test_every_cell_has_every_metric(swept):
     assert len(values[1]) == 1 and len(values[3]) == 2  # a single step, to level 0, has no noise
 
 
-def test_a_cell_has_the_value_of_mode_sample(trained, swept):
-    config = quick(SWEEP | {'sample.num_steps': 3, 'sample.eta': 0.0})
-    assert sample.run(config, str(trained)) == 0
-    (record,) = trained.glob('samples/*/record.json')
-    (entry,) = (e for e in json.loads(record.read_text(encoding='utf-8'))['metrics'] if e['name'] == 'FD-pixels')
+@pytest.mark.parametrize(('eta', 'variance'), [(0.0, 'small'), (1.0, 'large')])
+def test_a_cell_has_the_images_and_the_value_of_mode_sample(trained, swept, tmp_path, eta, variance):
+    asked = {'num_steps': 3, 'eta': eta, 'variance': variance, 'folder': str(tmp_path)}
+    assert sample.run(quick(SWEEP | {f'sample.{key}': value for key, value in asked.items()}), str(trained)) == 0
+    (folder,) = tmp_path.iterdir()
+    with np.load(folder / 'samples.npz') as file:
+        np.testing.assert_array_equal(
+            np.load(swept / 'cells' / f'eta{eta:g}-{variance}-3.npy'), file['arr_0'][: sweep.SHOWN]
+        )
+    metrics = json.loads((folder / 'record.json').read_text(encoding='utf-8'))['metrics']
+    (entry,) = (entry for entry in metrics if entry['name'] == 'FD-pixels')
     (cell,) = (
-        c
-        for c in read(swept)['cells']
-        if (c['eta'], c['variance'], c['num_steps'], c['metric']) == (0.0, 'small', 3, 'FD-pixels')
+        cell
+        for cell in read(swept)['cells']
+        if (cell['eta'], cell['variance'], cell['num_steps'], cell['metric']) == (eta, variance, 3, 'FD-pixels')
     )
     assert (cell['value'], cell['standard_error']) == (entry['value'], entry['standard_error'])
 
@@ -82,25 +89,34 @@ def test_the_table_the_plot_and_the_sheet_show_the_cells(swept):
         assert np.ptp(np.asarray(plot)) > 0
 
 
-def test_every_cell_starts_from_the_same_noise(trained, monkeypatch):
-    """Also with a spacing whose first level depends on the number of steps."""
-    starts = []
-
-    def recorded(keys, schedule, net, *, x_T, timesteps, **how):
-        starts.append((int(timesteps[0]), x_T))
-        return x_T
-
-    config = quick(SWEEP | {'sample.spacing': 'leading'})
+def test_every_cell_starts_from_the_same_noise(monkeypatch):
+    """Also with a spacing whose first level depends on the number of steps: each takes its own, from the same x_T."""
+    first = sampler.Rule(
+        lambda x_T: x_T, lambda x_T, x_t, t, s, std, **_: (x_T, jnp.where(t > s, x_T + t - s, jnp.nan))
+    )
+    monkeypatch.setitem(sampler.RULES, 'span', first)
+    config = quick(SWEEP | {'sample.spacing': 'leading', 'sample.rule': 'span', 'sample.batch_size': 4})
     exp = build.build(config)
     exp = dataclasses.replace(exp, network=ZeroNetwork(exp.network.make))
-    monkeypatch.setattr(sampler, 'sample', recorded)
-    drawn = [
-        sample.make_sampler(exp, {}, (8, 8, 1), batch_size=4, start=4, timesteps=levels)({}, 0, 0, 4)
-        for levels in ([4, 0], [3, 0])
-    ]
-    assert [first for first, _ in starts] == [4, 3]
-    np.testing.assert_array_equal(*drawn)
-    assert len(np.unique(drawn[0])) == drawn[0].size
+    conditions = sample.Conditions((), None, sample.condition(exp), {})
+    draw = sweep.make_row_sampler(config, exp, conditions, {}, (8, 8, 1), sweep.Cell(0.0, 'small', 4))
+    two, four = (
+        draw({}, 0, 0, 4, steps=sweep.make_steps(config, exp, sweep.Cell(0.0, 'small', count))) for count in (2, 4)
+    )
+    np.testing.assert_array_equal(two, four)  # the last step is from level 1 to 0 in both
+    assert len(np.unique(two)) == two.size
+
+
+def test_a_row_has_one_program(trained, monkeypatch, tmp_path):
+    compiled, make_draw = [], sweep.make_draw
+
+    def recorded(*arguments, **how):
+        compiled.append(how)
+        return make_draw(*arguments, **how)
+
+    monkeypatch.setattr(sweep, 'make_draw', recorded)
+    assert sweep.run(quick(SWEEP | {'sweep.folder': str(tmp_path)}), str(trained)) == 0
+    assert len(compiled) == len({row for row, _ in CELLS}) < len(CELLS)
 
 
 def test_finished_cells_are_not_computed_again(trained, swept, monkeypatch):
