@@ -160,8 +160,9 @@ def distance(moments1: Moments, moments2: Moments) -> float:
 
     |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁Σ₂)^½)    (Dowson & Landau 1982; Heusel et al. 2017, arXiv:1706.08500, Eq. 6)
 
-    The trace of the root equals that of (Σ₁^½ Σ₂ Σ₁^½)^½. This matrix is symmetric, so singular covariances (constant
-    pixels, fewer vectors than dimensions) need no special treatment.
+    The trace of the root equals that of (LᵀΣ₂L)^½ for any L with LLᵀ = Σ₁. This matrix is symmetric, and L has as many
+    columns as Σ₁ has rank, so singular covariances (constant pixels, fewer vectors than dimensions) need no special
+    treatment.
 
     Args:
         moments1: mean (D,) and covariance (D, D).
@@ -171,8 +172,9 @@ def distance(moments1: Moments, moments2: Moments) -> float:
         The squared distance, in squared units of the vectors.
     """
     (mean1, covariance1), (mean2, covariance2) = moments1, moments2
-    root1 = _root(covariance1)
-    product = scipy.linalg.eigvalsh(root1 @ covariance2 @ root1)
+    factors = (_factor(covariance1), covariance2), (_factor(covariance2), covariance1)
+    factor, other = min(factors, key=lambda pair: pair[0].shape[1])  # the fewest eigenvalues that are rounding errors
+    product = scipy.linalg.eigvalsh(factor.T @ other @ factor)
     trace_root = np.sqrt(np.maximum(product, 0)).sum()
     return float(np.sum((mean1 - mean2) ** 2) + np.trace(covariance1) + np.trace(covariance2) - 2 * trace_root)
 
@@ -195,11 +197,11 @@ def influence(vectors: Float[np.ndarray, 'N D'], moments1: Moments, moments2: Mo
         ψ of each vector, (N,), in squared units of the vectors.
     """
     (mean1, covariance1), (mean2, covariance2) = moments1, moments2
-    root2 = _root(covariance2)
-    values, basis = scipy.linalg.eigh(root2 @ covariance1 @ root2)
+    factor2 = _factor(covariance2)  # in the place of Σ₂^½: T is the same for any L with LLᵀ = Σ₂
+    values, basis = scipy.linalg.eigh(factor2.T @ covariance1 @ factor2, driver='evd')
     # The inverse root exists only in the directions in which both Gaussians have variance.
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
-    factor = root2 @ basis[:, kept] * values[kept] ** -0.25
+    factor = factor2 @ basis[:, kept] * values[kept] ** -0.25
     result = np.empty(len(vectors))
     for start in range(0, len(vectors), BLOCK):
         centered = np.asarray(vectors[start : start + BLOCK], np.float64) - mean1
@@ -264,7 +266,10 @@ def extrapolate(
     return Extrapolated(float(distance12 - slope / count), standard_error(combined))
 
 
-def _root(covariance: Float[np.ndarray, 'D D']) -> Float64[np.ndarray, 'D D']:
-    """The symmetric square root; eigenvalues below 0 are rounding errors."""
-    values, basis = scipy.linalg.eigh(covariance)
-    return (basis * np.sqrt(np.maximum(values, 0))) @ basis.T
+def _factor(covariance: Float[np.ndarray, 'D D']) -> Float64[np.ndarray, 'D rank']:
+    """L with LLᵀ = Σ, by Cholesky's method with pivots, which takes a twentieth of the time of a symmetric root."""
+    covariance = np.asarray_chkfinite(covariance, np.float64)
+    lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance, lower=1)
+    result = np.zeros((len(lower), max(rank, 1)))  # LAPACK takes no empty matrices
+    result[pivots - 1, :rank] = np.tril(lower)[:, :rank]
+    return result

@@ -211,6 +211,20 @@ def test_the_influence_is_the_derivative_by_the_weight_of_a_vector():
     assert ours.mean() == pytest.approx(0, abs=1e-12)
 
 
+def test_the_influence_on_the_distance_from_a_point_is_the_squared_distance_of_a_vector():
+    vectors, point = np.random.default_rng(0).normal(size=(20, 3)), np.array([1.0, 2.0, 3.0])
+    ours = frechet.influence(vectors, frechet.moments([vectors]), (point, np.zeros((3, 3))))
+    squares = np.sum((vectors - point) ** 2, axis=1)
+    np.testing.assert_allclose(ours, squares - squares.mean(), atol=1e-12)
+
+
+def test_a_covariance_that_is_not_finite_is_an_error():
+    covariance = np.diag([1.0, np.nan])
+    for pair in ((covariance, np.eye(2)), (np.eye(2), covariance)):
+        with pytest.raises(ValueError, match='infs or NaNs'):
+            frechet.distance(*((np.zeros(2), each) for each in pair))
+
+
 @pytest.mark.parametrize(('count', 'dimension', 'covered'), [(400, 8, (180, 198)), (30, 40, (180, 200))])
 def test_the_standard_error_covers_the_mean_over_repetitions(count, dimension, covered):
     """In about 190 of 200; with fewer vectors than dimensions the error is too large rather than too small."""
