@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from unittest import mock
 
@@ -20,13 +21,15 @@ os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {FAST_TO_CO
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion import build
 from diffusion.configs import cifar10
 from diffusion.likelihood.elbo import elbo
 from diffusion.loss import WEIGHTINGS
-from diffusion.modes import train
+from diffusion.metrics import tables
+from diffusion.modes import evaluate, reference, train
 from diffusion.modes.sample import make_sampler
 from diffusion.networks import plain
 from diffusion.runtime import mesh as meshes
@@ -255,6 +258,36 @@ def economies():
     }
 
 
+def evaluation():
+    """Metrics by a network and of raw pixels, of 101 digits in batches of 30, on one device and on meshes of eight."""
+    extract = tables.Features(
+        extract=lambda params, images, dialect: {'mixed': jnp.tanh(images.reshape(len(images), -1) @ params)},
+        dialects=('whole',),
+        sizes={'mixed': 16},
+    )
+    metrics = {
+        f'{name}-mixed': tables.METRICS[f'{name}-pixels']._replace(features='mixed', output='mixed')
+        for name in ('FD', 'KD', 'recall')
+    }
+    params = np.random.default_rng(0).normal(0, 0.01, (64, 16)).astype(np.float32)
+    networks = [reference.Network('mixed', 'whole', params, 'of its weights')]
+    networks += [reference.Network('pixels', '[-1,1]', None, None)]
+    images = build.load_images(tiny({'data.split': 'test'}))[:101]
+    found = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(tables.FEATURES, {'mixed': extract}),
+        mock.patch.dict(tables.METRICS, metrics),
+    ):
+        for name, shape in {'1×1': (1, 1), '8×1': (8, 1), '2×4': (2, 4)}.items():
+            asked = {'sample.metrics': (*metrics, 'FD-pixels'), 'metrics.batch_size': 30}
+            config, exp = make(*shape, asked | {'data.cache_dir': os.path.join(folder, name)})
+            plan = evaluate.Plan(networks, {}, {}, {})
+            measured = evaluate.measure(config, plan, images, len(images), exp.mesh, None, folder)
+            found[name] = {entry['name']: [entry['value'], entry['standard_error']] for entry in measured['metrics']}
+    return found
+
+
 def properties():
     """meshes.put, put_whole, gather, mean_over_parts, fits, on eight devices."""
     mesh = meshes.make_mesh(2)
@@ -284,7 +317,8 @@ def properties():
 
 if __name__ == '__main__':
     meshes.MIN_SIZE_TO_SPLIT = 24  # the network is tiny, and so are its arrays
-    asked = sys.argv[1:] or ['agreement', 'sharded_state', 'economies', 'properties', 'guard_bites', 'callback_is_seen']
+    everything = [agreement, sharded_state, economies, evaluation, properties, guard_bites, callback_is_seen]
+    asked = sys.argv[1:] or [function.__name__ for function in everything]
     result = {'seconds': {}, 'smallest_to_split': meshes.MIN_SIZE_TO_SPLIT}
     for name in asked:
         started = time.perf_counter()

@@ -83,6 +83,16 @@ def test_images_and_bounds_are_those_of_one_device(runs, mesh):
     assert max(runs[mesh]['bound'].values()) < 1e-5
 
 
+@pytest.mark.parametrize('mesh', ['8×1', '2×4'])
+def test_metrics_are_those_of_one_device(seen, mesh):
+    """Their values and standard errors, although the devices cannot share the images evenly."""
+    alone, found = (seen['evaluation'][name] for name in ('1×1', mesh))
+    assert list(found) == ['FD-mixed', 'KD-mixed', 'recall-mixed', 'FD-pixels']
+    for name, measured in found.items():
+        np.testing.assert_allclose(measured, alone[name], rtol=1e-5)
+    assert 0 < alone['recall-mixed'][0] < 1
+
+
 def sizes(run, kind):
     """How often arrays of each number of elements, scalars aside, come out of a kind of collective."""
     return collections.Counter(n for found, arrays, _ in run['collectives'] if found == kind for n in arrays if n > 1)

@@ -1,6 +1,7 @@
 """Several hosts: processes on this machine that are joined over its loopback, and started as a user would."""
 
 import concurrent.futures
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,20 @@ from diffusion.runtime import hosts as our_hosts
 from diffusion.runtime import mesh
 from diffusion.runtime.interrupt import EXIT_STATUS
 from diffusion.util import RunError
-from tests.runs import QUICK, ROOT, assert_refused, flags, free_port, main, metrics, saved, tiny
+from tests.runs import (
+    QUICK,
+    ROOT,
+    assert_refused,
+    flags,
+    free_port,
+    main,
+    make_run,
+    metrics,
+    quick,
+    random_params,
+    saved,
+    tiny,
+)
 from tests.several_hosts import PATIENCE, hosts, joins, printed, wait
 
 # Two layers, so wide that their kernels of 3·3·128 elements are split.
@@ -108,6 +122,44 @@ def test_two_hosts_resume_as_four(stopped, tmp_path, aside):
     pictures = [list((folder / 'samples' / 'progress').iterdir()) for folder in (four, one)]
     assert [len(files) for files in pictures] == [1, 1]
     assert len(list((four / 'logs').glob('events*'))) == len(list((workdir / 'logs').glob('events*'))) + 1
+
+
+@pytest.mark.slow
+def test_evaluation_by_two_hosts_is_that_of_one(tmp_path, aside):
+    """Images that each draws, and their metrics; metrics of images in a file; all against a reference of their own."""
+    config = quick()
+    params = random_params(config, 1)
+    run = make_run(tmp_path / 'run', config, 5, params=params, ema=params)
+    np.savez(tmp_path / 'digits.npz', build.load_images(config)[:50])
+    asked = {
+        'sample__num_images': 11,
+        'sample__batch_size': 8,
+        'sample__metrics': ('FD-pixels', 'KD-pixels'),
+        'metrics__batch_size': 7,
+        'sweep__num_steps': (1, 3),
+        'sweep__etas': (0.0, 1.0),
+        'evaluate__images': tmp_path / 'digits.npz',
+    }
+
+    def measured(count):
+        workdir = copy(run, tmp_path / str(count))
+        for mode in ('sweep', 'evaluate'):
+            cache = {'data__cache_dir': tmp_path / f'cache of {count}'}
+            with hosts(count, 2 // count, workdir, f'--mode={mode}', config=QUICK, **asked, **cache) as processes:
+                statuses = wait(processes, workdir)
+                assert statuses == [0] * count, printed(workdir)
+        (cells,) = workdir.glob('sweep/*/sweep.json')
+        (record,) = workdir.glob('evaluations/*/record.json')
+        images = [np.load(path) for path in sorted(cells.parent.glob('cells/*.npy'))]
+        rows = json.loads(cells.read_text(encoding='utf-8'))['cells']
+        rows += json.loads(record.read_text(encoding='utf-8'))['metrics']
+        return images, [(row['value'], row['standard_error']) for row in rows]
+
+    by_two = aside.submit(measured, 2)
+    images, values = measured(1)
+    assert len(images) == 6 and len(values) == 14  # two metrics of each cell and of the file
+    np.testing.assert_array_equal(by_two.result()[0], images)
+    np.testing.assert_allclose(by_two.result()[1], values, rtol=1e-5)
 
 
 @pytest.mark.slow
