@@ -13,6 +13,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.features import DISTANCE, OVER_PYTORCH_FID
 from benchmarks.peers import TASKS, ratios
 from benchmarks.record import RESULTS
 
@@ -75,6 +76,9 @@ def others(results: dict[str, dict]) -> str:
         gpu.get('ELBO over network evaluations alone'),
         '≤ 1.2',
     )
+    features = found_by(results, 'features')[1]
+    row('Fréchet distance of 2,048 values, s', features.get(DISTANCE), '≤ 10', '.1f')
+    row("Inception's features of pictures, time over pytorch-fid's, CPU", features.get(OVER_PYTORCH_FID), '≤ 1.0')
     for task in TASKS['gpu']:
         if task.num_steps:
             what = f'{task.name}: network evaluations per second'

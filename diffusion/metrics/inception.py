@@ -17,6 +17,7 @@ from diffusion.metrics.layers import Images, Params, apply_conv, average_pool, c
 
 SIZE = 299  # pixels
 CLASSES = 1008
+NORM = ('weight', 'bias', 'running_mean', 'running_var')  # tensors of a batch norm
 OUTPUTS = {'pool3': 2048, 'spatial': 17 * 17 * 7, 'logits': CLASSES}  # and their sizes
 
 
@@ -46,21 +47,21 @@ def convert(tensors: Mapping[str, np.ndarray], where: str) -> Params:
     Raises:
         ValueError: the tensors are not those of this network.
     """
-    found = layers(_network, SIZE)
-    expected: dict[str, tuple[int, ...]] = {'fc.weight': (CLASSES, OUTPUTS['pool3']), 'fc.bias': (CLASSES,)}
-    for name, shape in found.items():
-        expected[f'{name}.conv.weight'] = shape
-        for key in ('weight', 'bias', 'running_mean', 'running_var'):
-            expected[f'{name}.bn.{key}'] = shape[:1]
-    check_tensors(tensors, expected, f'{where} does not hold the Inception network of 2015-12-05')
+    check_tensors(tensors, shapes(), f'{where} does not hold the Inception network of 2015-12-05')
     params = {
-        name: fold(
-            tensors[f'{name}.conv.weight'],
-            {key: tensors[f'{name}.bn.{key}'] for key in ('weight', 'bias', 'running_mean', 'running_var')},
-        )
-        for name in found
+        name: fold(tensors[f'{name}.conv.weight'], {key: tensors[f'{name}.bn.{key}'] for key in NORM})
+        for name in layers(_network, SIZE)
     }
     return params | {'fc': {'kernel': np.ascontiguousarray(tensors['fc.weight'].T, np.float32)}}
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} of the tensors that `convert` takes."""
+    found: dict[str, tuple[int, ...]] = {'fc.weight': (CLASSES, OUTPUTS['pool3']), 'fc.bias': (CLASSES,)}
+    for name, shape in layers(_network, SIZE).items():
+        found[f'{name}.conv.weight'] = shape
+        found |= {f'{name}.bn.{key}': shape[:1] for key in NORM}
+    return found
 
 
 def _network(conv: Callable, x: Images) -> dict[str, Array]:
