@@ -2,13 +2,15 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 
 from diffusion.modes import plan
 from diffusion.runtime import targets
 from diffusion.util import RunError
-from tests.runs import CONFIG, QUICK, assert_refused, flags, main
+from tests.runs import CONFIG, QUICK, ROOT, assert_refused, flags, main
 
 TINY = (
     '--config.model.channels=8',
@@ -82,6 +84,37 @@ def test_the_bound_is_the_longer_of_arithmetic_and_links():
     }  # fmt: skip
     assert plan.bound(found | {'collective_bytes': 24}, card, 2)['seconds'] == 6
     assert plan.bound(found | {'bytes_accessed': None}, card, 1)['sum'] is None
+
+
+DEVICES = """
+import os, sys
+from diffusion.runtime import targets
+os.environ.update(targets.prepare(sys.argv[1]))
+for target in sys.argv[1:]:
+    devices = targets.devices(target)
+    print(target, len(devices), len({device.process_index for device in devices}), devices[0].device_kind)
+"""
+KNOWN = {  # {target: its devices, hosts, and a part of their kind}
+    'a100-40:8': (8, 1, 'A100-SXM4-40GB'),
+    'a100-80:8x2': (16, 2, 'A100-SXM4-80GB'),
+    'h100:8': (8, 1, 'H100'),
+    'h200:1': (1, 1, 'H200'),
+    'b200:8': (8, 1, 'B200'),
+    'tpu-v4:2x2x1': (4, 1, 'TPU v4'),
+    'tpu-v5e:4x4': (16, 4, 'TPU v5 lite'),
+    'tpu-v5p:2x2x1': (4, 1, 'TPU v5'),
+    'tpu-v6e:2x2': (4, 1, 'TPU v6 lite'),
+}
+
+
+def test_every_card_has_the_devices_that_its_target_says():
+    for name in COMPILERS:
+        needs_compiler(name)
+    assert {target.partition(':')[0] for target in KNOWN} == set(targets.CARDS)
+    command = [sys.executable, '-c', DEVICES, *KNOWN]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    for line, (target, (devices, hosts, kind)) in zip(done.stdout.splitlines(), KNOWN.items(), strict=True):
+        assert line.startswith(f'{target} {devices} {hosts} ') and kind in line, done.stderr
 
 
 @pytest.mark.parametrize('target', ['h100:4', 'tpu-v5e:2x2'])
