@@ -179,7 +179,8 @@ def measure(
         'bytes_accessed': (program.compiled.cost_analysis() or {}).get('bytes accessed'),
         'compile_seconds': round(seconds, 1),
     }
-    return found | {'bound': bound(found, card, exp.mesh.size)}
+    group = min((size for size in exp.mesh.shape.values() if size > 1), default=1)
+    return found | {'bound': bound(found, card, group)}
 
 
 UNKNOWN = (
@@ -188,17 +189,17 @@ UNKNOWN = (
 )
 
 
-def bound(found: dict[str, Any], card: Card, devices: int) -> dict[str, float | None]:
+def bound(found: dict[str, Any], card: Card, group: int) -> dict[str, float | None]:
     """Return a bound from below on the seconds of a program, and what follows from it. It predicts nothing.
 
-    Arithmetic is done at the manufacturer's rate in bfloat16, and n bytes from all of p devices go around a ring, so
-    that 2·(p−1)/p·n bytes leave each. Traffic of the memory, as XLA counts it, is no bound, because caches save some of
-    it; it is shown beside the others.
+    Arithmetic is done at the manufacturer's rate in bfloat16. Of n bytes that g devices gather, (g−1)/g·n leave each
+    device or reach it, and twice as many if they are reduced for all. Traffic of the memory, as XLA counts it, is no
+    bound, because caches save some of it; it is shown beside the others.
 
     Args:
         found: what `measure` found.
         card: the device.
-        devices: p.
+        group: g, the number of devices that exchange messages at least.
 
     Returns:
         Seconds of 'arithmetic', 'memory' and 'links' by themselves; 'seconds', the longer of arithmetic and links;
@@ -208,7 +209,8 @@ def bound(found: dict[str, Any], card: Card, devices: int) -> dict[str, float | 
     def seconds(work: float | None, rate: float | None) -> float | None:
         return None if work is None or rate is None else work / rate
 
-    sent = 2 * (devices - 1) / devices * found['collective_bytes']
+    reduced = found['collectives'].get('all-reduce', {'bytes': 0})['bytes']
+    sent = (group - 1) / group * (found['collective_bytes'] + reduced)
     arithmetic = seconds(found['flops_per_device'], card.flops)
     traffic = seconds(found['bytes_accessed'], card.bandwidth)
     links = seconds(sent, card.link) if sent else 0.0

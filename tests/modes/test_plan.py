@@ -71,9 +71,11 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 
 def test_the_bound_is_the_longer_of_arithmetic_and_links():
-    """A card of 100 FLOP/s, 10 bytes/s of memory and 4 of links; two devices send what they reduce once."""
+    """A card of 100 FLOP/s, 10 bytes/s of memory and 4 of links; two devices send all that they reduce, and half of
+    what they gather."""
     card = targets.Card('NVIDIA none', 1000, 10, 4, '', {})
     found = {'images': 6, 'flops_per_device': 300, 'bytes_accessed': 50, 'collective_bytes': 8}
+    found['collectives'] = {'all-reduce': {'count': 1, 'bytes': 8}}
 
     class Fast(targets.Card):
         flops = 100
@@ -82,7 +84,7 @@ def test_the_bound_is_the_longer_of_arithmetic_and_links():
     assert plan.bound(found, card, 2) == {
         'arithmetic': 3, 'memory': 5, 'links': 2, 'seconds': 3, 'sum': 10, 'images_per_second': 2, 'utilisation': 1
     }  # fmt: skip
-    assert plan.bound(found | {'collective_bytes': 24}, card, 2)['seconds'] == 6
+    assert plan.bound(found | {'collective_bytes': 8 + 16}, card, 2)['links'] == 4
     assert plan.bound(found | {'bytes_accessed': None}, card, 1)['sum'] is None
 
 
