@@ -11,8 +11,9 @@ import hypothesis
 hypothesis.settings.register_profile('project', deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile('project')
 
-# A shell may start background processes with SIGINT ignored, and their children inherit that.
+# A shell may start background processes with SIGINT ignored, nohup with SIGHUP, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config):
