@@ -33,7 +33,7 @@ class Integers:
         self._low, self._high, self._reason = low, high, reason
 
     def accepts(self, value):
-        return self._low <= value <= self._high
+        return isinstance(value, int) and self._low <= value <= self._high
 
     def __str__(self):
         return f'{self._low} to {self._high}{self._reason}'
@@ -46,6 +46,8 @@ class Reals:
         self._low, self._high, self._ends = low, high, ends
 
     def accepts(self, value):
+        if not isinstance(value, (int, float)):  # within a tuple, whose elements have no type
+            return False
         above = self._low <= value if self._ends[0] == '[' else self._low < value
         below = value <= self._high if self._ends[1] == ']' else value < self._high
         return math.isfinite(value) and above and below
