@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.network = 'unet'  # the architecture
-    config.model.implementation = 'auto'  # of the network and its training step; 'auto' follows the devices
+    config.model.implementation = 'auto'  # of network and training step; 'auto' is the one for the devices
     config.model.kind = 'eps'  # what the network predicts
     config.model.channels = 128  # width at full resolution; 0 chooses a network for the size and number of the images
     config.model.multipliers = (1, 2, 2, 2)  # width at each resolution, in units of channels; each halves the size
@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
     # 'small' is the η family; 'large' DDPM's σ² = β, for η = 1 alone; 'auto' is 'large' for η = 1, and else 'small'
     config.sample.variance = 'auto'
     config.sample.clip = True  # clip the predicted image to [−1, 1] at each step
-    # Of a conditional model: 'all' is all classes in turn, '0,3,7' these, 'none' the unconditional model.
+    # Classes that a conditional model draws, in turn: 'all', or some as '0,3,7'; 'none' uses it without classes.
     config.sample.labels = 'all'
     config.sample.guidance = 1.0  # scale w of ε_weak + w·(ε − ε_weak); 1 is the model itself (arXiv:2207.12598)
     # Noise levels σ = √((1−ᾱ)/ᾱ) that are guided, as (lowest, highest); () is all of them (arXiv:2404.07724).

@@ -161,7 +161,7 @@ def follow(
         keys: (N,) typed PRNG keys, one for each image.
         schedule: the noise schedule.
         net: the network, (x_t (N, ...), t (N,)) -> (N, ...).
-        steps: the steps of the chain, of which there may be more than are taken.
+        steps: the steps of the chain; only the first `num_steps` are taken.
         num_steps: how many steps are taken.
         kind: what the network outputs, a key of `gaussian.KINDS`.
         eta: η, a Python float in [0, 1].

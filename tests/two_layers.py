@@ -13,7 +13,7 @@ from diffusion.networks import NETWORKS
 class TwoLayers(nnx.Module):
     """conv(dropout(silu(conv(x) + linear(t)))); the last convolution starts at zero, as that of the U-Net does.
 
-    With classes, a row for each, of which the last is no class, is added to linear(t).
+    A conditional network adds to linear(t) the row of the image's class; the last row stands for no class.
     """
 
     def __init__(self, *, image_channels, channels, dropout, dtype, rngs, num_classes=0):

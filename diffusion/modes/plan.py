@@ -101,9 +101,9 @@ def compile_sample(config: ConfigDict, exp: Experiment) -> tuple[Program, int]:
         params = params, guide.abstract_state().params
     conditions = dict(scale=asked.guidance, interval=tuple(asked.guidance_interval), guide=guide)
     net_of = sample.condition(exp, sample.all_classes(config), **conditions)
-    how = dict(kind=config.model.kind, rule=asked.rule, net_of=net_of, **chain)
+    draw = sample.follow_chain(exp, shape, kind=config.model.kind, rule=asked.rule, **chain)
     with naming('config.sample'):
-        return sample.compile_sampler(exp, params, shape, batch_size=batch, **how), batch
+        return sample.compile_draw(exp, params, draw, batch_size=batch, net_of=net_of), batch
 
 
 def compile_likelihood(config: ConfigDict, exp: Experiment) -> tuple[Program, int]:
@@ -145,7 +145,7 @@ def measure(
         'flops_per_device'; 'kernels': of one step, or within the loop over the chain; 'collectives': messages between
         devices, and 'collective_bytes', of their results; 'bytes_accessed': of the device's memory, as XLA counts
         them; 'bound': see `bound`; 'compile_seconds'. If the compiler refuses because memory is too small, 'why' is
-        its message and what is not known is None.
+        its message, 'fits' is False, and everything else is None.
     """
     began = time.perf_counter()
     try:

@@ -413,7 +413,7 @@ def make_sampler(
     """Compile a function that draws any images of any seed.
 
     Args:
-        exp: as in `compile_sampler`, and so are the others.
+        exp: schedule, network, mesh and implementation.
         params: parameters, or their shapes and shardings.
         shape: of one image, (H, W, C).
         batch_size: the largest number of images per call.
@@ -424,36 +424,11 @@ def make_sampler(
         The function (params, seed, start, stop) → images start … stop−1, (stop−start, H, W, C) float32. Image i
         depends on (seed, i) alone.
     """
-    return make_draw(exp, params, _sample(exp, shape, how), batch_size=batch_size, net_of=net_of)
+    return make_draw(exp, params, follow_chain(exp, shape, **how), batch_size=batch_size, net_of=net_of)
 
 
-def compile_sampler(
-    exp: Experiment,
-    params: Any,
-    shape: tuple[int, ...],
-    *,
-    batch_size: int,
-    net_of: Callable | None = None,
-    **how: Any,
-) -> Program:
-    """Compile (params, seed, first) → images first, first + 1, …, at least `batch_size`.
-
-    Args:
-        exp: schedule, network, mesh and implementation.
-        params: parameters, or their shapes and shardings.
-        shape: of one image, (H, W, C).
-        batch_size: the largest number of images per call.
-        net_of: see `compile_draw`.
-        how: keyword arguments of `sampler.sample`.
-
-    Returns:
-        The program.
-    """
-    return compile_draw(exp, params, _sample(exp, shape, how), batch_size=batch_size, net_of=net_of)
-
-
-def _sample(exp, shape, how):
-    """The function (keys, net) → images."""
+def follow_chain(exp: Experiment, shape: tuple[int, ...], **how: Any) -> Callable:
+    """Return (keys, net) → images by `sampler.sample`, whose other keyword arguments are `how`."""
     return lambda keys, net: sampler.sample(keys, exp.schedule, net, shape=shape, **how)
 
 

@@ -59,7 +59,7 @@ def _flops_of_equation(equation: JaxprEqn, devices: int, primitives: Mapping[str
     inner = [_flops(inside, devices, primitives) for inside in _inside(params)]
     if name == 'cond':
         return max(inner)
-    return sum(inner) * params.get('length', 1)  # of a scan
+    return sum(inner) * params.get('length', 1)  # only a scan has a length
 
 
 def _size(variable: Any) -> int:

@@ -62,7 +62,7 @@ def _walk(computations: dict[str, list[str]], name: str, in_loop: bool) -> Itera
         if kind in ('call', 'while', 'conditional'):
             for called in inner:
                 yield from _walk(computations, called, in_loop or kind == 'while')
-        elif kind == 'async-start':  # of an operation in a computation of its own
+        elif kind == 'async-start':  # it calls a computation that holds the operation
             yield from _walk(computations, inner[0], in_loop)
         elif kind not in FREE and not kind.endswith(('-done', '-update')):
             sizes = _sizes(shapes)

@@ -17,8 +17,8 @@ from diffusion.runtime import memory, mesh
 from diffusion.util import RunError, first_line
 
 HERE = 'here'
-GPU_SHARE = 0.75  # of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-TPU_SHARE = 15.75 / 16  # of a TPU's memory that XLA leaves to programs
+GPU_SHARE = 0.75  # JAX takes this share of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION sets another
+TPU_SHARE = 15.75 / 16  # XLA leaves this share of a TPU's memory to programs
 NVIDIA = 'NVIDIA, data sheet of the card'
 GOOGLE = 'Google Cloud, documentation of the TPU'
 
@@ -74,7 +74,7 @@ CARDS = {
     'tpu-v6e': Card('TPU v6 lite', 32 * 2**30, 1.64e12, 448e9, GOOGLE, {'name': 'v6e'}),
 }
 
-SHAPES = {True: r'\d+(x\d+)?', False: r'\d+x\d+(x\d+)?'}  # of a GPU's and of a TPU's target, after the colon
+SHAPES = {True: r'\d+(x\d+)?', False: r'\d+x\d+(x\d+)?'}  # what follows the colon; True: for a GPU
 
 # A description for XLA's compiler of GPUs, in the text form of its GpuTargetConfigProto.
 DESCRIPTION = """
@@ -146,7 +146,7 @@ def devices(target: str) -> list[Any]:
     _require_compiler(card)
     try:
         return list((_gpus if card.is_gpu else _tpus)(card, shape).devices)
-    except Exception as error:  # of the plugin, of many types
+    except Exception as error:  # plugins raise many types
         raise RunError(f'config.plan.target={target}: the compiler refuses it: {first_line(error)}') from error
 
 
