@@ -284,7 +284,7 @@ compile = cpu.compile
 
 def compile_and_count(*args, **how):
     program = compile(*args, **how)
-    print(len(left_to_eigen(program.as_text())))
+    print(len(left_to_eigen(program.compiled.as_text())))
     return program
 
 cpu.compile = compile_and_count

@@ -426,3 +426,5 @@ def test_a_failure_is_blamed_on_others_only_where_there_are_some(monkeypatch):
     monkeypatch.setattr(our_hosts.jax, 'process_index', lambda: 2)
     assert 'process 2 of 4' in our_hosts.lost(error) and 'no answer for 100 s)' in our_hosts.lost(error)
     assert our_hosts.lost(ValueError('a bug')) is None
+    of_gloo = ValueError('UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]:49544: Connection reset by peer')
+    assert 'Connection reset' in our_hosts.lost(of_gloo)

@@ -5,6 +5,7 @@ import faulthandler
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -25,6 +26,7 @@ from diffusion.util import PATIENCE, Output, first_line, say_here
 
 MIN_TIMEOUT = 60  # seconds: hosts rarely start at the same moment, and importing JAX takes a while on each
 DETERMINISTIC = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')  # errors that another start would repeat
+STATUS = re.compile('[A-Z]{2,}(_[A-Z]+)*: ')  # with which XLA's messages begin
 FAILED = 'diffusion/failed'  # the key in JAX's coordination service under which a failing host leaves its message
 POLL = 1.0  # seconds between two reads of the key
 AGAIN = 'the same command on all hosts tries again'
@@ -147,7 +149,9 @@ def lost(error: BaseException) -> str | None:
     """Return a message if an exception most likely means that another host failed or never came, else None."""
     if isinstance(error, NotMetError):
         return str(error)
-    if not isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)) or jax.process_count() == 1:
+    # JAX raises some of XLA's failures, Gloo's among them, as ValueError.
+    of_xla = isinstance(error, ValueError) and STATUS.match(str(error)) is not None
+    if not (of_xla or isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError))) or jax.process_count() == 1:
         return None
     if str(error).startswith(DETERMINISTIC):
         return None
