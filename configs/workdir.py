@@ -3,10 +3,10 @@
 diffusion --workdir=runs/x --mode=sample
 """
 
-import json
 import os
 
 from diffusion.configs import default
+from diffusion.util import files_of_config, read_json
 
 # These parts of a config, and these keys of any part, belong to a machine or to one command. They are not taken from a
 # run, because someone else's run must not determine where files are written.
@@ -15,13 +15,18 @@ KEYS_LEFT_OUT = ('accept_other_images', 'begin_again', 'folder', 'step')
 
 
 def get_config(workdir=''):
-    path = os.path.join(os.path.expanduser(workdir), 'config.json')
-    if not workdir or not os.path.isfile(path):
-        raise SystemExit(f'error: --config=workdir:{workdir}: a workdir must follow the colon, but there is no {path}')
+    workdir = os.path.expanduser(workdir)
+    path = next(iter(files_of_config(workdir)), '')
+    if not workdir or not path:
+        missing = os.path.join(workdir, 'config.json')
+        raise SystemExit(
+            f'error: --config=workdir:{workdir}: a workdir must follow the colon, but there is no {missing}'
+        )
     config = default.get_config()
     try:
-        with open(path, encoding='utf-8') as file:
-            stored = json.load(file)
+        stored = read_json(path)
+        if os.path.basename(path) != 'config.json':
+            stored = stored['record']
         if not isinstance(stored, dict):
             raise ValueError(f'it holds {str(stored)[:40]} instead of the keys of a config')
         taken = {part: value for part, value in stored.items() if part in config and part not in PARTS_LEFT_OUT}

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import glob
 import importlib.metadata
 import io
 import json
@@ -212,12 +213,50 @@ def write_text(path: str, text: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    with replacing(path) as file:
+        file.write(text.encode('utf-8', 'backslashreplace'))
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """Write a file atomically: a reader sees the old file or the new one, never a part.
+
+    A link of this name is replaced. If it were followed, someone else's folder could determine what is overwritten.
+
+    Args:
+        path: the file; its folder is created if it does not exist.
+
+    Yields:
+        The new file, which replaces the old one at the end of the context.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        os.remove(path + '.new')  # it may be a link or a pipe
-    with open(path + '.new', 'w', encoding='utf-8', errors='backslashreplace') as file:
-        file.write(text)
+        os.remove(path + '.new')
+    with open(path + '.new', 'xb') as file:
+        yield file
     os.replace(path + '.new', path)
+
+
+def no_link(path: str, flags: int) -> int:
+    """Open a file, unless it is a link; an `opener` for files that are extended."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def files_of_config(workdir: str) -> list[str]:
+    """Return the files with the config of a run: config.json or, if it is missing, the copies in its checkpoints.
+
+    The copy in a newer checkpoint comes first; it is the value of the key 'record'.
+    """
+    own = os.path.join(workdir, 'config.json')
+    if os.path.lexists(own):
+        return [own]
+    steps = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(workdir), 'checkpoints', '*'))]
+    newest_first = sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
+    copies = [os.path.join(workdir, 'checkpoints', str(step), 'about', 'metadata') for step in newest_first]
+    return [path for path in copies if os.path.lexists(path)]
 
 
 def cache_folder() -> str:
@@ -301,7 +340,7 @@ class FileLock:
             OSError: the file cannot be written.
         """
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
-        file = open(self._path, 'a+', encoding='utf-8')  # noqa: SIM115 (held open)
+        file = open(self._path, 'a+', encoding='utf-8', opener=no_link)  # noqa: SIM115 (held open)
         try:
             if not _lock(file):
                 folder = os.path.dirname(self._path)
@@ -334,7 +373,7 @@ def exclusive(path: str, waiting: str) -> Iterator[None]:
     Raises:
         OSError: the file cannot be written, or its file system has no locks.
     """
-    with open(path, 'w', encoding='utf-8') as file:
+    with open(path, 'w', encoding='utf-8', opener=no_link) as file:
         waits = False
         while True:
             try:

@@ -72,7 +72,7 @@ def part(module):
 
 def allowed(importer):
     """The parts that a part may import, beside itself."""
-    if importer in SUPPLIERS:
+    if importer in (*SUPPLIERS, 'configs'):
         return ['util']
     below = ORDER[ORDER.index(importer) + 1 :] if importer in ORDER else []
     suppliers = [*SUPPLIERS, 'util'] if importer in ABOVE_SUPPLIERS else []

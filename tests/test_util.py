@@ -13,7 +13,7 @@ import time
 import pytest
 
 from diffusion import util
-from diffusion.util import FileLock, Output, exclusive, first_line, progress, stage, warn, write_json
+from diffusion.util import FileLock, Output, exclusive, first_line, progress, stage, warn, write_json, write_text
 
 
 def test_json_is_written_completely_or_not_at_all(tmp_path):
@@ -27,6 +27,28 @@ def test_json_is_written_completely_or_not_at_all(tmp_path):
     write_json(str(path), {'count': 4})
     assert json.loads(path.read_text(encoding='utf-8')) == {'count': 4}
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('name', ['file', 'file.new'])
+def test_a_link_is_replaced_and_not_followed(tmp_path, name):
+    """As in a stranger's workdir, where it could name any file of the user."""
+    precious = tmp_path / 'precious'
+    precious.write_text('mine')
+    (tmp_path / name).symlink_to(precious)
+    write_text(str(tmp_path / 'file'), 'new')
+    assert precious.read_text() == 'mine' and (tmp_path / 'file').read_text() == 'new'
+    assert not (tmp_path / 'file').is_symlink()
+
+
+def test_a_link_in_place_of_a_lock_file_is_refused(tmp_path):
+    precious = tmp_path / 'precious'
+    precious.write_text('mine')
+    (tmp_path / '.lock').symlink_to(precious)
+    with pytest.raises(OSError, match='symbolic link'), FileLock(str(tmp_path / '.lock')):
+        pass
+    with pytest.raises(OSError, match='symbolic link'), exclusive(str(tmp_path / '.lock'), 'waiting'):
+        pass
+    assert precious.read_text() == 'mine'
 
 
 def test_the_first_line_of_an_error():

@@ -284,6 +284,8 @@ def test_a_run_whose_config_is_deleted_is_read_and_resumed_as_what_it_was(two_la
     assert workdir.read_config(str(path)) == stored
     step, params = load(path)
     assert step == 5 and workdir.digest(params) == workdir.digest(two_layers[1])
+    read = workdir.plain(configs_workdir.get_config(str(path)))  # as the command line does without --config
+    assert {part: read[part] for part in workdir.IDENTITY} == {part: stored[part] for part in workdir.IDENTITY}
     workdir.write_config(quick(), str(path), step=5)
     assert workdir.read_config(str(path)) == stored
 

@@ -27,7 +27,7 @@ from diffusion.modes.reference import (
 )
 from diffusion.report.grid import save_grid
 from diffusion.runtime import hosts
-from diffusion.util import RunError, naming, numerics, progress, say, versions, write_json
+from diffusion.util import RunError, naming, numerics, progress, replacing, say, versions, write_json
 
 CLOSEST = 10  # pairs of a sample and its nearest training image that are drawn
 
@@ -291,7 +291,8 @@ def write_found(folder: str, before: dict[str, Any], found: dict[str, Any], afte
     """
     os.makedirs(folder, exist_ok=True)
     influences = found.pop('influences')
-    np.savez(os.path.join(folder, 'influences.npz'), **influences)
+    with replacing(os.path.join(folder, 'influences.npz')) as file:
+        np.savez(file, **influences)
     write_json(os.path.join(folder, 'record.json'), before | found | after)
 
 

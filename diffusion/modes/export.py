@@ -16,7 +16,7 @@ from diffusion.build import Experiment
 from diffusion.interop import diffusers, diffusers_export
 from diffusion.networks import unet
 from diffusion.runtime import hosts, mesh
-from diffusion.util import naming, read_json, say, versions
+from diffusion.util import naming, read_json, say, versions, write_text
 
 CARD = """---
 library_name: diffusers
@@ -154,8 +154,7 @@ def write_card(folder: str, config: ConfigDict, path: str, step: int, params: An
         likelihood=likelihood_section(folder, path, digest),
         record='\n'.join(f'| {key} | {value} |' for key, value in record.items()),
     )
-    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
-        file.write(card)
+    write_text(os.path.join(folder, 'README.md'), card)
 
 
 def samples_section(folder: str, path: str, digest: str) -> str:

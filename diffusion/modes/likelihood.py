@@ -27,7 +27,7 @@ from diffusion.runtime.compilation import compiling
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
 from diffusion.schedule import timesteps
-from diffusion.util import RunError, naming, numerics, progress, say, versions, write_json
+from diffusion.util import RunError, naming, numerics, progress, replacing, say, versions, write_json, write_text
 
 MEMORY = 'lower config.likelihood.batch_size'  # if there is too little
 QUANTITIES = (*FORMS, 'importance', 'flow')
@@ -96,8 +96,7 @@ def run(config: ConfigDict, path: str) -> int:
     table += ''.join(f'\n{form.note}\n' for name, form in FORMS.items() if name in asked.quantities and form.note)
     with workdir.writing(folder, key='likelihood.folder'):
         write_json(os.path.join(folder, 'ledger.json'), record)
-        with open(os.path.join(folder, 'ledger.md'), 'w', encoding='utf-8') as file:
-            file.write(table)
+        write_text(os.path.join(folder, 'ledger.md'), table)
     say(f'{len(pixels)} images of the {asked.split} split of {config.data.source}, each counted once\n\n{table}')
     for quantity, error in record['error_of_the_draws'].items():
         flow = quantity == 'flow'
@@ -360,6 +359,5 @@ def plot_terms(folder: str, consistency: dict[str, np.ndarray], asked: ConfigDic
 
 def _save(path, arrays):
     """Write an .npz file atomically."""
-    with open(path + '.new', 'wb') as file:
+    with replacing(path) as file:
         np.savez(file, **arrays)
-    os.replace(path + '.new', path)

@@ -17,7 +17,7 @@ from diffusion.networks import Program
 from diffusion.runtime import hlo, memory, mesh, targets
 from diffusion.runtime.compilation import compiling
 from diffusion.runtime.targets import Card
-from diffusion.util import RunError, first_line, naming, say, versions, write_json
+from diffusion.util import RunError, first_line, naming, say, versions, write_json, write_text
 
 LARGEST_BATCH = 2**16  # images; larger ones are not tried
 STEP_OF_BATCH = 1 / 8  # how exactly the largest batch is found
@@ -72,8 +72,7 @@ def run(config: ConfigDict, path: str) -> int:
     text = markdown(record)
     with workdir.writing(folder, key='plan.folder'):
         write_json(os.path.join(folder, f'{name}.json'), record)
-        with open(os.path.join(folder, f'{name}.md'), 'w', encoding='utf-8') as file:
-            file.write(text)
+        write_text(os.path.join(folder, f'{name}.md'), text)
 
     # Report.
     say(f'\n{text}')

@@ -28,7 +28,7 @@ from diffusion.runtime.compilation import compiling
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
 from diffusion.schedule import start_warning
-from diffusion.util import RunError, naming, numerics, progress, say, stage, versions
+from diffusion.util import RunError, naming, no_link, numerics, progress, replacing, say, stage, versions
 
 MEMORY = 'lower config.sample.batch_size'  # if there is too little
 
@@ -347,7 +347,7 @@ class Drawn:
             os.makedirs(folder, exist_ok=True)
             for other in set(glob.glob(os.path.join(glob.escape(folder), 'drawn-*.bin'))) - {self._path}:
                 os.remove(other)
-            with open(self._path, 'ab') as file:
+            with open(self._path, 'ab', opener=no_link) as file:
                 file.truncate(self.count() * math.prod(shape))
 
     def count(self) -> int:
@@ -362,7 +362,7 @@ class Drawn:
         """
         if self.count() != start:
             raise RunError(f'another process is drawing the images of {self._path}, too: let it finish')
-        with open(self._path, 'ab') as file:
+        with open(self._path, 'ab', opener=no_link) as file:
             file.write(np.ascontiguousarray(images).data)
             file.flush()
             os.fsync(file.fileno())
@@ -396,9 +396,8 @@ def draw_all(
 
 def save_npz(path: str, images: UInt8[np.ndarray, 'N H W C'], *labels: np.ndarray) -> None:
     """Write images as arr_0, and labels as arr_1, of an .npz file, atomically and without holding images in memory."""
-    with open(path + '.new', 'wb') as file:
+    with replacing(path) as file:
         np.savez(file, images, *labels)
-    os.replace(path + '.new', path)
 
 
 def make_sampler(

@@ -29,7 +29,7 @@ from diffusion.report.sweep import save_sweep
 from diffusion.runtime import hosts
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.schedule import timesteps
-from diffusion.util import RunError, naming, read_json, say, versions, write_json
+from diffusion.util import RunError, naming, read_json, replacing, say, versions, write_json, write_text
 
 SHOWN = 4  # images of each cell on the contact sheet
 
@@ -131,8 +131,7 @@ def run(config: ConfigDict, path: str) -> int:
         left_out = results[0]['left_out']
         record = {'cells': rows, 'reference': reference, 'left_out': left_out, 'settings': settings}
         write_json(os.path.join(folder, 'sweep.json'), record)
-        with open(os.path.join(folder, 'sweep.md'), 'w', encoding='utf-8') as file:
-            file.write(table)
+        write_text(os.path.join(folder, 'sweep.md'), table)
         save_sweep(os.path.join(folder, 'sweep.png'), curves(rows))
         images = np.concatenate([np.load(cell_path(folder, cell, 'npy')) for cell in cells])
         columns = len(images) // len({cell.row for cell in cells})
@@ -213,7 +212,8 @@ def compute(
     found = evaluate.measure(config, plan, images, count, exp.mesh, trained_on, folder)
     if images is not None:
         with workdir.writing(folder, key='sweep.folder'):
-            np.save(cell_path(folder, cell, 'npy'), images[:SHOWN])
+            with replacing(cell_path(folder, cell, 'npy')) as file:
+                np.save(file, images[:SHOWN])
             write_json(result, {key: value for key, value in found.items() if key != 'influences'})
             drawn.remove()
     return found

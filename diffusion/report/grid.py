@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from diffusion.util import replacing
+
 GAP = 4  # pixels between images and around the grid
 ROW = 10  # images of a class
 
@@ -54,8 +56,7 @@ def save_grid(
     for i, image in enumerate(images):
         top, left = i // columns * (height + GAP) + GAP, i % columns * (width + GAP) + GAP
         grid[top : top + height, left : left + width] = image
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    _picture(grid).save(path)
+    _save(path, grid)
     return grid
 
 
@@ -71,8 +72,9 @@ def save_each(folder: str, images: UInt8[np.ndarray, 'N H W C']) -> None:
     """
     os.makedirs(folder, exist_ok=True)
     for i, image in enumerate(images):
-        _picture(image).save(os.path.join(folder, f'{i:06d}.png'))
+        _save(os.path.join(folder, f'{i:06d}.png'), image)
 
 
-def _picture(image):
-    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+def _save(path, image):
+    with replacing(path) as file:
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, 'PNG')

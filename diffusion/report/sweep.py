@@ -1,7 +1,8 @@
 """A plot of metrics over the number of steps."""
 
-import os
 from collections.abc import Mapping, Sequence
+
+from diffusion.util import replacing
 
 
 def save_sweep(path: str, curves: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]]) -> None:
@@ -29,5 +30,5 @@ def save_sweep(path: str, curves: Mapping[str, Mapping[str, Sequence[tuple[int, 
         ax.set_xticks(every, [f'{steps}' for steps in every])
         ax.set_xticks([], minor=True)
         ax.legend(fontsize='small')
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format='png')

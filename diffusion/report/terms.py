@@ -1,10 +1,11 @@
 """A plot of the consistency terms of the ELBO over the noise levels."""
 
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Real
+
+from diffusion.util import replacing
 
 
 def save_terms(
@@ -39,5 +40,5 @@ def save_terms(
     for ax in (terms_ax, spread_ax):
         ax.set(xlabel='noise level s', xscale='log')
         ax.legend(fontsize='small')
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format='png')

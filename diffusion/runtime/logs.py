@@ -13,7 +13,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter  # writes at once; a SummaryWriter hangs on a full disk
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from diffusion.util import open_regular, parse_json, write_text
+from diffusion.util import no_link, open_regular, parse_json, write_text
 
 
 class Writer:
@@ -38,7 +38,7 @@ class Writer:
             os.makedirs(directory, exist_ok=True)
             path = os.path.join(directory, 'metrics.jsonl')
             _truncate(path, step)
-            self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115 (closed in __exit__)
+            self._file = open(path, 'a', encoding='utf-8', opener=no_link)  # noqa: SIM115 (closed in __exit__)
             self._events = EventsWriter(os.path.join(directory, 'events'), f'.{os.getpid()}')
             # TensorBoard ignores the events of earlier files from this step on.
             self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
