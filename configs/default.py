@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
     config.train.warmup_steps = 5000  # steps over which the learning rate rises to its value
     config.train.grad_clip = 1.0  # largest global norm of the gradient of the mean-over-pixels loss; 0 does not clip
     config.train.ema_decay = 0.9999  # per step; smaller at first: min(ema_decay, (1 + step)/(10 + step))
+    config.train.deterministic = False  # on GPUs: compute the same bits at each run, by kernels that may be slower
     config.train.max_bad_steps = 10  # stop after this many steps in a row whose loss or gradient is not finite
     config.train.begin_again = False  # begin at step 0 in a workdir whose checkpoints are all gone
     config.train.accept_other_images = False  # continue on other images than those that the run was trained on so far

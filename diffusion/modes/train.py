@@ -24,7 +24,7 @@ from diffusion.networks import Program
 from diffusion.report.grid import save_grid
 from diffusion.runtime import hosts, memory, mesh
 from diffusion.runtime.checkpoints import Checkpoints
-from diffusion.runtime.compilation import compiling
+from diffusion.runtime.compilation import compiling, deterministic
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt, leaves, until
 from diffusion.runtime.keys import domain_key
 from diffusion.runtime.logs import Writer
@@ -310,6 +310,7 @@ def compile_step(config: ConfigDict, exp: Experiment, state: TrainState, images:
             out_shardings=(_shardings(state), mesh.replicated(exp.mesh)),
             donate=(0,),
             largest_activation=config.train.batch_size // parts * config.data.image_size**2 * config.model.channels,
+            options=deterministic(exp.mesh.devices.flat[0].platform) if config.train.deterministic else {},
         )
 
 

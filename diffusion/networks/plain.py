@@ -1,6 +1,7 @@
 """The plain implementation: networks as the papers write them, compiled by JAX with its own options."""
 
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ from diffusion.networks.program import Program, flops_of
 
 NETWORKS: dict[str, type[nnx.Module]] = {}  # entries that replace those of networks.NETWORKS
 
+NO_OPTIONS: Mapping[str, Any] = types.MappingProxyType({})
+
 
 def compile(
     function: Callable,
@@ -18,6 +21,7 @@ def compile(
     donate: Sequence[int] = (),
     largest_activation: int = 0,
     once: bool = False,
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> Program:
     """Compile function(*args).
 
@@ -30,11 +34,13 @@ def compile(
             is no backward pass. Not used here.
         once: whether the function is called only once, so that compiling it takes longer than running it. Not used
             here.
+        options: options of XLA, by name.
 
     Returns:
         The compiled function.
     """
-    traced = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings).trace(*args)
+    how: Any = dict(donate_argnums=tuple(donate), out_shardings=out_shardings, compiler_options=dict(options))
+    traced = jax.jit(function, **how).trace(*args)
     return Program(traced.lower().compile(), flops_of(traced.jaxpr))
 
 

@@ -5,6 +5,7 @@ import glob
 import os
 import stat
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax._src.compilation_cache import decompress_executable
@@ -81,6 +82,18 @@ def cache_programs(folder: str) -> None:
     jax.config.update('jax_compilation_cache_dir', folder)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_SECONDS)
     compilation_cache.reset_cache()  # otherwise JAX keeps the cache it had at its first compilation
+
+
+def deterministic(platform: str) -> dict[str, Any]:
+    """Return XLA's options with which a program computes the same bits at each run, on one kind of device.
+
+    On GPUs, atomic additions happen in any order, and the fastest algorithms are chosen by timing them. On CPUs and
+    TPUs no option is needed.
+
+    Args:
+        platform: of the devices, such as 'gpu'.
+    """
+    return {'xla_gpu_deterministic_ops': True} if platform == 'gpu' else {}
 
 
 @contextlib.contextmanager

@@ -153,3 +153,25 @@ def test_cifar10_for_an_h100(tmp_path):
     train = planned(tmp_path, 'h100:1', *keys, config='--config=cifar10')['programs']['train']
     assert train['flops_per_image'] == pytest.approx(36.5e9, rel=0.03)
     assert train['kernels'] <= 1200 and train['peak_bytes'] <= 3.5e9 and train['fits']
+
+
+SCATTER = """
+import os
+from diffusion.runtime import targets
+os.environ.update(targets.prepare('h100:1'))
+import jax, jax.numpy as jnp
+from diffusion.runtime.compilation import deterministic
+(device,) = targets.devices('h100:1')
+one = jax.sharding.SingleDeviceSharding(device)
+x, i = (jax.ShapeDtypeStruct((500,), dtype, sharding=one) for dtype in (jnp.float32, jnp.int32))
+for options in ({}, deterministic(device.platform)):
+    program = jax.jit(lambda x, i: x.at[i].add(x), compiler_options=options).lower(x, i).compile()
+    print('sort' in program.as_text())
+"""
+
+
+def test_a_deterministic_program_sorts_what_it_adds_at_equal_places():
+    """Otherwise a GPU adds by atomic operations, in any order."""
+    needs_compiler('h100')
+    done = subprocess.run([sys.executable, '-c', SCATTER], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ['False', 'True'], done.stderr

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from diffusion.modes import train
 from diffusion.networks import plain
 from diffusion.runtime import mesh
 from diffusion.util import RunError
-from tests.runs import tiny
+from tests.runs import quick, tiny
 
 # Networks whose gradients are known.
 
@@ -403,3 +404,14 @@ def test_a_wrong_setting_is_named(tmp_path, key, value):
     assert 'config.' + key.split('.')[0] in str(error.value)
     assert str(value) in str(error.value)
     assert key.startswith(('seed', 'train')) or not (tmp_path / 'run').exists()
+
+
+def test_a_deterministic_step_is_compiled_with_the_options_of_its_platform(monkeypatch):
+    monkeypatch.setattr(train, 'deterministic', lambda platform: {'platform': platform})
+    config = quick({'train.deterministic': True})
+    exp = build.build(config)
+    asked = types.SimpleNamespace(compile=lambda *args, options, **how: options)
+    state, images = exp.abstract_state(), jax.ShapeDtypeStruct((4, 8, 8, 1), np.uint8)
+    assert train.compile_step(config, dataclasses.replace(exp, implementation=asked), state, images) == {
+        'platform': jax.default_backend()
+    }

@@ -2,13 +2,14 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from diffusion.networks.cpu.conv import winograd
 from diffusion.networks.cpu.order import LARGE, after
+from diffusion.networks.plain import NO_OPTIONS
 from diffusion.networks.program import Program, flops_of
 
 QUICK_TO_COMPILE = {'xla_backend_optimization_level': 0}
@@ -22,6 +23,7 @@ def compile(
     donate: Sequence[int] = (),
     largest_activation: int = 0,
     once: bool = False,
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> Program:
     """Compile function(*args), as `plain.compile` does.
 
@@ -33,9 +35,9 @@ def compile(
     The libraries for convolutions and matrix products are those that JAX chooses. With Eigen's convolutions, results
     are wrong if two programs run at once (benchmarks/NOTES.md).
     """
-    options = QUICK_TO_COMPILE if once else LEAST_MEMORY if largest_activation > LARGE else {}
-    jitted = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings, compiler_options=options)
-    traced = jitted.trace(*args)
+    ours = QUICK_TO_COMPILE if once else LEAST_MEMORY if largest_activation > LARGE else {}
+    how: Any = dict(donate_argnums=tuple(donate), out_shardings=out_shardings, compiler_options=ours | dict(options))
+    traced = jax.jit(function, **how).trace(*args)
     program = Program(traced.lower().compile(), flops_of(traced.jaxpr, {'winograd': winograd}))
     _return_free_memory()
     return program
