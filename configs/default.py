@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
     config.model.attention_resolutions = (16,)  # image sizes, in pixels, at which blocks are followed by attention
     config.model.groups = 32  # groups of GroupNorm
     config.model.dropout = 0.1  # probability
+    # 'fixed', or 'learned' by as many outputs again, with train.loss 'hybrid' or 'vlb' (arXiv:2102.09672).
+    config.model.variance = 'fixed'
     config.model.num_classes = 0  # classes of a conditional model; 0 with data.labels: as many as the source has
     config.model.remat = False  # recompute activations in the backward pass: a third more work, far less memory
     config.model.first_level = 1  # the t with which the network is called at level 1; imported weights need 0
@@ -57,7 +59,9 @@ def get_config() -> ConfigDict:
     config.schedule.max_beta = 0.999  # of cosine
 
     config.train = ConfigDict()
-    config.train.loss = 'simple'  # 'simple' is DDPM Eq. 14, 'vlb' the ELBO in bits/dim; loss.py has the others' sources
+    # 'simple' is DDPM Eq. 14, 'vlb' the ELBO in bits/dim, 'hybrid' their sum for a learned variance; loss.py has the
+    # others' sources.
+    config.train.loss = 'simple'
     config.train.batch_size = 128  # images per step
     # Probability with which an image's class is hidden, with data.labels; more than 0 also trains an unconditional
     # model, which classifier-free guidance needs.
@@ -85,7 +89,8 @@ def get_config() -> ConfigDict:
     config.sample.eta = 1.0  # 0 is DDIM, 1 is DDPM
     config.sample.rule = 'kernel'  # how a step goes from x_t to x_s; 'kernel' is DDPM's and DDIM's
     config.sample.spacing = 'trailing'  # which noise levels are visited
-    # 'small' is the η family; 'large' DDPM's σ² = β, for η = 1 alone; 'auto' is 'large' for η = 1, and else 'small'
+    # 'small' is the η family. For η = 1 alone, 'large' is DDPM's σ² = β, and 'learned' that of the network. 'auto' is
+    # 'learned' if the network has it and η = 1, else 'large' if η = 1, else 'small'.
     config.sample.variance = 'auto'
     config.sample.clip = True  # clip the predicted image to [−1, 1] at each step
     # Classes that a conditional model draws, in turn: 'all', or some as '0,3,7'; 'none' uses it without classes.
@@ -138,7 +143,9 @@ def get_config() -> ConfigDict:
     config.likelihood.num_steps = 0  # steps of the chain ('trailing' spacing); 0 takes all T
     config.likelihood.levels = 0  # consistency terms drawn per image, spread evenly over the chain; 0 computes all
     config.likelihood.eta = 1.0  # in (0, 1]
-    config.likelihood.variance = 'small'  # σ² of the reverse process: 'small' or 'large', as in sample.variance
+    # σ² of the reverse process: 'small', 'large' or 'learned', as in sample.variance. 'auto' is 'learned' if the
+    # network has it and η = 1, else 'small'.
+    config.likelihood.variance = 'auto'
     config.likelihood.clip = True  # clip the predicted image to [−1, 1], as DDPM's evaluation does
     config.likelihood.rtol = 1e-4  # relative tolerance of the ODE solver
     config.likelihood.atol = 1e-4  # absolute tolerance of the ODE solver

@@ -15,6 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diffusion import data, gaussian, schedule, workdir
+from diffusion.loss import WEIGHTINGS, History, init_history
 from diffusion.networks import IMPLEMENTATIONS, NETWORKS, rngs
 from diffusion.runtime import devices as runtime_devices
 from diffusion.runtime import hosts, mesh
@@ -49,10 +50,12 @@ class TrainState:
     ema: Any  # exponential moving average of params
     opt_state: Any
     skipped: Skipped
+    history: History | None = None  # of losses, if levels are drawn by them
 
     def trees(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides the step."""
-        return {'params': self.params, 'ema': self.ema, 'opt_state': self.opt_state, 'skipped': self.skipped}
+        trees = {'params': self.params, 'ema': self.ema, 'opt_state': self.opt_state, 'skipped': self.skipped}
+        return trees if self.history is None else trees | {'history': self.history}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Network:
     make: Callable[[nnx.Rngs], nnx.Module]
     first_level: int = 1  # the t with which the module is called at level 1
     num_classes: int = 0  # 0: unconditional
+    learns_variance: bool = False  # twice as many outputs, see `gaussian.evaluate_learned`
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
@@ -83,13 +87,25 @@ class Network:
             dropout_key: typed PRNG key; None for no dropout.
 
         Returns:
-            The callable (x_t (B, H, W, C), t (B,)) → (B, H, W, C).
+            The callable (x_t (B, H, W, C), t (B,)) → (B, H, W, C), or 2C if it learns the variance.
         """
         module = nnx.merge(self.graph, params)
         mode = {} if dropout_key is None else dict(deterministic=False, rngs=rngs(dropout=dropout_key))
         # Our levels are 1 … T; weights of other projects were trained with 0 … T−1.
         given = () if labels is None else (labels,)
         return lambda x_t, t: module(x_t, t - (1 - self.first_level), *given, **mode)
+
+    def for_variance(self, net: Callable, variance: Any) -> Callable:
+        """Return a `net` of this network as samplers and likelihoods of this variance take it."""
+        return gaussian.mean_half(net) if self.learns_variance and not gaussian.is_learned(variance) else net
+
+    def require_variance(self, variance: str) -> None:
+        """Raise ValueError if a variance is 'learned', but not by this network."""
+        if variance == 'learned' and not self.learns_variance:
+            raise ValueError(
+                "variance is 'learned', but the model has model.variance='fixed': use variance 'small' or 'large', or "
+                'train with --config.model.variance=learned'
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +118,7 @@ class Experiment:
     learning_rate: optax.Schedule  # number of updates → learning rate, for the logs
     mesh: jax.sharding.Mesh
     implementation: types.ModuleType  # an entry of networks.IMPLEMENTATIONS
+    by_history: bool = False  # whether training draws levels by their losses in earlier steps
 
     def init(self, key: jax.Array) -> TrainState:
         """Return the TrainState at step 0, where the EMA equals the parameters."""
@@ -116,7 +133,12 @@ class Experiment:
 
     def start(self, params: Any, ema: Any) -> TrainState:
         """Return the TrainState at step 0 with these weights."""
-        return TrainState(jnp.int32(0), params, ema, self.optimizer.init(params), Skipped(jnp.int32(0), jnp.int32(0)))
+        skipped = Skipped(jnp.int32(0), jnp.int32(0))
+        return TrainState(jnp.int32(0), params, ema, self.optimizer.init(params), skipped, self.init_history())
+
+    def init_history(self) -> History | None:
+        """Return the history of losses at step 0, or None if training keeps none."""
+        return init_history(self.schedule.T) if self.by_history else None
 
     def abstract_state(self, *, packed: bool = False) -> TrainState:
         """Return the shapes and shardings of the TrainState."""
@@ -165,13 +187,15 @@ def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experimen
     implementation = IMPLEMENTATIONS[_implementation(config.model.implementation, device_mesh)]
     with naming('config.model'):
         require_classes(config)
+        require_outputs(config)
         network = make_network(config, NETWORKS | implementation.NETWORKS)
         _ = network.graph  # raises ValueError now
     optimizer, learning_rate = make_optimizer(config.train)
     if warning := schedule.start_warning(noise_schedule, noise_schedule.T):
         remedy = 'larger β (schedule.beta_end), more levels (schedule.T), or schedule.name=cosine'
         say(f'warning: config.schedule: {warning}; train with {remedy}')
-    return Experiment(noise_schedule, network, optimizer, learning_rate, device_mesh, implementation)
+    by_history = WEIGHTINGS[config.train.loss].by_history
+    return Experiment(noise_schedule, network, optimizer, learning_rate, device_mesh, implementation, by_history)
 
 
 def make_schedule(config: ConfigDict) -> schedule.Schedule:
@@ -197,12 +221,14 @@ def make_network(config: ConfigDict, networks: dict[str, Callable]) -> Network:
         **config.model,
         'image_size': config.data.image_size,
         'image_channels': config.data.channels,
+        'out_channels': config.data.channels * (2 if config.model.variance == 'learned' else 1),
         'dtype': jnp.dtype(config.model.dtype),
     }
     return Network(
         lambda streams: _call(networks[config.model.network], given | {'rngs': streams}),
         config.model.first_level,
         config.model.num_classes,
+        config.model.variance == 'learned',
     )
 
 
@@ -220,6 +246,16 @@ def require_classes(config: ConfigDict) -> None:
         raise ValueError(
             f'network is {model.network!r}, which takes no num_classes, but data.labels=True: use network=unet, or '
             'data.labels=False'
+        )
+
+
+def require_outputs(config: ConfigDict) -> None:
+    """Raise ValueError if model.variance is learned, but the network has no outputs for it."""
+    model = config.model
+    if model.variance == 'learned' and 'out_channels' not in _signature(NETWORKS[model.network]).parameters:
+        raise ValueError(
+            f"variance is 'learned', but network is {model.network!r}, which takes no out_channels: use network=unet, "
+            'or variance=fixed'
         )
 
 

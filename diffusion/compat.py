@@ -12,16 +12,18 @@ from diffusion.schedule import timesteps
 Arguments = dict[str, Any]  # of `sampler.sample`; also 'spacing' and 'num_steps', for the record
 
 
-def choose_variance(variance: str, eta: float) -> str:
-    """Resolve 'auto': 'large' if η = 1, else 'small'. Other values are returned unchanged.
+def choose_variance(variance: str, eta: float, learned: bool = False) -> str:
+    """Resolve 'auto': 'learned' or 'large' if η = 1, else 'small'. Other values are returned unchanged.
 
     Ho et al. sample CIFAR-10 with σ² = β, which is defined for η = 1 alone.
 
     Args:
-        variance: 'auto', 'small' or 'large'.
+        variance: 'auto', 'small', 'large' or 'learned'.
         eta: η, in [0, 1].
+        learned: whether the model learns the variance.
     """
-    return ('large' if eta == 1 else 'small') if variance == 'auto' else variance
+    at_1 = 'learned' if learned else 'large'
+    return (at_1 if eta == 1 else 'small') if variance == 'auto' else variance
 
 
 def as_asked(
@@ -82,12 +84,18 @@ def diffusers_ddim(T: int, *, num_steps: int, spacing: str, eta: float, variance
 def diffusers(T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip) -> Arguments:
     """Follow diffusers' DDPMScheduler if η = 1, else its DDIMScheduler. Arguments, result and errors as in `resolve`.
 
-    With variance 'large', its DDPMScheduler also adds noise at the last step if that step starts above level 1.
+    With variance 'large', its DDPMScheduler also adds noise at the last step if that step starts above level 1. With
+    variance 'learned' it would take β̃ = 10⁻²⁰ there, which is refused.
     """
     asked: Arguments = dict(num_steps=num_steps, spacing=spacing, eta=eta, variance=variance, clip=clip)
     if eta != 1:
         return diffusers_ddim(T, **asked)
     arguments = _diffusers(T, **asked)
+    if variance == 'learned' and arguments['timesteps'][-2] > 1:
+        raise ValueError(
+            f"with variance 'learned' and spacing {arguments['spacing']!r}, diffusers adds noise at the last step, "
+            "with σ² between 10⁻²⁰ and β; use spacing 'leading', variance 'small', or compat=''"
+        )
     return arguments | {'last_noise': variance == 'large' and bool(arguments['timesteps'][-2] > 1)}
 
 
@@ -112,7 +120,17 @@ COMPAT: dict[str, Callable[..., Arguments]] = {
 }
 
 
-def resolve(compat: str, T: int, *, num_steps: int, spacing: str, eta: float, variance: str, clip: Clip) -> Arguments:
+def resolve(
+    compat: str,
+    T: int,
+    *,
+    num_steps: int,
+    spacing: str,
+    eta: float,
+    variance: str,
+    clip: Clip,
+    learned: bool = False,
+) -> Arguments:
     """Choose the arguments of `sampler.sample` that reproduce a codebase.
 
     A value that the codebase fixes replaces the argument; the other arguments are kept.
@@ -123,18 +141,19 @@ def resolve(compat: str, T: int, *, num_steps: int, spacing: str, eta: float, va
         num_steps: the number of steps, 1 to T.
         spacing: a key of `schedule.SPACINGS`.
         eta: η, in [0, 1].
-        variance: 'small', 'large' or 'auto', see `choose_variance`.
+        variance: 'small', 'large', 'learned' or 'auto', see `choose_variance`.
         clip: whether and how x̂_0 is clipped, see `gaussian.predict`.
+        learned: whether the model learns the variance.
 
     Returns:
         The arguments 'timesteps', 'eta', 'variance', 'clip' and 'last_noise' of `sampler.sample`, and the 'spacing' and
         'num_steps' that they come from.
 
     Raises:
-        ValueError: the codebase is unknown; `schedule.timesteps` refuses its arguments; the variance is 'large' and η
-            is not 1; or the codebase would take a step from a level that does not exist.
+        ValueError: the codebase is unknown; `schedule.timesteps` refuses its arguments; the variance is 'large' or
+            'learned' and η is not 1; or the codebase would take a step from a level that does not exist.
     """
     if compat not in COMPAT:
         raise ValueError(f'compat is {compat!r}, but must be one of {", ".join(map(repr, COMPAT))}')
-    variance = choose_variance(variance, eta)
+    variance = choose_variance(variance, eta, learned)
     return COMPAT[compat](T, num_steps=num_steps, spacing=spacing, eta=eta, variance=variance, clip=clip)

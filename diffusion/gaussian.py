@@ -85,12 +85,60 @@ def evaluate(net: Net, x_t: Images, t: Real[Array, 'B']) -> Images:
         ValueError: the output has another shape than `x_t`.
     """
     output = net(x_t, t)
+    if jnp.shape(output) == _doubled(x_t):
+        raise ValueError(
+            f'the network returns the shape {jnp.shape(output)} for x_t of the shape {jnp.shape(x_t)}, as one with a '
+            "learned variance does: use variance 'learned', or gaussian.mean_half(net) with any other"
+        )
     if jnp.shape(output) != jnp.shape(x_t):
         raise ValueError(
             f'the network returns the shape {jnp.shape(output)} for x_t of the shape {jnp.shape(x_t)}, but must return '
             'one value for each value of x_t'
         )
     return jnp.asarray(output, jnp.float32)
+
+
+def evaluate_learned(net: Net, x_t: Images, t: Real[Array, 'B']) -> tuple[Images, Images]:
+    """Call a network that learns the variance, check the shape of its output, and split it.
+
+    Args:
+        net: the network, (x_t (B, ..., C), t (B,)) -> (B, ..., 2C): along the last axis, the output of any network of
+            its kind, then v.
+        x_t: (B, ..., C), its input.
+        t: (B,), the noise levels.
+
+    Returns:
+        The output (B, ..., C), and v (B, ..., C), see `learned_std`; float32.
+
+    Raises:
+        ValueError: the output has another shape.
+    """
+    output = net(x_t, t)
+    if jnp.ndim(x_t) < 2 or jnp.shape(output) != _doubled(x_t):
+        raise ValueError(
+            f'the network returns the shape {jnp.shape(output)} for x_t of the shape {jnp.shape(x_t)}, but with '
+            "variance 'learned' it must return twice as many values along the last axis; a network without a learned "
+            "variance needs variance 'small' or 'large'"
+        )
+    output, v = jnp.split(jnp.asarray(output, jnp.float32), 2, axis=-1)
+    return output, v
+
+
+def mean_half(net: Net) -> Net:
+    """Return a network that learns the variance without it, for whatever needs the mean alone.
+
+    Args:
+        net: the network, (x_t (B, ..., C), t (B,)) -> (B, ..., 2C).
+
+    Returns:
+        The network, (x_t (B, ..., C), t (B,)) -> (B, ..., C).
+    """
+    return lambda x_t, t: evaluate_learned(net, x_t, t)[0]
+
+
+def _doubled(x_t: Images) -> tuple[int, ...]:
+    """The shape of the output of a network that learns the variance."""
+    return (*jnp.shape(x_t)[:-1], 2 * jnp.shape(x_t)[-1])
 
 
 def require_images(x0: Images) -> None:
@@ -291,21 +339,22 @@ def own_variance(
 
         'small'              none: the kernel's σ² (at η = 1 DDPM's β̃)
         'large'              1 − ᾱ_t/ᾱ_s: DDPM's σ² = β, the DDIM paper's σ̂²; for η = 1 alone
+        'learned'            none: those of the network, see `learned_std`; for η = 1 alone
         array (num_steps,)   these variances, the first pair first
 
     Args:
         schedule: the noise schedule.
-        variance: 'small', 'large' or an array, finite and not negative.
+        variance: 'small', 'large', 'learned' or an array, finite and not negative.
         s: the noise levels after each step.
         t: the noise levels before each step.
         eta: η, in [0, 1].
 
     Returns:
-        (num_steps,) float32, or None for 'small'.
+        (num_steps,) float32, or None for 'small' and 'learned'.
 
     Raises:
         ValueError: the variance is unknown, has another shape, is negative or not finite; or `require_room_for_noise`
-            refuses 'large'.
+            refuses it.
     """
     if not isinstance(variance, str):
         if not isinstance(variance, jax.core.Tracer):
@@ -315,31 +364,102 @@ def own_variance(
         if np.shape(variance) != t.shape:
             raise ValueError(f'variance has the shape {np.shape(variance)}, but the chain has {len(t)} steps')
         return jnp.asarray(variance, jnp.float32)
-    if variance == 'small':
-        return None
-    if variance != 'large':
-        raise ValueError(f"variance is {variance!r}, but must be 'small', 'large' or an array")
+    if variance not in ('small', 'large', 'learned'):
+        raise ValueError(f"variance is {variance!r}, but must be 'small', 'large', 'learned' or an array")
     require_room_for_noise(variance, eta)
-    return schedule.beta(s, t)
+    return schedule.beta(s, t) if variance == 'large' else None
+
+
+def is_learned(variance: Variance) -> bool:
+    """Return whether a variance is 'learned', so that the network returns twice as many values."""
+    return isinstance(variance, str) and variance == 'learned'
+
+
+def small_std(
+    schedule: Schedule, s: Int[np.ndarray, 'num_steps'], t: Int[np.ndarray, 'num_steps'], *, eta: float
+) -> Float[Array, 'num_steps']:
+    """σ of the kernel for each pair (t, s) of a chain; where s = 0 and it is 0, that of the last pair with s > 0.
+
+    With all T levels the decoder has √β̃_2 (Ho's code; `posterior_log_variance_clipped` in OpenAI's, which takes that of
+    the shortened chain if there is one). If no pair has s > 0, it is √(1−ᾱ_t).
+
+    Args:
+        schedule: the noise schedule.
+        s: the noise levels after each step.
+        t: the noise levels before each step.
+        eta: η, in [0, 1].
+
+    Returns:
+        (num_steps,) float32.
+    """
+    nothing = Prediction(*jnp.zeros((2, len(t)), jnp.float32))
+    _, std = posterior(schedule, nothing, s, t, eta=eta)
+    noisy = np.flatnonzero(s > 0)
+    return jnp.where(s > 0, std, std[noisy[-1]] if len(noisy) else schedule.noise(t))
+
+
+def log_widening(
+    schedule: Schedule,
+    std: Float[Array, 'num_steps'],
+    s: Int[np.ndarray, 'num_steps'],
+    t: Int[np.ndarray, 'num_steps'],
+) -> Float[Array, 'num_steps']:
+    """log(√β/std) with β = 1 − ᾱ_t/ᾱ_s, of each pair (t, s), which `learned_std` needs.
+
+    Args:
+        schedule: the noise schedule.
+        std: √β̃, positive, as `small_std` returns it for η = 1.
+        s: the noise levels after each step.
+        t: the noise levels before each step.
+
+    Returns:
+        (num_steps,) float32, at least 0.
+    """
+    return jnp.log(jnp.sqrt(schedule.beta(s, t)) / std)
+
+
+def learned_std(v: Images, std: Coefficient, widening: Coefficient) -> Images:
+    """σ of p(x_s | x_t) for each pixel, from a network that learns the variance.
+
+        log σ² = f·log β + (1−f)·log β̃,    f = (v+1)/2                          Improved DDPM (arXiv:2102.09672) Eq. 15
+
+    β and β̃ are those of the pair (t, s), also in a shortened chain. v is what the network returns: −1 stands for β̃ and
+    1 for β, as in OpenAI's code. It is computed as √β̃·(√β/√β̃)^f, which has all digits of float32.
+
+    Args:
+        v: (B, ...), of any size.
+        std: √β̃, see `small_std`; 0 gives 0.
+        widening: log(√β/√β̃), see `log_widening`.
+
+    Returns:
+        (B, ...).
+    """
+    return std * jnp.exp((v + 1) / 2 * widening)
 
 
 def require_room_for_noise(variance: Variance, eta: float) -> None:
-    """Check that variance 'large' goes with η = 1.
+    """Check that variance 'large' or 'learned' goes with η = 1.
 
     With the mean of the kernel, the variance of x_s is 1 − ᾱ_s only if σ² is the kernel's own. At most levels DDPM's β
-    is close to the kernel's σ² for η = 1, but far larger than that for a smaller η: the images would be mostly noise.
+    is close to the kernel's σ² for η = 1, but far larger than that for a smaller η: the images would be mostly noise. A
+    learned variance lies between the two for η = 1.
 
     Args:
         variance: as in `own_variance`.
         eta: η, in [0, 1].
 
     Raises:
-        ValueError: it is 'large', and η is not 1.
+        ValueError: it is 'large' or 'learned', and η is not 1.
     """
     if isinstance(variance, str) and variance == 'large' and eta != 1:
         raise ValueError(
             f"variance 'large' (σ² = β, σ̂ in the DDIM paper) belongs to eta=1, not to eta={eta:g}: it adds more noise "
             "than the mean leaves room for; use variance 'small', the η family, or eta=1"
+        )
+    if is_learned(variance) and eta != 1:
+        raise ValueError(
+            f"variance 'learned' belongs to eta=1, not to eta={eta:g}: it was learned for the mean of eta=1; use "
+            "variance 'small', the η family, or eta=1"
         )
 
 

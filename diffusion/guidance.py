@@ -23,6 +23,9 @@ def guided(schedule: Schedule, net: Net, pair: Pair, *, scale: float, interval: 
     The interval is that of Kynkäänniemi et al. 2024, arXiv:2404.07724. Outputs may be of any kind, because x̂_0 and v̂
     are affine in ε̂. Where no image of a batch is guided, the weak net is not evaluated.
 
+    A learned variance, the second half of an output's last axis, is not guided: it is the net's own, as in the
+    code of GLIDE (arXiv:2112.10741). The weak net may learn one as well, which is not used, or none.
+
     Args:
         schedule: the noise schedule.
         net: the net, (x_t (B, ...), t (B,)) -> (B, ...).
@@ -38,7 +41,7 @@ def guided(schedule: Schedule, net: Net, pair: Pair, *, scale: float, interval: 
 
     def everywhere(x_t: Images, t: Real[Array, 'B']) -> Images:
         output, weak = pair(x_t, t)
-        return weak + scale * (output - weak)
+        return _extrapolated(x_t, output, weak, scale)
 
     def in_interval(x_t: Images, t: Real[Array, 'B']) -> Images:
         low, high = interval
@@ -47,11 +50,19 @@ def guided(schedule: Schedule, net: Net, pair: Pair, *, scale: float, interval: 
 
         def some(x_t: Images, t: Real[Array, 'B']) -> Images:
             output, weak = pair(x_t, t)
-            return jnp.where(gaussian.like(inside, x_t), weak + scale * (output - weak), output)
+            return jnp.where(gaussian.like(inside, x_t), _extrapolated(x_t, output, weak, scale), output)
 
         return jax.lax.cond(inside.any(), some, net, x_t, t)
 
     return in_interval if interval else everywhere
+
+
+def _extrapolated(x_t, output, weak, scale):
+    """weak + w·(output − weak), but the net's own v, which follows its output if it learns the variance."""
+    size = x_t.shape[-1]
+    mean, weak = output[..., :size], weak[..., :size]
+    guided_mean = weak + scale * (mean - weak)
+    return guided_mean if output.shape[-1] == size else jnp.concatenate([guided_mean, output[..., size:]], axis=-1)
 
 
 def halves(net: Net) -> Pair:
@@ -67,7 +78,7 @@ def halves(net: Net) -> Pair:
 
     def pair(x_t: Images, t: Real[Array, 'B']) -> tuple[Images, Images]:
         output = net(x_t.repeat(2, axis=0), t.repeat(2))
-        both = output.reshape(len(x_t), 2, *x_t.shape[1:])
+        both = output.reshape(len(x_t), 2, *output.shape[1:])
         return both[:, 0], both[:, 1]
 
     return pair

@@ -28,7 +28,8 @@ class Rule(NamedTuple):
     Attributes:
         init: x_T (N, ...) -> state.
         step: one step from x_t (N, ...) at level t to x_s at level s < t, both levels scalars. `std` is None, or the
-            standard deviation of the noise if the variance is not 'small'. `predict(x_t, t)` returns the Prediction
+            standard deviation of the noise if the variance is not 'small': a scalar, or (N, ...) if it is learned.
+            `predict(x_t, t)` returns the Prediction
             of the network and may be called more than once. `noise(level)` returns standard normal noise (N, ...), the
             same at every call with the same level. `eta` is a Python float.
     """
@@ -74,25 +75,27 @@ def sample(
     Args:
         keys: (N,) typed PRNG keys, one for each image.
         schedule: the noise schedule.
-        net: the network, (x_t (N, ...), t (N,)) -> (N, ...).
+        net: the network, (x_t (N, ...), t (N,)) -> (N, ...); with variance 'learned' its last axis has twice the size,
+            see `gaussian.evaluate_learned`.
         shape: the shape of one image.
         timesteps: (num_steps+1,) noise levels that decrease to 0, see `schedule.timesteps`; or (num_steps, 2) pairs
             (t, s), where a pair need not start where the one before ended, see `compat.resolve`.
         kind: what the network outputs, a key of `gaussian.KINDS`.
         eta: η, a Python float in [0, 1].
-        variance: 'small', 'large' or an array (num_steps,) that replaces σ², see `gaussian.own_variance`.
+        variance: 'small', 'large', 'learned' or an array (num_steps,) that replaces σ², see `gaussian.own_variance`.
         clip: whether and how x̂_0 is clipped to [−1, 1] at each step, see `gaussian.predict`.
         x_T: (N, *shape), where the chain starts; drawn if None.
         rule: what carries x_t to x_s, a key of `RULES`.
-        last_noise: whether a variance other than 'small' also adds noise at s = 0.
+        last_noise: whether variance 'large' or an array also adds noise at s = 0.
 
     Returns:
         (N, *shape) float32, the images x_0.
 
     Raises:
         ValueError: the keys are not typed or not (N,); the levels do not decrease to 0 or are outside [0, T]; a pair is
-            not s < t; the variance, the rule or the kind is unknown; the variance is 'large' and `eta` is not 1;
-            x_T or the output of the network has another shape; or the kind is 'eps' and the first level has ᾱ = 0.
+            not s < t; the variance, the rule or the kind is unknown; the variance is 'large' or 'learned' and
+            `eta` is not 1; x_T or the output of the network has another shape; or the kind is 'eps' and the first level
+            has ᾱ = 0.
     """
     if rule not in RULES:
         raise ValueError(f'rule is {rule!r}, but must be one of {", ".join(RULES)}')
@@ -116,11 +119,13 @@ class Steps(NamedTuple):
         t: (num_steps,) int, the noise levels before each step.
         s: (num_steps,) int, the noise levels after each step.
         std: (num_steps,) float32, the standard deviations of the noise; None for those of the rule.
+        widening: (num_steps,) float32, for a learned variance, see `gaussian.learned_std`; `std` is then √β̃.
     """
 
     t: Int[Array | np.ndarray, 'num_steps']
     s: Int[Array | np.ndarray, 'num_steps']
     std: Float[Array | np.ndarray, 'num_steps'] | None
+    widening: Float[Array | np.ndarray, 'num_steps'] | None = None
 
 
 def make_steps(
@@ -136,6 +141,9 @@ def make_steps(
     t, s = _pairs(schedule, kind, np.asarray(timesteps))
     with jax.ensure_compile_time_eval():  # every program is given the same numbers
         variances = gaussian.own_variance(schedule, variance, s, t, eta=eta)
+        if gaussian.is_learned(variance):
+            small = gaussian.small_std(schedule, s, t, eta=1.0)
+            return Steps(t, s, jnp.where(s > 0, small, 0), gaussian.log_widening(schedule, small, s, t))
         std = None if variances is None else jnp.where((s > 0) | last_noise, jnp.sqrt(variances), 0)
     return Steps(t, s, std)
 
@@ -174,14 +182,28 @@ def follow(
     """
     shape = jnp.shape(x_T)[1:]
 
+    def learned(x_t: Batch, t: Int[Array, '']) -> tuple[Prediction, Images]:
+        output, v = gaussian.evaluate_learned(net, x_t, jnp.full(keys.shape, t))
+        return gaussian.predict(schedule, kind, output, x_t, t, clip=clip), v
+
     def predict(x_t: Batch, t: Int[Array, '']) -> Prediction:
+        if steps.widening is not None:
+            return learned(x_t, t)[0]
         output = gaussian.evaluate(net, x_t, jnp.full(keys.shape, t))
         return gaussian.predict(schedule, kind, output, x_t, t, clip=clip)
 
     def step(i, carry):
-        of_step = jax.tree.map(lambda values: jax.lax.dynamic_index_in_dim(values, i, keepdims=False), steps)
-        of_level = functools.partial(noise, keys, shape=shape)
-        return RULES[rule].step(*carry, *of_step, schedule=schedule, predict=predict, noise=of_level, eta=eta)
+        t, s, std, widening = jax.tree.map(
+            lambda values: jax.lax.dynamic_index_in_dim(values, i, keepdims=False), steps
+        )
+        of_step = dict(schedule=schedule, predict=predict, noise=functools.partial(noise, keys, shape=shape), eta=eta)
+        if widening is not None:
+            _, x_t = carry
+            first, v = learned(x_t, t)
+            std = gaussian.learned_std(v, std, widening)
+            # The rule will ask for this one, so that the network is evaluated once.
+            of_step['predict'] = lambda x, level: first if x is x_t and level is t else predict(x, level)
+        return RULES[rule].step(*carry, t, s, std, **of_step)
 
     x_T = jnp.asarray(x_T, jnp.float32)
     steps = jax.tree.map(jnp.asarray, steps)

@@ -16,7 +16,8 @@ KEY = jax.random.key(0)
 CALLS = {
     **{
         f'loss {name}': lambda net, x0, name=name: loss(KEY, SCH, net, x0, kind='eps', weighting=name)
-        for name in WEIGHTINGS
+        for name, weighting in WEIGHTINGS.items()
+        if weighting.loss
     },
     **{
         f'elbo {name}': lambda net, x0, name=name: elbo(KEY, SCH, net, x0, kind='v', form=name).total()

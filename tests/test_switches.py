@@ -9,7 +9,7 @@ from diffusion import gaussian, sampler, schedule
 from diffusion.likelihood.elbo import FORMS, elbo
 from diffusion.likelihood.flow import flow_bound
 from diffusion.likelihood.importance import importance_bound
-from diffusion.loss import WEIGHTINGS, loss
+from diffusion.loss import WEIGHTINGS, init_history, loss, update_history
 from tests.runs import flags, main
 
 SCH = schedule.linear(4, 0.1, 0.5)
@@ -22,17 +22,31 @@ def net(x_t, t):
     return 0.5 * x_t
 
 
-def sample(eta, rule='kernel', **how):
+def learned(x_t, t):
+    return jnp.concatenate([0.5 * x_t, 0.1 * x_t], axis=-1)
+
+
+def sample(eta, net=net, rule='kernel', **how):
     keys = jax.random.split(KEY, 2)
     return sampler.sample(keys, SCH, net, shape=(20,), timesteps=[4, 2, 0], kind='eps', eta=eta, rule=rule, **how)
 
 
 CALLS = {
-    **{f'loss {name}': lambda name=name: loss(KEY, SCH, net, X0, kind='v', weighting=name) for name in WEIGHTINGS},
+    **{
+        f'loss {name}': lambda name=name: loss(KEY, SCH, net, X0, kind='v', weighting=name)
+        for name in WEIGHTINGS
+        if name != 'hybrid'
+    },
+    'loss hybrid': lambda: loss(KEY, SCH, learned, X0, kind='v', weighting='hybrid', learned=True),
+    'loss by history': lambda: loss(
+        KEY, SCH, learned, X0, kind='v', weighting='vlb_importance', learned=True, history=init_history(4)
+    ),
+    'history': lambda: update_history(init_history(4), jnp.array([1, 1]), jnp.ones(2, jnp.float32)).losses,
     **{f'elbo {name}': lambda name=name: elbo(KEY, SCH, net, X0, kind='v', form=name, eta=0.5) for name in FORMS},
     'one term': lambda: elbo(KEY, SCH, net, X0, kind='eps', levels=1).standard_error(),
     **{f'sample {eta}': lambda eta=eta: sample(eta) for eta in (0.0, 0.5, 1.0, np.float64(0.5))},
     'sample large': lambda: sample(1.0, variance='large'),
+    'sample learned': lambda: sample(1.0, learned, variance='learned'),
     'sample variances': lambda: sample(0.5, variance=np.array([0.5, 0.1])),
     'importance': lambda: importance_bound(KEY, SCH, net, X0, kind='x0', samples=2),
     'predict': lambda: [gaussian.predict(SCH, kind, X0, X0, 3) for kind in gaussian.KINDS],

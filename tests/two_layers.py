@@ -16,12 +16,13 @@ class TwoLayers(nnx.Module):
     A conditional network adds to linear(t) the row of the image's class; the last row stands for no class.
     """
 
-    def __init__(self, *, image_channels, channels, dropout, dtype, rngs, num_classes=0):
+    def __init__(self, *, image_channels, channels, dropout, dtype, rngs, num_classes=0, out_channels=0):
         zeros = nnx.initializers.zeros_init()
         self.conv_in = nnx.Conv(image_channels, channels, (3, 3), dtype=dtype, rngs=rngs)
         self.time = nnx.Linear(1, channels, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
-        self.conv_out = nnx.Conv(channels, image_channels, (3, 3), kernel_init=zeros, dtype=dtype, rngs=rngs)
+        last = dict(kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.conv_out = nnx.Conv(channels, out_channels or image_channels, (3, 3), **last)
         self.label = nnx.Embed(num_classes + 1, channels, rngs=rngs) if num_classes else None
 
     def __call__(self, x, t, labels=None, *, deterministic=True, rngs=None):

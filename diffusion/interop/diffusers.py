@@ -92,7 +92,8 @@ SCHEDULES = {
 }
 KINDS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
 # 'auto' is the large variance for η = 1 and the small one otherwise, as in diffusers' two schedulers.
-VARIANCES = {'fixed_small': 'small', 'fixed_small_log': 'small', 'fixed_large': 'auto'}
+# Of a model that learns it, 'auto' is the learned variance for η = 1.
+VARIANCES = {'fixed_small': 'small', 'fixed_small_log': 'small', 'fixed_large': 'auto', 'learned_range': 'auto'}
 SPACINGS = {'leading': 'leading', 'trailing': 'trailing', 'linspace': 'linspace'}
 
 
@@ -122,6 +123,7 @@ def read(place: str, *, image_size: int = 0) -> Found:
     settings, betas = network_settings(_read_json(unet), unet, image_size), None
     if os.path.exists(scheduler):
         values = _read_json(scheduler)
+        _check_variance(values, scheduler, settings['model']['variance'])
         for part, keys in scheduler_settings(values, scheduler).items():
             settings[part] = settings.get(part, {}) | keys
         betas = values.get('trained_betas')
@@ -214,8 +216,9 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
         size = image_size or None
     if type(size) is not int:
         raise keys.error('sample_size', size, 'must be square, such as 32 or [32, 32]; null is config.data.image_size')
-    if (out := keys.get('out_channels', 3)) != channels:
-        raise keys.error('out_channels', out, f'must be in_channels, {channels}: learned variances are not supported')
+    if (out := keys.get('out_channels', 3)) not in (channels, 2 * channels):
+        problem = f'must be in_channels, {channels}, or {2 * channels} for a learned variance'
+        raise keys.error('out_channels', out, problem)
     widths = keys.get('block_out_channels', [224, 448, 672, 896])
     if not isinstance(widths, list) or not widths or not all(type(width) is int and width > 0 for width in widths):
         raise keys.error('block_out_channels', widths, 'must be a list of positive integers')
@@ -238,6 +241,7 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
     settings = {
         'data': {'image_size': size, 'channels': channels},
         'model': {
+            'variance': 'learned' if out == 2 * channels else 'fixed',
             'channels': widths[0],
             'multipliers': tuple(width // widths[0] for width in widths),
             'num_blocks': keys.positive_integer('layers_per_block', 2),
@@ -327,6 +331,19 @@ def scheduler_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[s
         ignored=('tensor_format', 'timestep_values', 'dynamic_thresholding_ratio', 'sample_max_value', *unused)
     )
     return settings
+
+
+def _check_variance(values: Mapping[str, Any], path: str, ours: str) -> None:
+    """Raise ValueError unless a DDPM's scheduler uses what the network outputs."""
+    if not SCHEDULERS.get(values.get('_class_name', ''), False):
+        return
+    theirs = values.get('variance_type', 'fixed_small')
+    if theirs in VARIANCES and (theirs == 'learned_range') != (ours == 'learned'):
+        outputs = 'as many output channels again' if ours == 'learned' else 'none'
+        raise ValueError(
+            f'{path}: variance_type is {theirs!r}, but the network has {outputs} for a learned variance: diffusers '
+            "needs 'learned_range' with 2·in_channels output channels, and only then"
+        )
 
 
 def _check_betas(betas: Any, T: int, path: str) -> None:

@@ -57,8 +57,9 @@ def network_config(
     embedding_order: str,
     embedding_shift: int,
     num_classes: int = 0,
+    variance: str = 'fixed',
 ) -> dict[str, Any]:
-    """Return the config.json of the UNet2DModel that equals our network; the arguments are those of our UNet.
+    """Return the config.json of the UNet2DModel that equals our network; the arguments are the keys of config.model.
 
     Raises:
         ValueError: no UNet2DModel equals it.
@@ -77,7 +78,7 @@ def network_config(
         '_class_name': 'UNet2DModel',
         'sample_size': image_size,
         'in_channels': image_channels,
-        'out_channels': image_channels,
+        'out_channels': image_channels * (2 if variance == 'learned' else 1),
         'block_out_channels': [channels * m for m in multipliers],
         'layers_per_block': num_blocks,
         'down_block_types': ['AttnDownBlock2D' if a else 'DownBlock2D' for a in attends],
@@ -114,7 +115,7 @@ def scheduler_config(
         beta_end: β_T of the schedule; ignored if it has none.
         betas: (T,), written if not both schedulers of diffusers have the schedule.
         kind: 'eps', 'x0' or 'v'.
-        variance: 'small' or 'large'.
+        variance: 'small', 'large' or 'learned'.
         clip: whether the predicted x_0 is clipped.
         spacing: our name of the spacing; one that diffusers does not have is written as 'leading'.
 
@@ -131,7 +132,7 @@ def scheduler_config(
         'beta_end': beta_end,
         'trained_betas': None if name in theirs else [float(beta) for beta in betas],
         'prediction_type': _theirs(KINDS, kind),
-        'variance_type': f'fixed_{variance}',
+        'variance_type': 'learned_range' if variance == 'learned' else f'fixed_{variance}',
         'clip_sample': clip,
         'timestep_spacing': spacing if spacing in SPACINGS else 'leading',
     }

@@ -34,6 +34,7 @@ class Chain:
         t: (num_steps,), the noisiest first.
         s: (num_steps,), the last one 0: the pair of the decoder.
         std: (num_steps,), of p(x_s | x_t).
+        widening: (num_steps,), if the network learns the variance, see `gaussian.learned_std`; `std` is then √β̃.
     """
 
     schedule: Schedule
@@ -45,6 +46,7 @@ class Chain:
     t: Int[np.ndarray, 'num_steps']
     s: Int[np.ndarray, 'num_steps']
     std: Float[Array, 'num_steps']
+    widening: Float[Array, 'num_steps'] | None = None
 
 
 def make_chain(
@@ -62,13 +64,15 @@ def make_chain(
     """Build the chain that all likelihoods of a model share.
 
     The decoder needs a width at s = 0, where σ of the kernel is 0. There 'small' and 'large' both take σ of the pair
-    before (with all T levels √β̃_2, as Ho's and OpenAI's code), or √(1−ᾱ_t) if there is only one pair.
+    before (with all T levels √β̃_2, as Ho's and OpenAI's code), or √(1−ᾱ_t) if there is only one pair. 'learned' takes
+    it in the place of √β̃, and β = 1−ᾱ_t of the last pair, as OpenAI's code.
 
     Args:
         schedule: the noise schedule.
-        net: the network, (x_t (B, ...), t (B,)) -> (B, ...).
+        net: the network, (x_t (B, ...), t (B,)) -> (B, ...); with variance 'learned' its last axis has twice the size,
+            see `gaussian.evaluate_learned`.
         kind: what the network outputs, a key of `gaussian.KINDS`.
-        variance: of p(x_s | x_t): 'small' (σ² of the kernel), 'large' or an array (num_steps,), see
+        variance: of p(x_s | x_t): 'small' (σ² of the kernel), 'large', 'learned' or an array (num_steps,), see
             `gaussian.own_variance`.
         eta: η of q_σ, in (0, 1].
         timesteps: the noise levels of the chain, which decrease to 0; all T if None.
@@ -92,13 +96,13 @@ def make_chain(
     variances = gaussian.own_variance(schedule, variance, s, t, eta=eta)
     if not isinstance(variance, (str, jax.core.Tracer)) and not np.all(np.asarray(variance) > 0):
         raise ValueError(f'variance is {variance}, but must be positive: with 0 the model has no density, and no bound')
-    nothing = gaussian.Prediction(*jnp.zeros((2, len(t)), jnp.float32))
-    _, kernel_std = gaussian.posterior(schedule, nothing, s, t, eta=eta)
-    std = kernel_std if variances is None else jnp.sqrt(variances)
+    small = gaussian.small_std(schedule, s, t, eta=eta)
+    std = small if variances is None else jnp.sqrt(variances)
     if isinstance(variance, str):
-        std = std.at[-1].set(kernel_std[-2] if len(t) > 1 else schedule.noise(t[0]))
+        std = std.at[-1].set(small[-1])
+    widening = gaussian.log_widening(schedule, small, s, t) if gaussian.is_learned(variance) else None
     of_pixels = functools.partial(log_likelihood, decoder=decoder, bins=bins)
-    return Chain(schedule, net, kind, eta, clip, of_pixels, t, s, std)
+    return Chain(schedule, net, kind, eta, clip, of_pixels, t, s, std, widening)
 
 
 def compare(chain: Chain, x0: Images, eps: Images, i: Int[Array, 'B']) -> tuple[Normal, Normal]:
@@ -111,15 +115,20 @@ def compare(chain: Chain, x0: Images, eps: Images, i: Int[Array, 'B']) -> tuple[
         i: (B,) int, the index of the pair (t, s) of each image.
 
     Returns:
-        (mean, std) of q, and (mean, std) of p; the means are (B, ...).
+        (mean, std) of q, and (mean, std) of p; the means are (B, ...), and so is a learned std.
     """
     t, s = jnp.asarray(chain.t)[i], jnp.asarray(chain.s)[i]
     x_t = gaussian.q_sample(chain.schedule, x0, t, eps)
-    output = gaussian.evaluate(chain.net, x_t, t)
+    std = gaussian.like(chain.std[i], x0)
+    if chain.widening is None:
+        output = gaussian.evaluate(chain.net, x_t, t)
+    else:
+        output, v = gaussian.evaluate_learned(chain.net, x_t, t)
+        std = gaussian.learned_std(v, std, gaussian.like(chain.widening[i], x0))
     predicted = gaussian.predict(chain.schedule, chain.kind, output, x_t, t, clip=chain.clip)
     kernel = functools.partial(gaussian.posterior, chain.schedule, s=s, t=t, eta=chain.eta)
     p_mean, _ = kernel(predicted)
-    return kernel(gaussian.Prediction(x0, eps)), (p_mean, gaussian.like(chain.std[i], x0))
+    return kernel(gaussian.Prediction(x0, eps)), (p_mean, std)
 
 
 def reconstruction(key: draws.Keys, chain: Chain, x0: Images) -> Float[Array, 'B']:

@@ -111,7 +111,7 @@ def flow(
         x0: (B, ...), images in [−1, 1].
         kind: what the network outputs, a key of `gaussian.KINDS`.
         decoder: p(x_0 | x_1), a key of `decoder.DECODERS`.
-        variance: of the chain whose last step is p(x_0 | x_1), see `chain.make_chain`.
+        variance: of the chain whose last step is p(x_0 | x_1), see `chain.make_chain`. The ODE needs the mean alone.
         probes: the number of vectors that estimate the divergence, see `log_density`.
         rtol: relative tolerance of the solver.
         atol: absolute tolerance of the solver.
@@ -130,7 +130,8 @@ def flow(
     _, p = compare(chain, x0, eps, jnp.full(x0.shape[:1], len(chain.t) - 1))
     entropy = per_image(0.5 * eps**2 + LOG_SQRT_2PI + jnp.log(schedule.noise(1)))
     x_1 = gaussian.q_sample(schedule, x0, 1, eps)
-    density = log_density(probe_key, schedule, net, x_1, kind=kind, probes=probes, rtol=rtol, atol=atol)
+    mean_net = gaussian.mean_half(net) if gaussian.is_learned(variance) else net
+    density = log_density(probe_key, schedule, mean_net, x_1, kind=kind, probes=probes, rtol=rtol, atol=atol)
     return Flow(chain.decoder(x0, *p), entropy, *density)
 
 

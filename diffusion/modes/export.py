@@ -32,14 +32,7 @@ tags:
 
 A denoising diffusion model of {size} images, {count:,} parameters.
 
-```python
-from diffusers import DDIMPipeline, DDPMPipeline
-
-ddpm = DDPMPipeline.from_pretrained('PATH_OR_ID')
-ddpm(batch_size=4, num_inference_steps={T}).images
-ddim = DDIMPipeline.from_pretrained('PATH_OR_ID')
-ddim(batch_size=4, num_inference_steps={short}, eta=0.0, use_clipped_model_output={clip}).images
-```
+{usage}
 {spacing}{samples}{likelihood}
 ## Record
 
@@ -47,6 +40,23 @@ ddim(batch_size=4, num_inference_steps={short}, eta=0.0, use_clipped_model_outpu
 |---|---|
 {record}
 """
+
+USAGE = """```python
+from diffusers import DDIMPipeline, DDPMPipeline
+
+ddpm = DDPMPipeline.from_pretrained('PATH_OR_ID')
+ddpm(batch_size=4, num_inference_steps={T}).images
+ddim = DDIMPipeline.from_pretrained('PATH_OR_ID')
+ddim(batch_size=4, num_inference_steps={short}, eta=0.0, use_clipped_model_output={clip}).images
+```"""
+USAGE_LEARNED = """```python
+from diffusers import DDPMPipeline
+
+ddpm = DDPMPipeline.from_pretrained('PATH_OR_ID')
+ddpm(batch_size=4, num_inference_steps={T}).images
+```
+
+The model learns the variance (arXiv:2102.09672). DDIMPipeline cannot use it: it expects as many outputs as inputs."""
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -118,7 +128,8 @@ def diffusers_scheduler(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
         beta_end=schedule.beta_end,
         betas=exp.schedule.betas(),
         kind=config.model.kind,
-        variance=compat.choose_variance(asked.variance, 1),  # that of DDPMScheduler; DDIMScheduler has none
+        # That of DDPMScheduler; DDIMScheduler has none. Without 'learned_range' it would not split a doubled output.
+        variance='learned' if exp.network.learns_variance else compat.choose_variance(asked.variance, 1),
         clip=asked.clip,
         spacing=asked.spacing,
     )
@@ -146,9 +157,9 @@ def write_card(folder: str, config: ConfigDict, path: str, step: int, params: An
         title=f'{public(data.source)} at {data.image_size}×{data.image_size}, DDPM',
         size=f'{data.image_size}×{data.image_size}×{data.channels}',
         count=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        T=config.schedule.T,
-        short=min(50, config.schedule.T),
-        clip=config.sample.clip,
+        usage=(USAGE_LEARNED if config.model.variance == 'learned' else USAGE).format(
+            T=config.schedule.T, short=min(50, config.schedule.T), clip=config.sample.clip
+        ),
         spacing=spacing_note(config.sample.spacing),
         samples=samples_section(folder, path, digest),
         likelihood=likelihood_section(folder, path, digest),

@@ -51,9 +51,11 @@ def run(config: ConfigDict, path: str) -> int:
     workdir.check_config(config, path)  # first: what is wrong with the rest may follow from another run's config
     asked = config.likelihood
     require_quantities(asked)
+    asked.variance = choose_variance(config)
     config.model.dtype, config.model.remat = 'float32', False  # as exact as possible; there is no backward pass
     exp = build.build(config)
     with naming('config.likelihood'):
+        exp.network.require_variance(asked.variance)
         check_shapes(config, exp)
     step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
     above = workdir.output_folder(config, path, 'likelihood', 'likelihood')  # before images are decoded
@@ -113,23 +115,24 @@ def quantities(config: ConfigDict, exp: Experiment) -> dict[str, Callable]:
     Returns:
         {name: (keys (B,), params, x0 (B, H, W, C), labels (B,) if the network is conditional) → {part: (B, …) nats}}.
     """
-    asked = config.likelihood
-    common = dict(kind=config.model.kind, variance=asked.variance, clip=asked.clip)
+    asked, variance = config.likelihood, choose_variance(config)
+    common = dict(kind=config.model.kind, variance=variance, clip=asked.clip)
     chain = common | dict(eta=asked.eta, timesteps=chain_levels(asked, exp))
     solver = dict(rtol=asked.rtol, atol=asked.atol, probes=None if asked.probes < 0 else asked.probes)
 
+    def net_of(params, *labels):
+        return exp.network.for_variance(exp.network.net(params, *labels), variance)
+
     def form(keys, params, x0, *labels, form):
-        terms = elbo(
-            keys, exp.schedule, exp.network.net(params, *labels), x0, form=form, levels=asked.levels or None, **chain
-        )
+        terms = elbo(keys, exp.schedule, net_of(params, *labels), x0, form=form, levels=asked.levels or None, **chain)
         several = terms.consistency.shape[1] > 1  # the error of a single term is not known
         return terms._asdict() | ({'error': terms.standard_error()} if several else {})
 
     def importance(keys, params, x0, *labels):
-        return {'log_weight': log_weight(keys, exp.schedule, exp.network.net(params, *labels), x0, **chain)}
+        return {'log_weight': log_weight(keys, exp.schedule, net_of(params, *labels), x0, **chain)}
 
     def ode(keys, params, x0, *labels):
-        terms = flow(keys, exp.schedule, exp.network.net(params, *labels), x0, **common, **solver)._asdict()
+        terms = flow(keys, exp.schedule, net_of(params, *labels), x0, **common, **solver)._asdict()
         error = terms.pop('probe_error')
         return terms if asked.probes == 1 else terms | {'error': error}
 
@@ -163,6 +166,13 @@ def compile_quantity(
     return exp.implementation.compile(on_mesh, *arguments, out_shardings=mesh.replicated(exp.mesh))
 
 
+def choose_variance(config: ConfigDict) -> str:
+    """Resolve likelihood.variance 'auto': 'learned' if the model learns it and η = 1, else 'small'."""
+    asked = config.likelihood
+    learned = config.model.variance == 'learned' and asked.eta == 1
+    return ('learned' if learned else 'small') if asked.variance == 'auto' else asked.variance
+
+
 def chain_levels(asked: ConfigDict, exp: Experiment) -> np.ndarray:
     """Return the noise levels of the chain that config.likelihood asks for."""
     return timesteps(exp.schedule.T, asked.num_steps or exp.schedule.T)
@@ -173,14 +183,15 @@ class ZeroNetwork(Network):
 
     def net(self, params: Any, labels: Any = None, *, dropout_key: jax.Array | None = None) -> Callable:
         """Return the callable whose output is 0."""
-        return lambda x_t, t: jnp.zeros_like(x_t)
+        return lambda x_t, t: jnp.zeros_like(jnp.concatenate([x_t, x_t], axis=-1) if self.learns_variance else x_t)
 
 
 def check_shapes(config: ConfigDict, exp: Experiment) -> None:
     """Raise ValueError where the quantities would, within a second and without computing anything."""
     size = config.data.image_size
     x0 = jax.ShapeDtypeStruct((1, size, size, config.data.channels), np.float32)
-    for function in quantities(config, dataclasses.replace(exp, network=ZeroNetwork(exp.network.make))).values():
+    network = ZeroNetwork(exp.network.make, learns_variance=exp.network.learns_variance)
+    for function in quantities(config, dataclasses.replace(exp, network=network)).values():
         jax.eval_shape(function, jax.random.split(jax.random.key(0), 1), None, x0)
 
 

@@ -138,7 +138,9 @@ def resolve_chain(asked: ConfigDict, exp: Experiment) -> tuple[dict[str, Any], d
     """Return what config.sample says of the chain, as it will be done, and its part of `sampler.sample`'s arguments."""
     keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip')
     with naming('config.sample'):
-        chain = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys})
+        exp.network.require_variance(asked.variance)
+        learned = exp.network.learns_variance
+        chain = compat.resolve(asked.compat, exp.schedule.T, **{key: asked[key] for key in keys}, learned=learned)
     done = {key: chain.pop(key) if key in ('num_steps', 'spacing') else chain[key] for key in keys}
     return done, chain
 
@@ -428,7 +430,12 @@ def make_sampler(
 
 def follow_chain(exp: Experiment, shape: tuple[int, ...], **how: Any) -> Callable:
     """Return (keys, net) → images by `sampler.sample`, whose other keyword arguments are `how`."""
-    return lambda keys, net: sampler.sample(keys, exp.schedule, net, shape=shape, **how)
+
+    def sample(keys, net):
+        net = exp.network.for_variance(net, how.get('variance', 'small'))
+        return sampler.sample(keys, exp.schedule, net, shape=shape, **how)
+
+    return sample
 
 
 def make_draw(

@@ -39,7 +39,7 @@ class Cell(NamedTuple):
 
     Attributes:
         eta: η.
-        variance: 'small' is the η family, 'large' DDPM's σ² = β, the DDIM paper's σ̂.
+        variance: 'small' is the η family, 'large' DDPM's σ² = β, the DDIM paper's σ̂, 'learned' that of the network.
         num_steps: network evaluations per image.
     """
 
@@ -50,7 +50,7 @@ class Cell(NamedTuple):
     @property
     def row(self) -> str:
         """Its row in the paper's table."""
-        return 'σ̂' if self.variance == 'large' else f'η = {self.eta:g}'
+        return {'large': 'σ̂', 'learned': 'Σ_θ'}.get(self.variance, f'η = {self.eta:g}')
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -146,6 +146,7 @@ def run(config: ConfigDict, path: str) -> int:
 def all_cells(config: ConfigDict) -> list[Cell]:
     """Return the cells that config.sweep asks for, row by row."""
     rows = [(float(eta), 'small') for eta in config.sweep.etas] + [(1.0, 'large')] * config.sweep.large
+    rows += [(1.0, 'learned')] * (config.model.variance == 'learned')
     return [Cell(*row, num_steps) for row, num_steps in itertools.product(rows, config.sweep.num_steps)]
 
 
@@ -245,6 +246,7 @@ def make_row_sampler(
 
     def sample(keys, net, steps, num_steps):
         x_T = sampler.noise(keys, exp.schedule.T, shape)
+        net = exp.network.for_variance(net, longest.variance)
         how = dict(kind=config.model.kind, eta=longest.eta, clip=config.sample.clip, rule=config.sample.rule)
         return sampler.follow(keys, exp.schedule, net, steps, num_steps, x_T=x_T, **how)
 

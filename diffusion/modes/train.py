@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from diffusion import build, data, workdir
 from diffusion.build import Experiment, Skipped, TrainState
-from diffusion.loss import WEIGHTINGS, draw
+from diffusion.loss import History, draw, importance_weights, loss_of, update_history
 from diffusion.metrics import colour
 from diffusion.modes.sample import all_classes, condition, make_sampler
 from diffusion.networks import Program
@@ -58,6 +58,7 @@ def run(config: ConfigDict, path: str) -> int:
     exp = build.build(config)
     require_equal_parts(config, exp)
     require_labels(config)
+    require_loss(config)
     require_memory(config, exp)
     workdir.check_config(config, path)  # before the images are decoded
     images = build.load_same_images(config, labelled=config.data.labels)
@@ -178,6 +179,7 @@ def train_step(
     seed: int,
     kind: str,
     weighting: str,
+    learned: bool = False,
     ema_decay: float,
     flip: bool,
     label_dropout: float = 0.0,
@@ -186,6 +188,9 @@ def train_step(
     """Do one optimizer step on the batch images[indices], and update the EMA ē of the parameters θ.
 
         θ ← θ − Adam(∇_θ mean L(x_0, t, ε)),    ē ← d·ē + (1−d)·θ,    d = min(ema_decay, (1+k)/(10+k)) in step k
+
+    If the state has a history of losses, levels are drawn by it, the losses in the mean are weighted for that, and the
+    history takes up those of this step.
 
     A step whose loss, gradient or parameters are not finite changes nothing but the counts of steps.
 
@@ -198,6 +203,7 @@ def train_step(
         seed: all randomness follows from (seed, state.step).
         kind: what the network predicts, a key of KINDS.
         weighting: which loss, a key of WEIGHTINGS.
+        learned: whether the network learns the variance.
         ema_decay: the largest d.
         flip: mirror each image with probability 1/2.
         label_dropout: probability with which a label is replaced by −1, no class.
@@ -212,22 +218,34 @@ def train_step(
         jax.random.fold_in(domain_key(seed, domain), state.step) for domain in ('flips', 'noise', 'dropout', 'labels')
     )
     x0 = augment(flip_key, images if indices is None else images[indices], flip=flip)
-    t, eps = draw(noise_key, exp.schedule, x0.shape, weighting=weighting)
+    history: History | None = mesh.whole(exp.mesh, state.history)
+    t, eps = draw(noise_key, exp.schedule, x0.shape, weighting=weighting, history=history)
     batch = [x0, t, eps]
+    if history is not None:
+        batch += [importance_weights(history, t), jnp.arange(len(t), dtype=jnp.int32)]
     if labels is not None:
         batch.append(drop_labels(label_key, labels if indices is None else labels[indices], label_dropout))
+    loss, size = loss_of(weighting, learned=learned), len(t)
 
-    def mean_loss(params, dropout_key, x0, t, eps, *labels):
+    def mean_loss(params, dropout_key, x0, t, eps, *rest):
+        weights, labels = (rest[:2], rest[2:]) if history is not None else ((), rest)
         net = exp.network.net(exp.implementation.unpack(params), *labels, dropout_key=dropout_key)
-        return WEIGHTINGS[weighting].loss(exp.schedule, net, x0, t, eps, kind).mean()
+        losses = loss(exp.schedule, net, x0, t, eps, kind)
+        if not weights:
+            return losses.mean(), None
+        weight, place = weights
+        # The mean over the parts of a batch, each with 0 in the place of the others, has all losses.
+        return (weight * losses).mean(), jnp.zeros(size, jnp.float32).at[place].set(losses * (size // len(losses)))
 
-    value_and_grad = jax.value_and_grad(mean_loss)
+    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
     params = mesh.whole(exp.mesh, state.params)
     if accumulate == 1:
-        value, gradient = value_and_grad(params, dropout_key, *batch)
+        (value, losses), gradient = value_and_grad(params, dropout_key, *batch)
     else:
         parts = (exp.mesh, value_and_grad, params, dropout_key, batch, accumulate)
-        value, gradient = mesh.mean_over_parts(*parts, fold=exp.implementation.fold)
+        (value, losses), gradient = mesh.mean_over_parts(*parts, fold=exp.implementation.fold)
+    if history is not None:
+        history = update_history(history, t, losses)
     gradient = mesh.like_state(exp.mesh, gradient)
 
     updates, opt_state = exp.optimizer.update(gradient, state.opt_state, state.params)
@@ -238,8 +256,8 @@ def train_step(
 
     grad_norm, param_norm = optax.global_norm(gradient), optax.global_norm(params)
     good = jnp.isfinite(jnp.array([value, grad_norm, param_norm])).all()
-    new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
-    params, ema, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+    new, old = (params, ema, opt_state, history), (state.params, state.ema, state.opt_state, state.history)
+    params, ema, opt_state, history = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
     skipped = Skipped(state.skipped.total + ~good, jnp.where(good, 0, state.skipped.in_a_row + 1))
     metrics = {
         'loss': value,
@@ -249,7 +267,7 @@ def train_step(
         'skipped': skipped.total,
         'skipped_in_a_row': skipped.in_a_row,
     }
-    return TrainState(state.step + 1, params, ema, opt_state, skipped), metrics
+    return TrainState(state.step + 1, params, ema, opt_state, skipped, history), metrics
 
 
 def augment(key: jax.Array, images: jax.Array, *, flip: bool) -> jax.Array:
@@ -295,6 +313,7 @@ def compile_step(config: ConfigDict, exp: Experiment, state: TrainState, images:
         seed=config.seed,
         kind=config.model.kind,
         weighting=config.train.loss,
+        learned=config.model.variance == 'learned',
         ema_decay=config.train.ema_decay,
         flip=config.data.flip,
         label_dropout=config.train.label_dropout,
@@ -323,17 +342,22 @@ def restore(config: ConfigDict, exp: Experiment, path: str, checkpoints: Checkpo
     abstract = exp.abstract_state()
     with workdir.intact():
         there, saved = checkpoints.steps(), workdir.last_saved(path)
-        found = checkpoints.restore_newest(say, workdir.require_same_run(config, path), **abstract.trees())
+        accept, trees = workdir.require_same_run(config, path), abstract.trees()
+        found = checkpoints.restore_newest(say, accept, optional=('history',), **trees)
     if found is None:
         workdir.require_no_history(config, path)
         if os.path.exists(os.path.join(path, 'logs', 'metrics.jsonl')):
             say(f'no checkpoint was saved: beginning at step 0, with new logs in {path}/logs')
         return exp.initial_state(domain_key(config.seed, 'init'))
-    step, trees = found
+    step, arrays = found
     if saved is not None and saved > there[0]:
         warn(f'step {saved} was saved, but its checkpoint is gone: the steps after {there[0]} are done again')
     checkpoints.put_aside(step)
-    return TrainState(mesh.put_whole(np.int32(step), abstract.step.sharding), *trees)
+    restored = dict(zip(trees, arrays, strict=True))
+    if abstract.history is not None and restored['history'] is None:  # the run had another loss until now
+        shardings = _shardings(abstract.history)
+        restored['history'] = jax.tree.map(mesh.put_whole, exp.init_history(), shardings)
+    return TrainState(mesh.put_whole(np.int32(step), abstract.step.sharding), **restored)
 
 
 def feed(
@@ -394,6 +418,12 @@ def require_labels(config: ConfigDict) -> None:
             f'config.train.label_dropout is {config.train.label_dropout:g}, but data.labels=False trains without '
             'labels: use --config.data.labels=True, or label_dropout=0'
         )
+
+
+def require_loss(config: ConfigDict) -> None:
+    """Raise RunError if train.loss does not train what model.variance asks for."""
+    with naming('config.train.loss'):
+        loss_of(config.train.loss, learned=config.model.variance == 'learned')
 
 
 def require_memory(config: ConfigDict, exp: Experiment) -> None:

@@ -1,4 +1,4 @@
-"""Networks, flax.nnx modules that map (x_t, t) to an output of x_t's shape, and their implementations.
+"""Networks, flax.nnx modules that map (x_t, t) to an output of x_t's size, and their implementations.
 
 An implementation is a module that defines the functions of `plain` and a dict NETWORKS, whose entries replace those of
 the table below: faster networks with the same parameter tree.

@@ -187,7 +187,7 @@ class Stage(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """The network: (x_t (B, H, W, C), t (B,)) → (B, H, W, C), float32.
+    """The network: (x_t (B, H, W, C), t (B,)) → (B, H, W, C), or (B, H, W, out_channels), float32.
 
     A conditional one also takes the classes of the images; their embedding is added to that of the levels (Dhariwal and
     Nichol 2021, arXiv:2105.05233, §3).
@@ -222,6 +222,7 @@ class UNet(nnx.Module):
         embedding_order: str = 'sin_cos',
         embedding_shift: int = 1,
         num_classes: int = 0,
+        out_channels: int = 0,
     ):
         """Make the network with initial parameters.
 
@@ -243,6 +244,7 @@ class UNet(nnx.Module):
             embedding_order: see `time_embedding`.
             embedding_shift: see `time_embedding`.
             num_classes: number of classes; 0 makes the network unconditional.
+            out_channels: channels of the output, 2·C if the variance is learned; 0 means C.
 
         Raises:
             ValueError: sizes do not fit together; the message names them.
@@ -289,7 +291,7 @@ class UNet(nnx.Module):
         self.up = nnx.List(up)
 
         self.norm_out = self.GroupNorm(width, groups, epsilon=norm_epsilon, rngs=rngs)
-        self.conv_out = self.Conv(width, image_channels, (3, 3), **layer | dict(kernel_init=zeros))
+        self.conv_out = self.Conv(width, out_channels or image_channels, (3, 3), **layer | dict(kernel_init=zeros))
 
         # A matrix product, because GPUs do not fix the order in which the gradient of a lookup is summed. The last row
         # is no class.
@@ -315,7 +317,7 @@ class UNet(nnx.Module):
             rngs: random streams; each block draws a key from 'dropout'. Needed unless `deterministic`.
 
         Returns:
-            The prediction, of the shape of x. The loss decides what it predicts.
+            The prediction, of the shape of x but for `out_channels`. The loss decides what it predicts.
         """
 
         def key():

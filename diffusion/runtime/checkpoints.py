@@ -194,7 +194,12 @@ class Checkpoints:
                     shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)
 
     def restore(
-        self, step: int, accept: Callable[[int, dict[str, Any]], object] = lambda step, record: None, **trees: Any
+        self,
+        step: int,
+        accept: Callable[[int, dict[str, Any]], object] = lambda step, record: None,
+        *,
+        optional: Sequence[str] = (),
+        **trees: Any,
     ) -> tuple[Any, ...]:
         """Read trees of a checkpoint. Trees that are not named are not read.
 
@@ -202,10 +207,11 @@ class Checkpoints:
             step: of the checkpoint.
             accept: called with the step and the record that was saved with it, before arrays are read. It raises
                 DamagedError if the record is damaged, and anything else to refuse the checkpoint.
+            optional: names of trees that the checkpoint may lack.
             trees: by name, pytrees of ShapeDtypeStructs, whose shardings place the restored arrays.
 
         Returns:
-            The restored trees, in the order of the arguments.
+            The restored trees, in the order of the arguments; None for one that the checkpoint lacks.
 
         Raises:
             DamagedError: the checkpoint is not what was written. If one of several hosts finds that, all raise.
@@ -215,6 +221,8 @@ class Checkpoints:
             require_regular(self.path(step))
             about = read_about(self.path(step))
         accept(step, about['record'])
+        names = list(trees)
+        trees = {name: tree for name, tree in trees.items() if name not in optional or name in about['checksums']}
         self._require_arrays(step, about.get('shapes', {}), trees)
         with self._intact(step):
             folder = epath.Path(self.path(step))
@@ -236,7 +244,7 @@ class Checkpoints:
                     raise ValueError(
                         f'the checksums of {len(wrong)} arrays differ from those written; the first is {name}{wrong[0]}'
                     )
-        return tuple(restored[name] for name in trees)
+        return tuple(restored.get(name) for name in names)
 
     def _require_arrays(self, step: int, shapes: dict[str, dict[str, list[int]]], trees: dict[str, Any]) -> None:
         """Raise OtherArraysError unless the checkpoint holds arrays of the requested shapes."""
@@ -270,13 +278,15 @@ class Checkpoints:
         self,
         warn: Callable[[str], object],
         accept: Callable[[int, dict[str, Any]], object] = lambda step, record: None,
+        *,
+        optional: Sequence[str] = (),
         **trees: Any,
     ) -> tuple[int, tuple[Any, ...]] | None:
         """Read trees of the newest checkpoint that is intact.
 
         Args:
             warn: called with a message for each damaged checkpoint that is skipped.
-            accept, trees: as for `restore`.
+            accept, optional, trees: as for `restore`.
 
         Returns:
             The step and the restored trees, or None if there is no checkpoint at all.
@@ -291,7 +301,7 @@ class Checkpoints:
             raise DamagedError(f'the hosts do not see the same checkpoints in {self.directory}: is the folder shared?')
         for step in steps:
             try:
-                found = self.restore(step, accept, **trees)
+                found = self.restore(step, accept, optional=optional, **trees)
             except DamagedError as error:
                 messages.append(str(error))
                 continue

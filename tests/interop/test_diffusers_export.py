@@ -23,6 +23,7 @@ NETWORK = dict(
     downsample_padding=1,
     embedding_order='cos_sin',
     embedding_shift=0,
+    variance='fixed',
 )
 HO = dict(head_channels=0, norm_epsilon=1e-6, downsample_padding=0, embedding_order='sin_cos', embedding_shift=1)
 SCHEDULE = dict(
@@ -38,7 +39,7 @@ SCHEDULE = dict(
 )
 
 
-@pytest.mark.parametrize('choices', [{}, HO])
+@pytest.mark.parametrize('choices', [{}, HO, {'variance': 'learned'}])
 def test_a_network_reads_back(choices):
     network = NETWORK | choices
     settings = diffusers.network_settings(diffusers_export.network_config(**network), 'config.json')

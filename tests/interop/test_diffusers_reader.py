@@ -45,7 +45,7 @@ def read(place):
         ('center_input_sample', True),
         ('down_block_types', ['DownBlock2D', 'SkipDownBlock2D']),
         ('up_block_types', ['AttnUpBlock2D', 'AttnUpBlock2D']),
-        ('out_channels', 2),
+        ('out_channels', 3),
         ('sample_size', [8, 16]),
         ('sample_size', None),
         ('sample_size', '8'),
@@ -86,7 +86,8 @@ def test_an_image_size_that_the_file_does_not_say_is_the_config_s(tmp_path):
     [
         ('rescale_betas_zero_snr', True),
         ('beta_schedule', 'laplace'),
-        ('variance_type', 'learned_range'),
+        ('variance_type', 'learned'),
+        ('variance_type', 'learned_range'),  # but the network has no outputs for it
         ('prediction_type', 'flow_prediction'),
         ('prediction_type', ['epsilon']),
         ('num_train_timesteps', 0),
@@ -168,11 +169,21 @@ def test_the_config_of_the_google_ddpms():
     assert diffusers.network_settings(config, 'config.json') == {
         'data': {'image_size': 32, 'channels': 3},
         'model': {
-            'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2, 'attention_resolutions': (16,),
+            'variance': 'fixed', 'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2, 'attention_resolutions': (16,),
             'groups': 32, 'dropout': 0.0, 'first_level': 0, 'head_channels': 0, 'norm_epsilon': 1e-6,
             'downsample_padding': 0, 'embedding_order': 'sin_cos', 'embedding_shift': 1,
         },
     }  # fmt: skip
+
+
+def test_twice_as_many_outputs_are_a_learned_variance(tmp_path):
+    folder = fixture.changed(tmp_path, fixture.NETWORK, out_channels=2)
+    with pytest.raises(ValueError, match=r"variance_type is 'fixed_large', but the network .* 'learned_range'"):
+        read(folder)
+    path = folder / fixture.SCHEDULER
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'variance_type': 'learned_range'}))
+    settings = read(folder).settings
+    assert (settings['model']['variance'], settings['sample']['variance']) == ('learned', 'auto')
 
 
 def test_a_network_without_a_scheduler_leaves_schedule_and_sampling_open():

@@ -218,7 +218,7 @@ def test_a_step_uses_no_key_twice():
 def test_the_state_holds_no_random_keys():
     """They follow from (seed, step), with dropout as well."""
     state = build.build(tiny({'model.dropout': 0.5})).abstract_state()
-    assert sorted(vars(state)) == ['ema', 'opt_state', 'params', 'skipped', 'step']
+    assert sorted(vars(state)) == ['ema', 'history', 'opt_state', 'params', 'skipped', 'step'] and state.history is None
     for leaf in jax.tree.leaves((state.params, state.ema)):
         assert leaf.dtype == jnp.float32
     for leaf in jax.tree.leaves((state.step, state.opt_state, state.skipped)):
