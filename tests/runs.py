@@ -99,11 +99,12 @@ def saved(path):
 def checkpoint(path, step):
     """{part and path of an array: the array}, read by Orbax alone."""
     arrays = {}
-    for part in ('params', 'ema', 'opt_state', 'skipped'):
+    parts = [path / 'checkpoints' / str(step) / part for part in ('params', 'ema', 'opt_state', 'skipped', 'history')]
+    for folder in parts[:-1] if not parts[-1].exists() else parts:
         with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(path / 'checkpoints' / str(step) / part)
+            tree = checkpointer.restore(folder)
         for place, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            arrays[part + jax.tree_util.keystr(place)] = np.asarray(leaf)
+            arrays[folder.name + jax.tree_util.keystr(place)] = np.asarray(leaf)
     return arrays
 
 

@@ -110,18 +110,17 @@ def test_the_least_bound_is_that_of_the_true_posterior_variance():
     assert np.all(np.abs(gradient[2:]) < 1e-3 * gradient_above[2:])
 
 
-@pytest.mark.parametrize('levels', [FULL, SHORT])
-def test_the_ends_of_v_are_the_fixed_variances(levels):
+def test_the_ends_of_v_are_the_fixed_variances():
     """p(x_s|x_t) of all pairs, on which likelihoods depend, and samples, from the same draws.
 
     At s = 0, 'small' and 'large' have β̃ of the pair before, which is v = −1. There v = 1 is β.
     """
-    net, n = line(NET.output('v')), len(levels) - 1
+    net, n = line(NET.output('v')), len(SHORT) - 1
     x0, eps = (jax.random.normal(key, (n, 2)) for key in jax.random.split(KEY))
 
     def all_of(net, variance):
         with jax.disable_jit():
-            chain = make_chain(SCH, net, kind='v', timesteps=levels, variance=variance)
+            chain = make_chain(SCH, net, kind='v', timesteps=SHORT, variance=variance)
             how = dict(shape=(2,), timesteps=SHORT, kind='v', eta=1.0, variance=variance)
             samples = sampler.sample(jax.random.split(KEY, 1), SCH, net, **how)
             return *compare(chain, x0, eps, jnp.arange(n))[1], samples
@@ -132,9 +131,9 @@ def test_the_ends_of_v_are_the_fixed_variances(levels):
         np.testing.assert_array_equal(learned_mean, mean)
         np.testing.assert_allclose(learned_std[:-1], np.broadcast_to(std, (n, 2))[:-1], rtol=1e-6)
         np.testing.assert_allclose(learned_samples, samples, rtol=0, atol=2e-6)
-        last = std[-1, 0] if end == 'small' else np.sqrt(1 - A[levels[-2]])
+        last = std[-1, 0] if end == 'small' else np.sqrt(1 - A[SHORT[-2]])
         np.testing.assert_allclose(learned_std[-1], last, rtol=1e-6)
-    np.testing.assert_allclose(std[-1], np.sqrt(bounds(levels)[0][-1]), rtol=1e-6)
+    np.testing.assert_allclose(std[-1], np.sqrt(bounds(SHORT)[0][-1]), rtol=1e-6)
 
 
 def test_the_only_pair_of_a_chain_leaves_nothing_to_learn():
@@ -149,11 +148,16 @@ def test_the_flow_takes_the_mean_from_the_first_half(monkeypatch):
 
     monkeypatch.setattr(flow, 'log_density', density)
     x0, how = jnp.full((1, 1), 0.2), dict(kind='v', decoder='gaussian')
-    learned = flow.flow(
-        KEY, SCH, with_v(lambda x_t, t: 0.5 * x_t, np.full((T + 1, 1), -1)), x0, variance='learned', **how
-    )
-    fixed = flow.flow(KEY, SCH, lambda x_t, t: 0.5 * x_t, x0, variance='small', **how)
-    for one, other in zip(fixed, learned, strict=True):
+
+    def net(x_t, t):
+        return 0.5 * x_t
+
+    @jit
+    def program(x0):
+        both = with_v(net, np.full((T + 1, 1), -1))
+        return flow.flow(KEY, SCH, net, x0, **how), flow.flow(KEY, SCH, both, x0, variance='learned', **how)
+
+    for one, other in zip(*program(x0), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
@@ -246,14 +250,21 @@ def test_guidance_leaves_the_variance_to_the_net():
         lambda x_t, t: (learned(0.5)(x_t, t), learned(0.2)(x_t, t)),
         lambda x_t, t: (learned(0.5)(x_t, t), mean(0.2)(x_t, t)),
     ]
-    for interval in ((), (0.3, 1.0)):
-        how = dict(scale=3.0, interval=interval)
-        of_means = guidance.guided(SCH, mean(0.5), lambda x, t: (mean(0.5)(x, t), mean(0.2)(x, t)), **how)(x_t, t)
-        for pair in pairs:
-            output, v = jnp.split(guidance.guided(SCH, learned(0.5), pair, **how)(x_t, t), 2, axis=-1)
-            np.testing.assert_allclose(output, of_means, rtol=1e-6)
-            np.testing.assert_array_equal(v, jnp.full_like(x_t, 0.5))
-    assert np.abs(of_means - mean(0.5)(x_t, t)).max() > 0.1
+
+    @jit
+    def program(x_t, t):
+        found = {}
+        for interval in ((), (0.3, 1.0)):
+            how = dict(scale=3.0, interval=interval)
+            of_means = guidance.guided(SCH, mean(0.5), lambda x, t: (mean(0.5)(x, t), mean(0.2)(x, t)), **how)(x_t, t)
+            found[interval] = of_means, [guidance.guided(SCH, learned(0.5), pair, **how)(x_t, t) for pair in pairs]
+        return list(found.values())
+
+    for of_means, outputs in program(x_t, t):
+        assert np.abs(of_means - mean(0.5)(x_t, t)).max() > 0.1
+        for output in outputs:
+            np.testing.assert_allclose(output[:, :2], of_means, rtol=1e-6)
+            np.testing.assert_array_equal(output[:, 2:], jnp.full_like(x_t, 0.5))
 
 
 # Training.
@@ -339,7 +350,8 @@ def test_the_loss_by_history_is_weighted(monkeypatch):
     history = filled(jnp.asarray(np.geomspace(1, 100, T) * np.ones((10, 1)), jnp.float32))
     own = WEIGHTINGS['vlb_importance']._replace(learned=lambda schedule, net, x0, t, eps, kind: 1.0 * t)
     monkeypatch.setitem(WEIGHTINGS, 'own', own)
-    found = loss(KEY, SCH, None, jnp.zeros((40, 1)), kind='v', weighting='own', learned=True, history=history)
+    how = dict(kind='v', weighting='own', learned=True)
+    found = jit(lambda history: loss(KEY, SCH, None, jnp.zeros((40, 1)), history=history, **how))(history)
     possible = weights(history, LEVELS) * LEVELS
     chosen = np.abs(found[:, None] - possible).argmin(axis=1)
     np.testing.assert_allclose(found, possible[chosen], rtol=1e-6)

@@ -169,9 +169,9 @@ def test_the_config_of_the_google_ddpms():
     assert diffusers.network_settings(config, 'config.json') == {
         'data': {'image_size': 32, 'channels': 3},
         'model': {
-            'variance': 'fixed', 'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2, 'attention_resolutions': (16,),
+            'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2, 'attention_resolutions': (16,),
             'groups': 32, 'dropout': 0.0, 'first_level': 0, 'head_channels': 0, 'norm_epsilon': 1e-6,
-            'downsample_padding': 0, 'embedding_order': 'sin_cos', 'embedding_shift': 1,
+            'variance': 'fixed', 'downsample_padding': 0, 'embedding_order': 'sin_cos', 'embedding_shift': 1,
         },
     }  # fmt: skip
 
