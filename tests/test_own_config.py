@@ -139,8 +139,8 @@ def test_every_entry_that_the_config_adds_is_called(mine, tmp_path, monkeypatch)
         table, name = names(config)[label]
         monkeypatch.setitem(table, name, recorded(label, table[name]))
     table, name = names(config)['WEIGHTINGS']
-    parts = table[name]._asdict()
-    monkeypatch.setitem(table, name, loss.Weighting(**{part: recorded(part, f) for part, f in parts.items()}))
+    parts = {part: recorded(part, f) for part, f in table[name]._asdict().items() if callable(f)}
+    monkeypatch.setitem(table, name, table[name]._replace(**parts))
     network = networks.NETWORKS[config.model.network]
     monkeypatch.setattr(network, '__call__', recorded('NETWORKS', network.__call__))
 

@@ -115,25 +115,26 @@ def test_the_ends_of_v_are_the_fixed_variances():
 
     At s = 0, 'small' and 'large' have β̃ of the pair before, which is v = −1. There v = 1 is β.
     """
-    net, n = line(NET.output('v')), len(SHORT) - 1
-    x0, eps = (jax.random.normal(key, (n, 2)) for key in jax.random.split(KEY))
+    net, n = line(NET.output('eps')), len(SHORT) - 1
+    x0, eps = np.float32(np.random.default_rng(0).normal(size=(2, DESIGN, 2)))  # shapes that are compiled already
 
     def all_of(net, variance):
         with jax.disable_jit():
-            chain = make_chain(SCH, net, kind='v', timesteps=SHORT, variance=variance)
-            how = dict(shape=(2,), timesteps=SHORT, kind='v', eta=1.0, variance=variance)
-            samples = sampler.sample(jax.random.split(KEY, 1), SCH, net, **how)
-            return *compare(chain, x0, eps, jnp.arange(n))[1], samples
+            chain = make_chain(SCH, net, kind='eps', timesteps=SHORT, variance=variance)
+            how = dict(shape=(2,), timesteps=SHORT, kind='eps', eta=1.0, variance=variance)
+            samples = sampler.sample(jax.random.split(KEY, DESIGN), SCH, net, **how)
+            mean, std = compare(chain, x0, eps, jnp.arange(DESIGN) % n)[1]
+            return mean, np.broadcast_to(std, (DESIGN, 2)), samples
 
     for end, v in (('small', -1.0), ('large', 1.0)):
         mean, std, samples = all_of(net, end)
         learned_mean, learned_std, learned_samples = all_of(with_v(net, np.full((T + 1, 2), v)), 'learned')
         np.testing.assert_array_equal(learned_mean, mean)
-        np.testing.assert_allclose(learned_std[:-1], np.broadcast_to(std, (n, 2))[:-1], rtol=1e-6)
+        np.testing.assert_allclose(learned_std[: n - 1], std[: n - 1], rtol=1e-6)
         np.testing.assert_allclose(learned_samples, samples, rtol=0, atol=2e-6)
-        last = std[-1, 0] if end == 'small' else np.sqrt(1 - A[SHORT[-2]])
-        np.testing.assert_allclose(learned_std[-1], last, rtol=1e-6)
-    np.testing.assert_allclose(std[-1], np.sqrt(bounds(SHORT)[0][-1]), rtol=1e-6)
+        last = std[n - 1] if end == 'small' else np.sqrt(1 - A[SHORT[-2]])
+        np.testing.assert_allclose(learned_std[n - 1], last, rtol=1e-6)
+    np.testing.assert_allclose(std[n - 1], np.sqrt(bounds(SHORT)[0][-1]), rtol=1e-6)
 
 
 def test_the_only_pair_of_a_chain_leaves_nothing_to_learn():

@@ -268,9 +268,8 @@ def ddim(spacing, clip, **change):
 
 
 def ddpm(spacing, clip, variance='small', **change):
-    return diffusers.DDPMScheduler(
-        T, timestep_spacing=spacing, clip_sample=clip, variance_type=f'fixed_{variance}', **change
-    )
+    variance_type = 'learned_range' if variance == 'learned' else f'fixed_{variance}'
+    return diffusers.DDPMScheduler(T, timestep_spacing=spacing, clip_sample=clip, variance_type=variance_type, **change)
 
 
 def assert_equal(ours, theirs):
@@ -316,6 +315,25 @@ def test_other_predictions(kind, prediction_type, clip, monkeypatch):
     scheduler = ddpm('leading', clip, 'large', prediction_type=prediction_type)
     images = theirs(scheduler, 10, monkeypatch, net=wave)
     assert_equal(ours(levels, **of_kind, eta=1.0, variance='large', clip=clip), images)
+
+
+@pytest.mark.parametrize('clip', [True, False])
+@pytest.mark.parametrize('num_steps, spacing', [(10, 'leading'), (50, 'linspace'), (T, 'leading')])
+def test_a_learned_variance(num_steps, spacing, clip, monkeypatch):
+    """Their networks have the channels first, so that v follows the output along axis 1; ours along the last axis."""
+    levels = schedule.timesteps(T, num_steps, spacing)
+
+    def learned(xp, x, t):
+        return toy(xp, x, t), 1.5 * xp.sin(3 * x + t)
+
+    def theirs_of(_, x, t):
+        return torch.cat(learned(torch, x, t), dim=1)
+
+    def ours_of(x, t):
+        return jnp.concatenate(learned(jnp, x, t[0]), axis=-1)
+
+    images = sample(ours_of, SHAPE, levels, kind='eps', eta=1.0, variance='learned', clip=clip)
+    assert_equal(images, theirs(ddpm(spacing, clip, 'learned'), num_steps, monkeypatch, net=theirs_of))
 
 
 def test_trajectories_of_equal_networks(monkeypatch):
