@@ -29,9 +29,8 @@ class Rule(NamedTuple):
         init: x_T (N, ...) -> state.
         step: one step from x_t (N, ...) at level t to x_s at level s < t, both levels scalars. `std` is None, or the
             standard deviation of the noise if the variance is not 'small': a scalar, or (N, ...) if it is learned.
-            `predict(x_t, t)` returns the Prediction
-            of the network and may be called more than once. `noise(level)` returns standard normal noise (N, ...), the
-            same at every call with the same level. `eta` is a Python float.
+            `predict(x_t, t)` returns the Prediction of the network and may be called more than once. `noise(level)`
+            returns standard normal noise (N, ...), the same at every call with the same level. `eta` is a Python float.
     """
 
     init: Callable[[Batch], State]
@@ -168,7 +167,7 @@ def follow(
     Args:
         keys: (N,) typed PRNG keys, one for each image.
         schedule: the noise schedule.
-        net: the network, (x_t (N, ...), t (N,)) -> (N, ...).
+        net: the network, see `sample`.
         steps: the steps of the chain; only the first `num_steps` are taken.
         num_steps: how many steps are taken.
         kind: what the network outputs, a key of `gaussian.KINDS`.

@@ -245,7 +245,7 @@ def train_step(
         parts = (exp.mesh, value_and_grad, params, dropout_key, batch, accumulate)
         (value, losses), gradient = mesh.mean_over_parts(*parts, fold=exp.implementation.fold)
     if history is not None:
-        history = update_history(history, t, losses)
+        history = update_history(history, *mesh.whole(exp.mesh, (t, losses)))
     gradient = mesh.like_state(exp.mesh, gradient)
 
     updates, opt_state = exp.optimizer.update(gradient, state.opt_state, state.params)

@@ -220,9 +220,9 @@ class Checkpoints:
         with self._intact(step):
             require_regular(self.path(step))
             about = read_about(self.path(step))
+            names, absent = list(trees), {name for name in optional if name not in about['checksums']}
         accept(step, about['record'])
-        names = list(trees)
-        trees = {name: tree for name, tree in trees.items() if name not in optional or name in about['checksums']}
+        trees = {name: tree for name, tree in trees.items() if name not in absent}
         self._require_arrays(step, about.get('shapes', {}), trees)
         with self._intact(step):
             folder = epath.Path(self.path(step))
