@@ -63,25 +63,31 @@ def with_v(net, v):
 
 
 def test_every_term_of_gaussian_data(monkeypatch):
-    """Of a short chain and two pixels; a log-weight has the ELBO as its mean."""
+    """Of a short chain and two pixels, whose v differ; a log-weight is that of the same variances as an array."""
     x0 = np.array([-0.4, 0.7])
-    images = jnp.broadcast_to(jnp.asarray(x0, jnp.float32), (DESIGN, 2))
-    net = with_v(line(NET.output('eps')), V)
-    how = dict(kind='eps', variance='learned', decoder='gaussian', timesteps=SHORT)
-    chains = [Chains(NET, SHORT, 1.0, variance) for variance in between(V, SHORT).T]
+    how = dict(kind='eps', decoder='gaussian', timesteps=SHORT)
+    variances = between(V, SHORT)
+
+    @jit
+    def program(output, v):
+        images, net = jnp.broadcast_to(jnp.asarray(x0, jnp.float32), (DESIGN, 2)), line(output)
+        weights = [
+            importance_bound(KEY, SCH, with_v(net, v[:, :1]), images, samples=2, variance='learned', **how),
+            importance_bound(KEY, SCH, net, images, samples=2, variance=variances[:, 0], **how),
+        ]
+        terms = {}
+        for form in FORMS:
+            with monkeypatch.context() as patch:
+                exact_expectations(patch)
+                terms[form] = elbo(KEY, SCH, with_v(net, v), images, form=form, variance='learned', **how)
+        return terms, weights
+
+    terms, weights = program(NET.output('eps'), V)
     for form in FORMS:
-        exact_expectations(monkeypatch)
-        with jax.disable_jit():
-            terms = elbo(KEY, SCH, net, images, form=form, **how)
-        exact = [sum(parts) for parts in zip(*(c.elbo(x, form) for c, x in zip(chains, x0, strict=True)), strict=True)]
-        for found, expected in zip(terms, exact, strict=True):
-            np.testing.assert_allclose(found.mean(axis=0), expected, rtol=1e-4, atol=1e-4, err_msg=form)
-        monkeypatch.undo()
-    exact_expectations(monkeypatch)
-    with jax.disable_jit():
-        found = importance_bound(KEY, SCH, net, images, samples=1, **how).mean()
-    total = sum(np.sum(part) for c, x in zip(chains, x0, strict=True) for part in c.elbo(x))
-    np.testing.assert_allclose(found, total, rtol=1e-4)
+        exact = [Chains(NET, SHORT, 1.0, mine).elbo(x, form) for mine, x in zip(variances.T, x0, strict=True)]
+        for term, *expected in zip(terms[form], *exact, strict=True):
+            np.testing.assert_allclose(term.mean(axis=0), sum(expected), rtol=1e-4, atol=1e-4, err_msg=form)
+    np.testing.assert_allclose(*weights, rtol=1e-5)
 
 
 def test_the_least_bound_is_that_of_the_true_posterior_variance():
@@ -115,26 +121,29 @@ def test_the_ends_of_v_are_the_fixed_variances():
 
     At s = 0, 'small' and 'large' have β̃ of the pair before, which is v = −1. There v = 1 is β.
     """
-    net, n = line(NET.output('eps')), len(SHORT) - 1
-    x0, eps = np.float32(np.random.default_rng(0).normal(size=(2, DESIGN, 2)))  # shapes that are compiled already
+    n = len(SHORT) - 1
+    x0, eps = np.float32(np.random.default_rng(0).normal(size=(2, n, 2)))
 
     def all_of(net, variance):
-        with jax.disable_jit():
-            chain = make_chain(SCH, net, kind='eps', timesteps=SHORT, variance=variance)
-            how = dict(shape=(2,), timesteps=SHORT, kind='eps', eta=1.0, variance=variance)
-            samples = sampler.sample(jax.random.split(KEY, DESIGN), SCH, net, **how)
-            mean, std = compare(chain, x0, eps, jnp.arange(DESIGN) % n)[1]
-            return mean, np.broadcast_to(std, (DESIGN, 2)), samples
+        chain = make_chain(SCH, net, kind='eps', timesteps=SHORT, variance=variance)
+        how = dict(shape=(2,), timesteps=SHORT, kind='eps', eta=1.0, variance=variance)
+        samples = sampler.sample(jax.random.split(KEY, 3), SCH, net, **how)
+        mean, std = compare(chain, x0, eps, jnp.arange(n))[1]
+        return mean, jnp.broadcast_to(std, (n, 2)), samples
 
-    for end, v in (('small', -1.0), ('large', 1.0)):
-        mean, std, samples = all_of(net, end)
-        learned_mean, learned_std, learned_samples = all_of(with_v(net, np.full((T + 1, 2), v)), 'learned')
-        np.testing.assert_array_equal(learned_mean, mean)
-        np.testing.assert_allclose(learned_std[: n - 1], std[: n - 1], rtol=1e-6)
-        np.testing.assert_allclose(learned_samples, samples, rtol=0, atol=2e-6)
-        last = std[n - 1] if end == 'small' else np.sqrt(1 - A[SHORT[-2]])
-        np.testing.assert_allclose(learned_std[n - 1], last, rtol=1e-6)
-    np.testing.assert_allclose(std[n - 1], np.sqrt(bounds(SHORT)[0][-1]), rtol=1e-6)
+    @jit
+    def program(output):
+        net, ends = line(output), (('small', -1.0), ('large', 1.0))
+        learned = {end: all_of(with_v(net, np.full((T + 1, 2), v)), 'learned') for end, v in ends}
+        return {end: (all_of(net, end), learned[end]) for end, _ in ends}
+
+    for end, ((mean, std, samples), learned) in program(NET.output('eps')).items():
+        np.testing.assert_array_equal(learned[0], mean)
+        np.testing.assert_allclose(learned[1][:-1], std[:-1], rtol=1e-6)
+        np.testing.assert_allclose(learned[2], samples, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(std[-1], np.sqrt(bounds(SHORT)[0][-1]), rtol=1e-6)
+        last = std[-1] if end == 'small' else np.sqrt(1 - A[SHORT[-2]])
+        np.testing.assert_allclose(learned[1][-1], last, rtol=1e-6)
 
 
 def test_the_only_pair_of_a_chain_leaves_nothing_to_learn():
