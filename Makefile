@@ -17,7 +17,8 @@ CORRUPTIONS ?= 40
 python := $(VENV)/bin/python
 demo := runs/digits
 main := $(python) main.py --config=configs/digits.py --workdir=$(demo)
-pytest := $(python) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+in_parallel := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+pytest := $(python) -m pytest $(in_parallel)
 
 # What depends most on the versions of Python, JAX, Flax, Orbax and Diffrax: about a third of the time of all tests.
 version_tests := tests/networks tests/runtime tests/data tests/modes/test_train.py tests/modes/test_sample.py \
@@ -57,7 +58,7 @@ test: install
 	$(pytest)
 
 test-slow: install
-	$(python) -m pytest -m slow
+	$(pytest) -m slow
 
 # With PYTHON and VENV of a newer Python, for which newer versions of JAX exist.
 test-newer: install
@@ -72,7 +73,7 @@ peers:
 	$(MAKE) install VENV=.venv-peers EXTRAS=test,peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
 	  clean-fid pytorch-fid torch-fidelity  # they need torchvision, but what is compared does not
-	.venv-peers/bin/python -m pytest -m peers
+	.venv-peers/bin/python -m pytest $(in_parallel) -m peers
 
 # In an environment of its own, because JAX looks for the accelerators whose compilers it has.
 test-plan:

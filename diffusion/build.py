@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from diffusion import data, gaussian, schedule, workdir
 from diffusion.loss import WEIGHTINGS, History, init_history
-from diffusion.networks import IMPLEMENTATIONS, NETWORKS, rngs
+from diffusion.networks import IMPLEMENTATIONS, NETWORKS, make_rngs
 from diffusion.runtime import devices as runtime_devices
 from diffusion.runtime import hosts, mesh
 from diffusion.util import RunError, naming, say, warn
@@ -70,11 +70,11 @@ class Network:
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
         """The structure of the module. Raises ValueError if the module refuses its arguments."""
-        return nnx.split(nnx.eval_shape(lambda: self.make(rngs(default=jax.random.key(0)))))[0]
+        return nnx.split(nnx.eval_shape(lambda: self.make(make_rngs(default=jax.random.key(0)))))[0]
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return initial parameters."""
-        return nnx.to_pure_dict(nnx.state(self.make(rngs(default=key))))
+        return nnx.to_pure_dict(nnx.state(self.make(make_rngs(default=key))))
 
     def net(
         self, params: dict[str, Any], labels: jax.Array | None = None, *, dropout_key: jax.Array | None = None
@@ -90,7 +90,7 @@ class Network:
             The callable (x_t (B, H, W, C), t (B,)) → (B, H, W, C), or 2C if it learns the variance.
         """
         module = nnx.merge(self.graph, params)
-        mode = {} if dropout_key is None else dict(deterministic=False, rngs=rngs(dropout=dropout_key))
+        mode = {} if dropout_key is None else dict(deterministic=False, rngs=make_rngs(dropout=dropout_key))
         # Our levels are 1 … T; weights of other projects were trained with 0 … T−1.
         given = () if labels is None else (labels,)
         return lambda x_t, t: module(x_t, t - (1 - self.first_level), *given, **mode)
@@ -225,7 +225,7 @@ def make_network(config: ConfigDict, networks: dict[str, Callable]) -> Network:
         'dtype': jnp.dtype(config.model.dtype),
     }
     return Network(
-        lambda streams: _call(networks[config.model.network], given | {'rngs': streams}),
+        lambda rngs: _call(networks[config.model.network], given | {'rngs': rngs}),
         config.model.first_level,
         config.model.num_classes,
         config.model.variance == 'learned',

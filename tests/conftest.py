@@ -7,6 +7,8 @@ import tempfile
 
 import hypothesis
 
+from tests.xla_flags import FAST_TO_COMPILE
+
 # Compilation makes first examples slow, hence no deadline. A commit is always judged by the same examples.
 hypothesis.settings.register_profile('project', deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile('project')
@@ -31,6 +33,6 @@ def pytest_configure(config):
     # Compilation is most of the suite's time: each program is compiled once for all tests, processes included, and
     # without optimization, except for the slow tests, which run their programs longer than they compile them.
     if config.option.markexpr == 'not slow and not peers':
-        os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+        os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FAST_TO_COMPILE}'.strip()
     os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(folder, 'compiled')
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'

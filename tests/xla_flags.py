@@ -1,4 +1,4 @@
-"""XLA flags for short-lived processes: programs compile in a third of the time, and run slowly."""
+"""XLA flags for tests: programs compile in a third of the time, and run slowly."""
 
 import importlib.metadata
 

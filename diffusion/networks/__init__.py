@@ -6,10 +6,10 @@ the table below: faster networks with the same parameter tree.
 
 from diffusion.networks import cpu, gpu, plain
 from diffusion.networks.program import Program
-from diffusion.networks.rngs import rngs
+from diffusion.networks.streams import make_rngs
 from diffusion.networks.unet import UNet
 
 NETWORKS = {'unet': UNet}
 IMPLEMENTATIONS = {'plain': plain, 'cpu': cpu, 'gpu': gpu}
 
-__all__ = ['IMPLEMENTATIONS', 'NETWORKS', 'Program', 'UNet', 'rngs']
+__all__ = ['IMPLEMENTATIONS', 'NETWORKS', 'Program', 'UNet', 'make_rngs']

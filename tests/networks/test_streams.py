@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffusion.networks import rngs
+from diffusion.networks import make_rngs
 
 
 @pytest.mark.parametrize('streams', [{'default': 1}, {'default': 1, 'dropout': 2}])
 def test_the_keys_are_those_of_nnx(streams):
     keys = {tag: jax.random.key(seed) for tag, seed in streams.items()}
-    ours, theirs = rngs(**keys), nnx.Rngs(**keys)
+    ours, theirs = make_rngs(**keys), nnx.Rngs(**keys)
     for name in ('params', 'dropout', 'params', 'dropout', 'dropout'):
         np.testing.assert_array_equal(*(jax.random.key_data(getattr(each, name)()) for each in (ours, theirs)))
 
@@ -30,5 +30,5 @@ def test_tracing_searches_no_earlier_operations(monkeypatch):
     if not searches:
         pytest.skip('nnx.Rngs searches no more, and can take the place of ours')
     searches.clear()
-    jax.eval_shape(lambda: draw(rngs))
+    jax.eval_shape(lambda: draw(make_rngs))
     assert not searches

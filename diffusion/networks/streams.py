@@ -22,7 +22,7 @@ class Stream(nnx.RngStream):
         return jax.random.fold_in(self.key[...], self.count - 1)
 
 
-def rngs(**keys: jax.Array) -> nnx.Rngs:
+def make_rngs(**keys: jax.Array) -> nnx.Rngs:
     """Return the `nnx.Rngs` of these streams, such as default=key or dropout=key, with typed keys."""
     streams = nnx.Rngs()
     for tag, key in keys.items():
