@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.data.placement = 'auto'  # where training images are kept: device memory, or the host; auto: where they fit
 
     config.model = ConfigDict()
-    config.model.network = 'unet'  # the architecture
+    config.model.network = 'unet'  # the architecture: 'unet' is DDPM's, 'adm' OpenAI's
     config.model.implementation = 'auto'  # of network and training step; 'auto' is the one for the devices
     config.model.kind = 'eps'  # what the network predicts
     config.model.channels = 128  # width at full resolution; 0 chooses a network for the size and number of the images
@@ -41,11 +41,16 @@ def get_config() -> ConfigDict:
     config.model.num_classes = 0  # classes of a conditional model; 0 with data.labels: as many as the source has
     config.model.remat = False  # recompute activations in the backward pass: a third more work, far less memory
     config.model.first_level = 1  # the t with which the network is called at level 1; imported weights need 0
-    config.model.head_channels = 0  # channels of each attention head; 0 means one head
+    config.model.level_scale = 1.0  # the network is called with t times this; OpenAI's rescale_timesteps is 1000/T
+    config.model.head_channels = 0  # channels of each attention head; 0 means num_heads heads
+    config.model.num_heads = 0  # attention heads of 'adm', if head_channels is 0; 0 means one head
+    config.model.scale_shift_norm = True  # whether the embedding scales and shifts norms of 'adm', or is added
+    config.model.resblock_updown = False  # whether residual blocks of 'adm' change the size, or convolutions
+    # The choices of DDPM; OpenAI and diffusers have 1e-5, 1, 'cos_sin' and 0 here.
     config.model.norm_epsilon = 1e-6  # ε of GroupNorm
-    config.model.downsample_padding = 0  # pixels of zeros before each axis, with one after it; diffusers also has 1
+    config.model.downsample_padding = 0  # pixels of zeros before each axis, with one after it
     config.model.embedding_order = 'sin_cos'  # halves of the time embedding
-    config.model.embedding_shift = 1  # frequencies are 10000^(−i/(channels/2 − shift)); diffusers also has 0
+    config.model.embedding_shift = 1  # frequencies are 10000^(−i/(channels/2 − shift))
     # Of convolutions and matmuls. On accelerators, 'float32' products have JAX's default precision (TF32 on GPUs,
     # bfloat16 passes on TPUs); likelihoods are computed at the highest precision.
     config.model.dtype = 'float32'
@@ -167,7 +172,11 @@ def get_config() -> ConfigDict:
     config.plan.folder = ''  # where the results are written; '' is plan/ in the workdir
 
     config.interop = ConfigDict()
-    config.interop.source = ''  # for --mode=import_weights: 'diffusers:FOLDER', 'diffusers:HUB_ID' or 'ddim:FILE'
+    config.interop.source = ''  # for --mode=import_weights: 'diffusers:FOLDER', 'openai:FILE' or 'ddim:FILE'
+    # Of 'openai:', use_new_attention_order: 'new' or 'legacy' (False; improved-diffusion's); '' if it has no effect.
+    config.interop.attention_order = ''
+    # For --mode=export: 'diffusers', or 'arrays', our parameters by name, for any network.
+    config.interop.format = 'diffusers'
     config.interop.weights = 'ema'  # for --mode=export: which weights
     config.interop.step = -1  # for --mode=export: of the checkpoint; −1 is the newest
     config.interop.folder = ''  # for --mode=export: where <name>/ is written; '' is export/ in the workdir

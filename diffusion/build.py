@@ -66,6 +66,7 @@ class Network:
     first_level: int = 1  # the t with which the module is called at level 1
     num_classes: int = 0  # 0: unconditional
     learns_variance: bool = False  # twice as many outputs, see `gaussian.evaluate_learned`
+    level_scale: float = 1.0  # by which t is multiplied before the module is called
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
@@ -93,7 +94,8 @@ class Network:
         mode = {} if dropout_key is None else dict(deterministic=False, rngs=make_rngs(dropout=dropout_key))
         # Our levels are 1 … T; weights of other projects were trained with 0 … T−1.
         given = () if labels is None else (labels,)
-        return lambda x_t, t: module(x_t, t - (1 - self.first_level), *given, **mode)
+        scale = 1 if self.level_scale == 1 else self.level_scale  # whole levels stay whole numbers
+        return lambda x_t, t: module(x_t, (t - (1 - self.first_level)) * scale, *given, **mode)
 
     def for_variance(self, net: Callable, variance: Any) -> Callable:
         """Return a `net` of this network as samplers and likelihoods of this variance take it."""
@@ -229,6 +231,7 @@ def make_network(config: ConfigDict, networks: dict[str, Callable]) -> Network:
         config.model.first_level,
         config.model.num_classes,
         config.model.variance == 'learned',
+        config.model.level_scale,
     )
 
 

@@ -33,9 +33,12 @@ NAMES = {
     'scale': 'weight',
 }
 FIXED = {  # settings that their code does not vary, named as in our config
+    'network': 'unet',
+    'variance': 'fixed',
     'kind': 'eps',
     'groups': 32,
     'first_level': 0,
+    'level_scale': 1.0,
     'head_channels': 0,
     'norm_epsilon': 1e-6,
     'downsample_padding': 0,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.interop.tensors import Found, Path
+from diffusion.interop.tensors import Found, Path, with_no_class
 from diffusion.interop.weights import load_torch, one_line, read_safetensors, state_dict
 from diffusion.util import read_json
 
@@ -23,6 +23,7 @@ WEIGHTS = 'diffusion_pytorch_model.safetensors'
 NAMES = {
     'time1': 'time_embedding.linear_1',
     'time2': 'time_embedding.linear_2',
+    'label': 'class_embedding',
     'time': 'time_emb_proj',
     'down': 'down_blocks',
     'up': 'up_blocks',
@@ -51,10 +52,8 @@ NETWORK_KEYS: dict[str, tuple[Any, tuple]] = {
     'downsample_type': ('conv', ('conv',)),
     'upsample_type': ('conv', ('conv',)),
     'act_fn': ('silu', ('silu', 'swish')),
-    'resnet_time_scale_shift': ('default', ('default',)),
     'add_attention': (True, (True,)),
     'class_embed_type': (None, (None,)),
-    'num_class_embeds': (None, (None,)),
 }
 # Whether a scheduler is DDPM's. The parallel schedulers compute the same steps.
 SCHEDULERS = {
@@ -83,6 +82,7 @@ NOT_TRAINED = (
 )
 # Their value → ours.
 EMBEDDING_ORDERS = {True: 'cos_sin', False: 'sin_cos'}  # flip_sin_to_cos
+SCALE_SHIFT = {'default': False, 'scale_shift': True}  # resnet_time_scale_shift
 ZERO_OR_ONE = {0: 0, 1: 1}  # freq_shift, downsample_padding
 SCHEDULES = {
     'linear': 'linear',
@@ -127,7 +127,10 @@ def read(place: str, *, image_size: int = 0) -> Found:
         for part, keys in scheduler_settings(values, scheduler).items():
             settings[part] = settings.get(part, {}) | keys
         betas = values.get('trained_betas')
-    return Found(settings, {'params': read_tensors(os.path.dirname(unet))}, names, {}, betas)
+    tensors = read_tensors(os.path.dirname(unet))
+    if (embedding := tensors.get('class_embedding.weight', np.zeros(()))).ndim == 2:
+        tensors['class_embedding.weight'] = with_no_class(embedding)
+    return Found(settings, {'params': tensors}, names, {}, betas)
 
 
 def _find(folder: str, part: str, file: str) -> str:
@@ -228,8 +231,14 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
         raise keys.error('time_embedding_dim', dim, f'must be {4 * widths[0]}, four times the first width')
     attends = _attends(keys, len(widths), path)
     groups = keys.positive_integer('norm_num_groups', 32)
-    if (own := keys.get('attn_norm_num_groups', None)) not in (None, groups):
+    scale_shift = keys.choose('resnet_time_scale_shift', 'default', SCALE_SHIFT)
+    # Without this key, their attention in the middle has no norm if blocks have scale and shift.
+    if (own := keys.get('attn_norm_num_groups', None)) not in ((groups,) if scale_shift else (None, groups)):
         raise keys.error('attn_norm_num_groups', own, f'must be norm_num_groups, {groups}')
+    if (num_classes := keys.get('num_class_embeds', None)) is None:
+        num_classes = 0
+    elif type(num_classes) is not int or num_classes < 1:
+        raise keys.error('num_class_embeds', num_classes, 'must be null or a positive integer')
     head_channels = keys.get('attention_head_dim', 8)
     if head_channels is not None and (type(head_channels) is not int or head_channels < 1):
         raise keys.error('attention_head_dim', head_channels, 'must be null or a positive integer')
@@ -241,6 +250,7 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
     settings = {
         'data': {'image_size': size, 'channels': channels},
         'model': {
+            'network': 'adm' if scale_shift else 'unet',
             'variance': 'learned' if out == 2 * channels else 'fixed',
             'channels': widths[0],
             'multipliers': tuple(width // widths[0] for width in widths),
@@ -249,6 +259,8 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
             'groups': groups,
             'dropout': keys.get('dropout', 0.0),
             'first_level': 0,
+            'level_scale': 1.0,
+            'num_classes': num_classes,
             'head_channels': head_channels or 0,
             'norm_epsilon': float(epsilon),
             'downsample_padding': keys.choose('downsample_padding', 1, ZERO_OR_ONE),
@@ -256,6 +268,8 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
             'embedding_shift': keys.choose('freq_shift', 0, ZERO_OR_ONE),
         },
     }
+    if scale_shift:
+        settings['model'] |= {'scale_shift_norm': True, 'resblock_updown': False, 'num_heads': 0}
     keys.refuse_others(ignored=('num_train_timesteps',))
     return settings
 

@@ -11,6 +11,7 @@ from diffusion.interop.diffusers import (
     EMBEDDING_ORDERS,
     KINDS,
     NETWORK_KEYS,
+    SCALE_SHIFT,
     SCHEDULES,
     SPACINGS,
     WEIGHTS,
@@ -21,7 +22,7 @@ from diffusion.util import write_json
 
 
 def write(folder: str, params: Mapping[Any, Any], *, network: dict[str, Any], scheduler: dict[str, Any]) -> None:
-    """Write a pipeline.
+    """Write a pipeline; for a conditional network without its index, because no pipeline passes classes.
 
     Args:
         folder: where the pipeline is written; it is created if it does not exist.
@@ -34,9 +35,14 @@ def write(folder: str, params: Mapping[Any, Any], *, network: dict[str, Any], sc
     """
     unet = os.path.join(folder, 'unet')
     os.makedirs(unet, exist_ok=True)
-    save_file(to_tensors(params, names), os.path.join(unet, WEIGHTS), metadata={'format': 'pt'})
+    tensors = to_tensors(params, names)
+    if (num_classes := network['num_class_embeds']) is not None:
+        tensors['class_embedding.weight'] = np.ascontiguousarray(tensors['class_embedding.weight'].T[:num_classes])
+    save_file(tensors, os.path.join(unet, WEIGHTS), metadata={'format': 'pt'})
     write_json(os.path.join(unet, 'config.json'), network)
     write_json(os.path.join(folder, 'scheduler', 'scheduler_config.json'), scheduler)
+    if num_classes is not None:
+        return
     index = {'unet': ['diffusers', 'UNet2DModel'], 'scheduler': ['diffusers', 'DDPMScheduler']}
     write_json(os.path.join(folder, 'model_index.json'), {'_class_name': 'DDPMPipeline'} | index)
 
@@ -56,10 +62,19 @@ def network_config(
     downsample_padding: int,
     embedding_order: str,
     embedding_shift: int,
-    num_classes: int = 0,
+    network: str = 'unet',
+    scale_shift_norm: bool = False,
+    resblock_updown: bool = False,
+    num_heads: int = 0,
+    level_scale: float = 1.0,
     variance: str = 'fixed',
+    num_classes: int = 0,
+    no_class: bool = False,
 ) -> dict[str, Any]:
-    """Return the config.json of the UNet2DModel that equals our network; the arguments are the keys of config.model.
+    """Return the config.json of the UNet2DModel that equals our network.
+
+    The arguments are keys of config.model; of a conditional network, `no_class` is whether its row of no class was
+    trained, and is exported as one more class.
 
     Raises:
         ValueError: no UNet2DModel equals it.
@@ -69,10 +84,18 @@ def network_config(
             f'multipliers is {tuple(multipliers)}, but its first entry must be 1 for an export: the first convolution '
             'of a UNet2DModel has the width of its first resolution'
         )
-    if num_classes:
-        raise ValueError(
-            f"num_classes is {num_classes} (data.labels=True), but diffusers' DDPM pipelines take no classes"
-        )
+    adm = network == 'adm'
+    for found, problem in (
+        (network not in ('unet', 'adm'), f'network is {network!r}, which diffusers does not have'),
+        (level_scale != 1, f'level_scale is {level_scale:g}, but a UNet2DModel takes the levels as they are'),
+        (adm and resblock_updown, "resblock_updown is True, but diffusers' blocks without attention have convolutions"),
+        (
+            adm and num_heads > 1 and not head_channels,
+            f'num_heads is {num_heads}, but the heads of a UNet2DModel have equally many channels: head_channels',
+        ),
+    ):
+        if found:
+            raise ValueError(problem)
     attends = [image_size >> level in attention_resolutions for level in range(len(multipliers))]
     return {
         '_class_name': 'UNet2DModel',
@@ -90,6 +113,9 @@ def network_config(
         'downsample_padding': downsample_padding,
         'flip_sin_to_cos': _theirs(EMBEDDING_ORDERS, embedding_order),
         'freq_shift': embedding_shift,
+        'num_class_embeds': num_classes + no_class if num_classes else None,
+        'resnet_time_scale_shift': _theirs(SCALE_SHIFT, adm and scale_shift_norm),
+        'attn_norm_num_groups': groups if adm and scale_shift_norm else None,
         **{key: accepted[0] for key, (_, accepted) in NETWORK_KEYS.items()},
     }
 

@@ -43,6 +43,11 @@ def leaves(tree: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, Any
             yield (*path, key), value
 
 
+def to_arrays(params: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+    """Return {name: array} of our parameters as they are, such as 'down.0.blocks.1.conv1.kernel'."""
+    return {'.'.join(map(str, path)): np.ascontiguousarray(leaf) for path, leaf in leaves(params)}
+
+
 def to_tensors(params: Mapping[Any, Any], names: Names) -> dict[str, np.ndarray]:
     """Convert our parameters to PyTorch's layout.
 
@@ -57,6 +62,18 @@ def to_tensors(params: Mapping[Any, Any], names: Names) -> dict[str, np.ndarray]
         names(path)[0]: np.ascontiguousarray(np.asarray(leaf, np.float32).transpose(TO_TORCH[leaf.ndim]))
         for path, leaf in leaves(params)
     }
+
+
+def with_no_class(embedding: np.ndarray) -> np.ndarray:
+    """Return the linear layer that embeds classes and "no class", in PyTorch's layout, from a table of embeddings.
+
+    Args:
+        embedding: (n, E), a row for each class.
+
+    Returns:
+        (E, n + 1). The last column is zeros, with which the network is that without an embedding of classes.
+    """
+    return np.concatenate([embedding, np.zeros_like(embedding[:1])]).T
 
 
 def to_params(tensors: Mapping[str, np.ndarray], expected: Mapping[Any, Any], names: Names, where: str) -> dict:

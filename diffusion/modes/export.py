@@ -1,4 +1,4 @@
-"""--mode=export: a folder that diffusers' pipelines load as it is, with a model card, ready to be uploaded."""
+"""--mode=export: a folder that diffusers loads as it is, with a model card, or the parameters as named arrays."""
 
 import contextlib
 import inspect
@@ -10,13 +10,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from diffusion import build, compat, workdir
 from diffusion.build import Experiment
 from diffusion.interop import diffusers, diffusers_export
+from diffusion.interop.tensors import to_arrays
 from diffusion.networks import unet
 from diffusion.runtime import hosts, mesh
-from diffusion.util import naming, read_json, say, versions, write_text
+from diffusion.util import naming, read_json, versions, write_json, write_text
 
 CARD = """---
 library_name: diffusers
@@ -41,7 +43,7 @@ A denoising diffusion model of {size} images, {count:,} parameters.
 {record}
 """
 
-USAGE = """```python
+PIPELINES = """```python
 from diffusers import DDIMPipeline, DDPMPipeline
 
 ddpm = DDPMPipeline.from_pretrained('PATH_OR_ID')
@@ -49,7 +51,7 @@ ddpm(batch_size=4, num_inference_steps={T}).images
 ddim = DDIMPipeline.from_pretrained('PATH_OR_ID')
 ddim(batch_size=4, num_inference_steps={short}, eta=0.0, use_clipped_model_output={clip}).images
 ```"""
-USAGE_LEARNED = """```python
+LEARNED = """```python
 from diffusers import DDPMPipeline
 
 ddpm = DDPMPipeline.from_pretrained('PATH_OR_ID')
@@ -57,6 +59,21 @@ ddpm(batch_size=4, num_inference_steps={T}).images
 ```
 
 The model learns the variance (arXiv:2102.09672). DDIMPipeline cannot use it: it expects as many outputs as inputs."""
+# No pipeline of theirs passes classes to a UNet2DModel.
+CONDITIONAL = """```python
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+unet = UNet2DModel.from_pretrained('PATH_OR_ID', subfolder='unet')
+scheduler = DDIMScheduler.from_pretrained('PATH_OR_ID', subfolder='scheduler')
+scheduler.set_timesteps({short})
+labels = torch.arange(4) % {num_classes}  # the classes are 0 to {last}{no_class}
+images = torch.randn(len(labels), {channels}, {image_size}, {image_size})  # in [-1, 1] at the end
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        output = unet(images, t, class_labels=labels).sample[:, :{channels}]  # without a learned variance
+        images = scheduler.step(output, t, images, use_clipped_model_output={clip}).prev_sample
+```"""
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -74,13 +91,17 @@ def run(config: ConfigDict, path: str) -> int:
     """
     # Resolve.
     config = workdir.resolve(config, path)
+    label_dropout = (workdir.read_config(path) or {}).get('train', {}).get('label_dropout')
+    no_class = bool(config.model.num_classes and label_dropout)  # whether the run trained an unconditional model
     exp = build.build(config)
     with naming('config.interop'):
         asked = config.interop
         step, params = workdir.load_params(exp.abstract_state(), config, path, asked.weights, asked.step)
     params = jax.tree.map(mesh.gather, params)  # all hosts take part
+    if asked.format == 'arrays':
+        return write_arrays(config, path, step, params) if hosts.is_first() else 0
     with naming('config.model'):
-        network = diffusers_network(config)
+        network = diffusers_network(config, no_class)
     with naming('config.sample'):
         scheduler = diffusers_scheduler(config, exp)
     if not hosts.is_first():
@@ -97,24 +118,41 @@ def run(config: ConfigDict, path: str) -> int:
     folder = workdir.output_folder(config, path, 'interop', 'export', f'step{step}-{asked.weights}')
     with workdir.writing(folder, SafetensorError, key='interop.folder'):  # raised when the disk is full
         diffusers_export.write(folder, theirs, network=network, scheduler=scheduler)
-        write_card(folder, config, path, step, params)
-    for file in ('README.md', 'model_index.json'):
-        say(os.path.join(folder, file))
+        write_card(folder, config, path, step, params, no_class)
+    workdir.wrote(folder, 'README.md', 'unet')
     return 0
 
 
-def diffusers_network(config: ConfigDict) -> dict[str, Any]:
+def write_arrays(config: ConfigDict, path: str, step: int, params: Any) -> int:
+    """Write the parameters in one file, each as the array that it is, and a record of what they are."""
+    folder = workdir.output_folder(config, path, 'interop', 'export', f'step{step}-{config.interop.weights}-arrays')
+    with workdir.writing(folder, SafetensorError, key='interop.folder'):
+        save_file(to_arrays(params), os.path.join(folder, 'params.safetensors'))
+        write_json(os.path.join(folder, 'record.json'), make_record(config, step, workdir.digest(params)))
+    workdir.wrote(folder, 'params.safetensors', 'record.json')
+    return 0
+
+
+def diffusers_network(config: ConfigDict, no_class: bool = False) -> dict[str, Any]:
     """Return the config.json of a UNet2DModel that equals config.model.
+
+    Args:
+        config: the config of the run.
+        no_class: whether a conditional network was also trained without classes.
 
     Raises:
         ValueError: there is none.
     """
     arguments = inspect.signature(diffusers_export.network_config).parameters
-    return diffusers_export.network_config(
-        image_size=config.data.image_size,
-        image_channels=config.data.channels,
-        **{key: value for key, value in config.model.items() if key in arguments},
-    )
+    try:
+        return diffusers_export.network_config(
+            image_size=config.data.image_size,
+            image_channels=config.data.channels,
+            no_class=no_class,
+            **{key: value for key, value in config.model.items() if key in arguments},
+        )
+    except ValueError as error:
+        raise ValueError(f'{error}; --config.interop.format=arrays exports any network, for other programs') from error
 
 
 def diffusers_scheduler(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
@@ -135,11 +173,9 @@ def diffusers_scheduler(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
     )
 
 
-def write_card(folder: str, config: ConfigDict, path: str, step: int, params: Any) -> None:
-    """Write README.md: how to use the model, its samples and likelihoods if there are any, and the run's record."""
-    digest = workdir.digest(params)
-    data = config.data
-    record = {
+def make_record(config: ConfigDict, step: int, digest: str) -> dict[str, Any]:
+    """Return {name: value} of what the parameters are, without the folders of this machine."""
+    return {
         'checkpoint step': step,
         'weights': config.interop.weights,
         'params_sha256 before export': digest,
@@ -149,21 +185,36 @@ def write_card(folder: str, config: ConfigDict, path: str, step: int, params: An
             for key, value in config[part].to_dict().items()
             if key not in workdir.INCIDENTAL
         },
-        'data.source': public(data.source),
+        'data.source': public(config.data.source),
         **({'imported from': public(config.interop.source)} if config.interop.source else {}),
         **versions(),
     }
+
+
+def write_card(folder: str, config: ConfigDict, path: str, step: int, params: Any, no_class: bool = False) -> None:
+    """Write README.md: how to use the model, its samples and likelihoods if there are any, and the run's record."""
+    digest = workdir.digest(params)
+    data, num_classes = config.data, config.model.num_classes
+    learned = config.model.variance == 'learned'
+    usage = (CONDITIONAL if num_classes else LEARNED if learned else PIPELINES).format(
+        T=config.schedule.T,
+        short=min(50, config.schedule.T),
+        clip=config.sample.clip,
+        num_classes=num_classes,
+        last=num_classes - 1,
+        no_class=f', and {num_classes} is no class' if no_class else '',
+        channels=data.channels,
+        image_size=data.image_size,
+    )
     card = CARD.format(
         title=f'{public(data.source)} at {data.image_size}×{data.image_size}, DDPM',
         size=f'{data.image_size}×{data.image_size}×{data.channels}',
         count=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        usage=(USAGE_LEARNED if config.model.variance == 'learned' else USAGE).format(
-            T=config.schedule.T, short=min(50, config.schedule.T), clip=config.sample.clip
-        ),
+        usage=usage,
         spacing=spacing_note(config.sample.spacing),
         samples=samples_section(folder, path, digest),
         likelihood=likelihood_section(folder, path, digest),
-        record='\n'.join(f'| {key} | {value} |' for key, value in record.items()),
+        record='\n'.join(f'| {key} | {value} |' for key, value in make_record(config, step, digest).items()),
     )
     write_text(os.path.join(folder, 'README.md'), card)
 

@@ -1,6 +1,7 @@
 """--mode=import_weights: a workdir from another project's weights, which every other mode accepts."""
 
 import contextlib
+import inspect
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,10 +41,8 @@ def run(config: ConfigDict, path: str) -> int:
         raise RunError(occupied or f'another host found that {path} holds a run already')
     workdir.check(config)
     source = config.interop.source
-    if config.data.labels:
-        raise RunError('config.data.labels is True, but imported networks are unconditional: use data.labels=False')
     with naming('config.interop.source'):
-        found = read(source, image_size=config.data.image_size)
+        found = read(source, config)
         config, settings = merge(config, found, source)
     with naming_files(source, settings):
         exp = build.build(config)
@@ -82,8 +81,8 @@ def run(config: ConfigDict, path: str) -> int:
     return 0
 
 
-def read(source: str, *, image_size: int) -> Found:
-    """Read the files that `source` names, as PROJECT:PLACE.
+def read(source: str, config: ConfigDict) -> Found:
+    """Read the files that `source` names, as PROJECT:PLACE; config has what they do not say.
 
     Raises:
         ValueError: the project is unknown, or the files cannot be read.
@@ -91,10 +90,13 @@ def read(source: str, *, image_size: int) -> Found:
     project, _, place = source.partition(':')
     if not place or project not in READERS:
         raise ValueError(
-            f"{source!r} must be PROJECT:PLACE, as 'diffusers:FOLDER', 'diffusers:HUB_ID' or 'ddim:FILE'; "
+            f"{source!r} must be PROJECT:PLACE, as 'diffusers:FOLDER', 'diffusers:HUB_ID', 'openai:FILE' or "
+            f"'ddim:FILE'; "
             f'PROJECT is one of {", ".join(READERS)}'
         )
-    return READERS[project](os.path.expanduser(place), image_size=image_size)
+    given = {**config.model, **config.interop, 'image_size': config.data.image_size}
+    keys = given.keys() & inspect.signature(READERS[project]).parameters
+    return READERS[project](os.path.expanduser(place), **{key: given[key] for key in keys})
 
 
 def take_weights(found: Found, expected: Any, source: str) -> dict[str, Any]:
@@ -124,6 +126,13 @@ def merge(config: ConfigDict, found: Found, source: str) -> tuple[ConfigDict, di
     """
     config = config.copy_and_resolve_references()
     settings = dict(found.settings)
+    if settings['model'].get('num_classes'):
+        # Their networks know no "no class": that row of ours is zeros, and no training has used it.
+        settings |= {'data': settings['data'] | {'labels': True}, 'train': {'label_dropout': 0.0}}
+    elif config.data.labels:
+        raise ValueError(
+            f'config.data.labels is True, but the network of {source} is unconditional: use data.labels=False'
+        )
     if 'sample' in settings:
         given = config.command.overrides
         settings['sample'] = {k: value for k, value in settings['sample'].items() if f'sample.{k}' not in given}

@@ -5,11 +5,12 @@ the table below: faster networks with the same parameter tree.
 """
 
 from diffusion.networks import cpu, gpu, plain
+from diffusion.networks.adm import ADM
 from diffusion.networks.program import Program
 from diffusion.networks.streams import make_rngs
 from diffusion.networks.unet import UNet
 
-NETWORKS = {'unet': UNet}
+NETWORKS = {'unet': UNet, 'adm': ADM}
 IMPLEMENTATIONS = {'plain': plain, 'cpu': cpu, 'gpu': gpu}
 
-__all__ = ['IMPLEMENTATIONS', 'NETWORKS', 'Program', 'UNet', 'make_rngs']
+__all__ = ['ADM', 'IMPLEMENTATIONS', 'NETWORKS', 'Program', 'UNet', 'make_rngs']

@@ -151,6 +151,20 @@ class Attention(nnx.Module):
         return x + self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
 
 
+class Label(nnx.Linear):
+    """The embedding of classes, (B,) → (B, E). The last row is that of −1, no class.
+
+    It is a matrix product, because GPUs do not fix the order in which the gradient of a lookup is summed.
+    """
+
+    def __init__(self, num_classes: int, emb_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(1.0)
+        super().__init__(num_classes + 1, emb_dim, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, labels: Int[Array, 'B']) -> Embedding:  # type: ignore[override]
+        return super().__call__(jax.nn.one_hot(labels % self.in_features, self.in_features))
+
+
 class Stage(nnx.Module):
     """The blocks of one resolution, of the encoder or the decoder."""
 
@@ -249,7 +263,7 @@ class UNet(nnx.Module):
         Raises:
             ValueError: sizes do not fit together; the message names them.
         """
-        _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups, head_channels)
+        check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups, head_channels)
         widths = [channels * m for m in multipliers]
         sizes = [image_size >> level for level in range(len(widths))]
         emb_dim = 4 * channels
@@ -292,11 +306,7 @@ class UNet(nnx.Module):
 
         self.norm_out = self.GroupNorm(width, groups, epsilon=norm_epsilon, rngs=rngs)
         self.conv_out = self.Conv(width, out_channels or image_channels, (3, 3), **layer | dict(kernel_init=zeros))
-
-        # A matrix product, because GPUs do not fix the order in which the gradient of a lookup is summed. The last row
-        # is no class.
-        embedding: dict[str, Any] = layer | dict(kernel_init=nnx.initializers.normal(1.0), use_bias=False)
-        self.label = nnx.Linear(num_classes + 1, emb_dim, **embedding) if num_classes else None
+        self.label = Label(num_classes, emb_dim, dtype=dtype, rngs=rngs) if num_classes else None
 
     def __call__(
         self,
@@ -325,9 +335,7 @@ class UNet(nnx.Module):
 
         emb = self.time2(nnx.silu(self.time1(time_embedding(t, *self.embedding))))
         if self.label is not None:
-            rows = self.label.in_features
-            labels = jnp.full(t.shape, -1) if labels is None else labels
-            emb += self.label(jax.nn.one_hot(labels % rows, rows))
+            emb += self.label(jnp.full(t.shape, -1) if labels is None else labels)
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down:
@@ -348,7 +356,16 @@ class UNet(nnx.Module):
         return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
 
 
-def _check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups, head_channels):
+def check(
+    image_size: int,
+    channels: int,
+    multipliers: Sequence[int],
+    num_blocks: int,
+    attention_resolutions: Sequence[int],
+    dropout: float,
+    groups: int,
+    head_channels: int,
+) -> None:
     """Raise ValueError if sizes do not fit together."""
     if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
         raise ValueError(f'multipliers is {multipliers}, but must be positive integers, one per resolution')

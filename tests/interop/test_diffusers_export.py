@@ -39,18 +39,31 @@ SCHEDULE = dict(
 )
 
 
-@pytest.mark.parametrize('choices', [{}, HO, {'variance': 'learned'}])
+ADM = dict(network='adm', scale_shift_norm=True, resblock_updown=False, num_heads=0)
+
+
+@pytest.mark.parametrize('choices', [{}, HO, ADM, {'num_classes': 7}, {'variance': 'learned'}])
 def test_a_network_reads_back(choices):
     network = NETWORK | choices
     settings = diffusers.network_settings(diffusers_export.network_config(**network), 'config.json')
     found = settings['model'] | {f'image_{key.removeprefix("image_")}': v for key, v in settings['data'].items()}
-    assert found.pop('first_level') == 0
-    assert found == network
+    assert (found.pop('first_level'), found.pop('level_scale')) == (0, 1)
+    assert found == {'network': 'unet', 'num_classes': 0, 'variance': 'fixed'} | network
 
 
-def test_a_network_without_an_equal_is_refused():
-    with pytest.raises(ValueError, match=r'multipliers is \(2, 2\), but its first entry must be 1'):
-        diffusers_export.network_config(**NETWORK | {'multipliers': (2, 2)})
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        ({'multipliers': (2, 2)}, r'multipliers is \(2, 2\), but its first entry must be 1'),
+        ({'network': 'two_layers'}, "network is 'two_layers'"),
+        ({'level_scale': 0.25}, 'level_scale is 0.25'),
+        (ADM | {'resblock_updown': True}, 'resblock_updown is True'),
+        (ADM | {'head_channels': 0, 'num_heads': 4}, 'num_heads is 4'),
+    ],
+)
+def test_a_network_without_an_equal_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        diffusers_export.network_config(**NETWORK | change)
 
 
 @pytest.mark.parametrize(
@@ -105,3 +118,19 @@ def test_a_pipeline_is_written_as_diffusers_lays_it_out(tmp_path):
     }
     assert tensors['conv_in.weight'][3, 0, 1, 2] == np.float32(params['conv_in']['kernel'][1, 2, 0, 3])
     assert diffusers.read(str(tmp_path / 'ours')).settings['model']['multipliers'] == (1, 2, 4)
+
+
+@pytest.mark.parametrize('no_class', [False, True])
+def test_classes_read_back(no_class, tmp_path):
+    """The row of no class is exported only if it was trained, as one more class. There is no pipeline for classes."""
+    network = diffusers_export.network_config(**NETWORK | {'num_classes': 2}, no_class=no_class)
+    kernel = np.arange(12, dtype=np.float32).reshape(3, 4)
+    scheduler = diffusers_export.scheduler_config(**SCHEDULE)
+    diffusers_export.write(str(tmp_path), {'label': {'kernel': kernel}}, network=network, scheduler=scheduler)
+    assert not (tmp_path / 'model_index.json').exists()
+    table = load_file(tmp_path / WEIGHTS)['class_embedding.weight']
+    np.testing.assert_array_equal(table, kernel if no_class else kernel[:2])
+    found = diffusers.read(str(tmp_path))
+    assert found.settings['model']['num_classes'] == len(table)
+    layer = found.weights['params']['class_embedding.weight'].T  # our kernel
+    np.testing.assert_array_equal(layer, np.concatenate([table, np.zeros((1, 4))]))

@@ -24,9 +24,9 @@ def read(place):
 @pytest.mark.parametrize(
     ('key', 'value'),
     [
-        ('num_class_embeds', 10),
+        ('num_class_embeds', 0),
         ('class_embed_type', 'timestep'),
-        ('resnet_time_scale_shift', 'scale_shift'),
+        ('resnet_time_scale_shift', 'ada_group'),
         ('time_embedding_type', 'fourier'),
         ('time_embedding_dim', 64),
         ('flip_sin_to_cos', 'yes'),
@@ -169,6 +169,7 @@ def test_the_config_of_the_google_ddpms():
     assert diffusers.network_settings(config, 'config.json') == {
         'data': {'image_size': 32, 'channels': 3},
         'model': {
+            'network': 'unet', 'num_classes': 0, 'level_scale': 1.0,
             'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2, 'attention_resolutions': (16,),
             'groups': 32, 'dropout': 0.0, 'first_level': 0, 'head_channels': 0, 'norm_epsilon': 1e-6,
             'variance': 'fixed', 'downsample_padding': 0, 'embedding_order': 'sin_cos', 'embedding_shift': 1,
@@ -184,6 +185,16 @@ def test_twice_as_many_outputs_are_a_learned_variance(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {'variance_type': 'learned_range'}))
     settings = read(folder).settings
     assert (settings['model']['variance'], settings['sample']['variance']) == ('learned', 'auto')
+
+
+def test_scale_and_shift_are_openai_s(tmp_path):
+    """But not if attention in the middle has no norm, as it has none without a number of groups of its own."""
+    folder = fixture.changed(tmp_path / 'with', fixture.NETWORK, resnet_time_scale_shift='scale_shift')
+    with pytest.raises(ValueError, match='attn_norm_num_groups is None, but must be norm_num_groups, 2'):
+        read(folder)
+    changes = dict(resnet_time_scale_shift='scale_shift', attn_norm_num_groups=2)
+    model = read(fixture.changed(tmp_path / 'without', fixture.NETWORK, **changes)).settings['model']
+    assert model['network'] == 'adm' and model['scale_shift_norm'] and not model['resblock_updown']
 
 
 def test_a_network_without_a_scheduler_leaves_schedule_and_sampling_open():

@@ -19,7 +19,8 @@ NAME = 'down_blocks.1.resnets.0.conv1.weight'
 def expected():
     """The shapes of our parameters for the tiny pipeline's network."""
     settings = diffusers.read(str(PIPELINE)).settings
-    model = {k: v for k, v in settings['model'].items() if k not in ('kind', 'first_level', 'variance')}
+    others = ('network', 'variance', 'kind', 'first_level', 'level_scale')
+    model = {k: v for k, v in settings['model'].items() if k not in others}
     size = {'image_size': settings['data']['image_size'], 'image_channels': settings['data']['channels']}
 
     def make():

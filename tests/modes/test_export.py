@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
+from jax.tree_util import tree_leaves_with_path
+from safetensors.numpy import load_file
 
 from diffusion.configs import workdir as configs_workdir
 from diffusion.modes import export
 from diffusion.util import RunError
-from tests.runs import make_run, random_params, tiny
+from tests.runs import make_run, quick, random_params, tiny
 
 
 def run_of(path, config):
@@ -52,9 +55,24 @@ def test_the_card_does_not_tell_where_pictures_lie(tmp_path):
 def test_a_network_that_diffusers_cannot_express_is_refused(tmp_path):
     config = tiny({'model.multipliers': (2,)})
     run = run_of(tmp_path / 'run', config)
-    with pytest.raises(RunError, match=r'config\.model: multipliers is \(2,\)'):
+    with pytest.raises(RunError, match=r'config\.model: multipliers is \(2,\).*interop\.format=arrays'):
         export.run(config, str(run))
     assert not (run / 'export').exists()
+
+
+def test_any_network_is_exported_as_named_arrays(tmp_path):
+    """Also one that this project does not have, without the folders of this machine."""
+    config = quick({'interop.format': 'arrays', 'data.cache_dir': str(tmp_path / 'private')})
+    params = random_params(config, 1)
+    run = make_run(tmp_path / 'run', config, 1, params=params, ema=params)
+    assert export.run(config, str(run)) == 0
+    folder = run / 'export' / 'step1-ema-arrays'
+    arrays = load_file(folder / 'params.safetensors')
+    expected = {'.'.join(str(key.key) for key in path): leaf for path, leaf in tree_leaves_with_path(params)}
+    assert arrays.keys() == expected.keys() and len(arrays) > 2
+    assert all(np.array_equal(arrays[name], leaf) for name, leaf in expected.items())
+    record = (folder / 'record.json').read_text()
+    assert json.loads(record)['model.network'] == config.model.network and 'private' not in record
 
 
 @pytest.mark.parametrize(

@@ -223,13 +223,13 @@ def assert_not_imported(tmp_path, source, *words, **changes):
 
 def test_sources_that_name_no_project_or_no_place(tmp_path):
     for source in ('', 'diffusers:', 'torch:model.pt'):
-        assert_not_imported(tmp_path, source, f'{source!r} must be', "'diffusers:FOLDER'", 'diffusers, ddim')
+        assert_not_imported(tmp_path, source, f'{source!r} must be', "'diffusers:FOLDER'", 'diffusers, openai, ddim')
 
 
 @pytest.mark.parametrize(
     ('file', 'key', 'value'),
     [
-        (fixture.NETWORK, 'num_class_embeds', 10),  # refused by the reader
+        (fixture.NETWORK, 'class_embed_type', 'timestep'),  # refused by the reader
         (fixture.NETWORK, 'dropout', 'none'),  # of a type that the config does not accept
         (fixture.SCHEDULER, 'beta_end', [0.1]),
         (fixture.SCHEDULER, 'beta_end', -0.1),  # outside the limits of the key

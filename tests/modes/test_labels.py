@@ -396,7 +396,7 @@ def test_labels_cannot_be_turned_on_or_exported_later(trained, tmp_path):
     make_run(tmp_path, config, 3, params=random_params(config, 1), ema=random_params(config, 2))
     with pytest.raises(RunError, match=r'config.data.labels: False there, True asked'):
         sample.run(conditional(), str(tmp_path))
-    refused(export, conditional(), trained, 'data.labels', 'diffusers')
+    refused(export, conditional(), trained, "network is 'two layers'", 'diffusers')
 
 
 def test_the_configs_are_those_they_are_named_after_with_labels():

@@ -145,6 +145,14 @@ OTHERS = {
     'parts of Ho': dict(
         sample_size=8, block_out_channels=(8, 16, 16, 16), downsample_padding=0, norm_eps=1e-6, flip_sin_to_cos=False
     ),
+    'scale and shift': dict(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+        up_block_types=('AttnUpBlock2D', 'UpBlock2D'),
+        resnet_time_scale_shift='scale_shift',
+        attn_norm_num_groups=4,
+    ),
 }
 
 
@@ -175,6 +183,49 @@ def test_networks_of_others(name, tmp_path):
     assert export.run(configs_workdir.get_config(str(path)), str(path)) == 0
     again = diffusers.DDPMPipeline.from_pretrained(path / 'export' / 'step0-ema').unet
     assert distance(call(again, x, t - 1), call(network, x, t - 1)) < 1e-6
+
+
+def test_networks_of_classes(tmp_path):
+    """Equal outputs by class, and back to the same network; trained with hidden labels, with one more class."""
+    network = randomized(
+        diffusers.UNet2DModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+            up_block_types=('AttnUpBlock2D', 'UpBlock2D'),
+            layers_per_block=1,
+            norm_num_groups=4,
+            num_class_embeds=10,
+        )
+    )
+    folder, path = save_pipeline(tmp_path / 'theirs', network), tmp_path / 'ours'
+    import_to(path, f'diffusers:{folder}')
+    config = configs_workdir.get_config(str(path))
+    assert config.data.labels and config.model.num_classes == 10
+    x, t = inputs({'image_size': 8, 'image_channels': 3}, t=[1, 2, 38, 1000])
+    labels = np.array([3, 0, 9, 9], np.int32)
+
+    def their_output(network, labels, t=t):
+        images = torch.as_tensor(x).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            output = network(images, torch.as_tensor(t - 1), class_labels=torch.as_tensor(labels).long()).sample
+        return output.permute(0, 2, 3, 1)
+
+    exp = build.build(config)
+    _, params = workdir.load_params(exp.abstract_state(), config, str(path), 'ema')
+    ours = jit(lambda labels: exp.network.net(params, labels)(x, t))
+    assert distance(ours(labels), their_output(network, labels)) < 1e-5
+
+    assert export.run(config, str(path)) == 0
+    again = diffusers.UNet2DModel.from_pretrained(path / 'export' / 'step0-ema', subfolder='unet')
+    assert distance(their_output(again, labels), their_output(network, labels)) < 1e-6
+
+    config.train.label_dropout = 0.1
+    own = make_run(tmp_path / 'trained', config, 5, params=params, ema=params)
+    assert export.run(config, str(own)) == 0
+    again = diffusers.UNet2DModel.from_pretrained(own / 'export' / 'step5-ema', subfolder='unet')
+    some = np.array([3, -1, 9, -1], np.int32)
+    assert distance(ours(some), their_output(again, some % 11)) < 1e-5
 
 
 @pytest.mark.parametrize(
