@@ -1,5 +1,6 @@
 """From a config to objects: each part is what the config asks for, and errors name the key."""
 
+import dataclasses
 import types
 
 import jax
@@ -108,6 +109,8 @@ def test_a_network_counts_levels_from_its_first(monkeypatch, first_level):
     shift = 1 - first_level
     assert network.net(params)(x, t)[:, 0, 0, 0].tolist() == [1 - shift, 4 - shift]
     assert network.net(params, dropout_key=jax.random.key(1))(x, t)[0, 0, 0, 0] == 101 - shift
+    scaled = dataclasses.replace(network, level_scale=0.25)  # as where T = 4000 levels were trained as 0 … 1000
+    assert scaled.net(params)(x, t)[:, 0, 0, 0].tolist() == [(1 - shift) / 4, (4 - shift) / 4]
 
 
 def test_a_run_starts_with_equal_averages_and_counts_of_zero():

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from diffusion.modes import sample, train
 from tests.runs import checkpoint, tiny
@@ -21,6 +22,7 @@ ADM = {
 }
 
 
+@pytest.mark.slow
 def test_it_trains_and_draws_by_class(tmp_path):
     assert train.run(tiny(ADM), str(tmp_path)) == 0
     arrays = checkpoint(tmp_path, 2)
