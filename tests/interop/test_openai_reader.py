@@ -6,6 +6,7 @@ tests/peers/test_openai.py compares outputs; tests/peers/openai_network.py has a
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,9 +17,8 @@ from diffusion.configs import workdir as configs_workdir
 from diffusion.interop import READERS, openai
 from diffusion.interop.tensors import leaves, to_params, with_no_class
 from diffusion.modes import import_weights, sample
-from diffusion.networks import ADM
+from diffusion.networks import ADM, rngs
 from diffusion.util import RunError
-from tests.networks.test_adm import Keys
 from tests.runs import tiny
 
 # Some names and shapes of 64x64_diffusion.pt: 192 channels × (1, 2, 3, 4), three blocks, attention at 32, 16 and 8.
@@ -66,7 +66,7 @@ PUBLISHED = {
 @functools.cache
 def abstract(**settings):
     shared = dict(dropout=0.0, groups=32, dtype=jnp.float32)
-    state = nnx.state(nnx.eval_shape(lambda: ADM(**settings, **shared, rngs=Keys())))
+    state = nnx.state(nnx.eval_shape(lambda: ADM(**settings, **shared, rngs=rngs(params=jax.random.key(0)))))
     return nnx.to_pure_dict(state)
 
 

@@ -11,9 +11,13 @@ from tests.runs import checkpoint, tiny
 ADM = {
     'model.network': 'adm',
     'model.num_blocks': 1,
+    'model.resblock_updown': True,
+    'model.multipliers': (1, 1),
     'model.num_heads': 2,
+    'model.variance': 'learned',
     'data.labels': True,
     'train.label_dropout': 0.5,
+    'train.loss': 'hybrid',
     'train.num_steps': 2,
     'sample.num_images': 2,
     'sample.num_steps': 2,
@@ -27,6 +31,7 @@ def test_it_trains_and_draws_by_class(tmp_path):
     assert train.run(tiny(ADM), str(tmp_path)) == 0
     arrays = checkpoint(tmp_path, 2)
     assert arrays["params['mid1']['time']['kernel']"].shape == (32, 16)  # scale and shift
+    assert arrays["params['conv_out']['kernel']"].shape == (3, 3, 8, 2)  # of the mean and of the variance
     assert all(np.isfinite(array).all() for array in arrays.values())
     assert sample.run(tiny(ADM), str(tmp_path)) == 0
     (file,) = tmp_path.glob('samples/*guidance2*/samples.npz')
