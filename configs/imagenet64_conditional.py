@@ -3,8 +3,8 @@
     make prepare DATASET=imagenet_resized/64x64
     diffusion --config=imagenet64_conditional --workdir=runs/imagenet64_conditional
 
-Dhariwal & Nichol 2021 (arXiv:2105.05233, appendix I) trained 540,000 steps of 2,048 images, for 913 V100-days. To
-draw with their weights, which the importer recognizes by the file's name:
+Dhariwal & Nichol 2021 (arXiv:2105.05233) trained 540,000 steps of 2,048 images. To draw with their weights, which the
+importer recognizes by the file's name:
 
     diffusion --config=imagenet64_conditional --workdir=runs/openai --mode=import_weights \\
         --config.interop.source=openai:/path/64x64_diffusion.pt
