@@ -17,7 +17,7 @@ from diffusion.configs import workdir as configs_workdir
 from diffusion.interop import READERS, openai
 from diffusion.interop.tensors import leaves, to_params, with_no_class
 from diffusion.modes import import_weights, sample
-from diffusion.networks import ADM, rngs
+from diffusion.networks import ADM, make_rngs
 from diffusion.util import RunError
 from tests.runs import tiny
 
@@ -66,7 +66,7 @@ PUBLISHED = {
 @functools.cache
 def abstract(**settings):
     shared = dict(dropout=0.0, groups=32, dtype=jnp.float32)
-    state = nnx.state(nnx.eval_shape(lambda: ADM(**settings, **shared, rngs=rngs(params=jax.random.key(0)))))
+    state = nnx.state(nnx.eval_shape(lambda: ADM(**settings, **shared, rngs=make_rngs(params=jax.random.key(0)))))
     return nnx.to_pure_dict(state)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diffusion.networks import make_rngs
 from diffusion.networks.adm import ADM, ResBlock
-from diffusion.networks.rngs import rngs
 from diffusion.networks.unet import Attention, UNet
 from tests.jaxprs import equations
 from tests.networks.test_unet import QUICK, abstract, count, random_state
@@ -44,7 +44,7 @@ X, T = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.array([3, 700])
 
 
 def make(**settings):
-    return nnx.eval_shape(lambda: ADM(**settings, rngs=rngs(params=jax.random.key(0))))
+    return nnx.eval_shape(lambda: ADM(**settings, rngs=make_rngs(params=jax.random.key(0))))
 
 
 # Counted over the names and shapes in the checkpoints, as tests/peers/openai_network.py lists them. They are the 296M
@@ -91,7 +91,7 @@ def test_remat_recomputes_each_block(resblock_updown):
 def test_a_block_starts_as_what_it_does_to_the_size():
     """The average of 2×2 pixels, each pixel four times, or the identity."""
     parts = dict(groups=4, norm_epsilon=1e-5, dropout=0.0, dtype=jnp.float32, scale_shift_norm=True)
-    parts['rngs'] = rngs(params=jax.random.key(0))
+    parts['rngs'] = make_rngs(params=jax.random.key(0))
     x, emb = jax.random.normal(jax.random.key(1), (2, 4, 4, 8)), jnp.ones((2, 16))
     blocks = {name: ResBlock(8, 8, 16, resize=name, **parts) for name in ('same', 'half', 'double')}
     found = jit(lambda x, emb: {name: block(x, emb) for name, block in blocks.items()})(x, emb)
