@@ -71,7 +71,7 @@ class Network:
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
         """The structure of the module. Raises ValueError if the module refuses its arguments."""
-        return nnx.split(nnx.eval_shape(lambda: self.make(make_rngs(default=jax.random.key(0)))))[0]
+        return nnx.split(nnx.eval_shape(lambda: self.make(make_rngs(default=0))))[0]
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Return initial parameters."""

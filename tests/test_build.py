@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from diffusion import build, schedule
-from diffusion.networks import IMPLEMENTATIONS, NETWORKS
+from diffusion.networks import IMPLEMENTATIONS, NETWORKS, make_rngs
 from diffusion.runtime import hosts, mesh
 from diffusion.util import RunError
 from tests.runs import quick, tiny
@@ -76,7 +76,7 @@ def test_auto_is_the_implementation_for_the_devices():
 def test_the_implementation_that_is_asked_for_is_used(name):
     exp = build.build(tiny({'model.implementation': name}))
     assert exp.implementation is IMPLEMENTATIONS[name]
-    network = nnx.eval_shape(lambda: exp.network.make(nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: exp.network.make(make_rngs(default=0)))
     assert type(network) is (NETWORKS | IMPLEMENTATIONS[name].NETWORKS)['unet']
 
 
@@ -96,7 +96,7 @@ class Told(nnx.Module):
 def test_a_network_gets_the_keys_that_it_names(monkeypatch):
     monkeypatch.setitem(NETWORKS, 'told', Told)
     exp = build.build(tiny({'model.network': 'told', 'model.dtype': 'bfloat16'}))
-    assert exp.network.make(nnx.Rngs(0)).given == (8, 1, jnp.bfloat16, 8)
+    assert exp.network.make(make_rngs(default=0)).given == (8, 1, jnp.bfloat16, 8)
 
 
 @pytest.mark.parametrize('first_level', [0, 1])

@@ -13,7 +13,7 @@ class Stream(nnx.RngStream):
     search through all operations so far, which made the tracing of a U-Net quadratic in its size.
     """
 
-    def __init__(self, key: jax.Array, *, tag: str):
+    def __init__(self, key: jax.Array | int, *, tag: str):
         super().__init__(key, tag=tag)
         self.count: Any = 0
 
@@ -22,8 +22,8 @@ class Stream(nnx.RngStream):
         return jax.random.fold_in(self.key[...], self.count - 1)
 
 
-def make_rngs(**keys: jax.Array) -> nnx.Rngs:
-    """Return the `nnx.Rngs` of these streams, such as default=key or dropout=key, with typed keys."""
+def make_rngs(**keys: jax.Array | int) -> nnx.Rngs:
+    """Return the `nnx.Rngs` of these streams, such as default=key or dropout=key, with typed keys or seeds."""
     streams = nnx.Rngs()
     for tag, key in keys.items():
         setattr(streams, tag, Stream(key, tag=tag))

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from diffusion.interop import diffusers
 from diffusion.interop.tensors import to_params, to_tensors
-from diffusion.networks import NETWORKS
+from diffusion.networks import NETWORKS, make_rngs
 from tests.interop.fixture import PIPELINE, WEIGHTS
 
 NAME = 'down_blocks.1.resnets.0.conv1.weight'
@@ -24,7 +24,7 @@ def expected():
     size = {'image_size': settings['data']['image_size'], 'image_channels': settings['data']['channels']}
 
     def make():
-        return nnx.state(NETWORKS['unet'](**model, **size, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+        return nnx.state(NETWORKS['unet'](**model, **size, dtype=jnp.float32, rngs=make_rngs(default=0)))
 
     return nnx.to_pure_dict(nnx.eval_shape(make))
 

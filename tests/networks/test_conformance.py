@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from diffusion.configs import digits
-from diffusion.networks import IMPLEMENTATIONS, NETWORKS, cpu
+from diffusion.networks import IMPLEMENTATIONS, NETWORKS, cpu, make_rngs
 from diffusion.networks.cpu import unet as cpu_unet
 from tests.jaxprs import equations
 from tests.xla_flags import FAST_TO_COMPILE
@@ -58,7 +58,7 @@ LARGE = 2**14  # so that the backward pass recomputes some activations of these 
 def build(network, name, **settings):
     """(graph, parameters): all parameters are random, so that each of them has an effect."""
     make = functools.partial(network, **SHAPES[name], dtype=jnp.float32, **settings)
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=make_rngs(default=0))))
     draw = np.random.default_rng(0)
 
     def parameter(leaf):
@@ -73,7 +73,7 @@ def function(network, name, *, dropout, remat):
     graph, params = build(network, name, dropout=dropout or 0.0, remat=remat)
 
     def apply(params, x, t):
-        mode = {} if dropout is None else dict(deterministic=False, rngs=nnx.Rngs(dropout=7))
+        mode = {} if dropout is None else dict(deterministic=False, rngs=make_rngs(dropout=7))
         return nnx.merge(graph, params)(x, t, **mode)
 
     return apply, params

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diffusion.networks import make_rngs
 from diffusion.networks.cpu import unet
 from diffusion.networks.cpu.unet import Attention, GroupNorm, ResBlock, UNet
 from tests.xla_flags import FAST_TO_COMPILE
 
 QUICK = {name: json.loads(value) for name, value in re.findall(r'--(\w+)=(\w+)', FAST_TO_COMPILE)}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
-PARTS = dict(groups=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+PARTS = dict(groups=4, dtype=jnp.float32, rngs=make_rngs(default=0))
 
 
 def block(*channels, dropout=0.0):
@@ -31,7 +32,7 @@ def block(*channels, dropout=0.0):
 def test_the_norm_is_that_of_its_definition(shape, groups):
     """In float64: (x − mean)/√(variance + ε)·scale + bias over the pixels and channels of each group."""
     draw = np.random.default_rng(0)
-    norm = GroupNorm(shape[-1], groups, epsilon=1e-6, rngs=nnx.Rngs(0))
+    norm = GroupNorm(shape[-1], groups, epsilon=1e-6, rngs=make_rngs(default=0))
     x, scale, bias = draw.normal(size=shape) * 3 + 1, *draw.normal(size=(2, shape[-1]))
     norm.scale[...], norm.bias[...] = jnp.float32(scale), jnp.float32(bias)
     parts = x.reshape(shape[0], -1, groups, shape[-1] // groups)
@@ -42,7 +43,7 @@ def test_the_norm_is_that_of_its_definition(shape, groups):
 
 def test_norms_of_half_precision_are_computed_in_float32():
     draw = np.random.default_rng(0)
-    norm = GroupNorm(8, 2, rngs=nnx.Rngs(0))
+    norm = GroupNorm(8, 2, rngs=make_rngs(default=0))
     x, weight = (jnp.asarray(draw.normal(size=(2, 8, 8, 8)) + 3, jnp.bfloat16) for _ in range(2))
     single = x.astype(jnp.float32)
     assert jit(norm)(x).dtype == jnp.float32
@@ -104,10 +105,10 @@ def test_rules_of_the_backward_pass(monkeypatch, training, remat):
         monkeypatch.setattr(unet, name, lambda run, name=name: used.append(name) or run)
     settings = dict(image_size=8, image_channels=1, channels=8, multipliers=(1, 2), num_blocks=1, dropout=0.0)
     make = dict(attention_resolutions=(4,), groups=4, dtype=jnp.float32, remat=remat)
-    graph, state = nnx.split(nnx.eval_shape(lambda: UNet(**settings, **make, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: UNet(**settings, **make, rngs=make_rngs(default=0))))
 
     def call(state):
-        mode = dict(deterministic=False, rngs=nnx.Rngs(dropout=0)) if training else {}
+        mode = dict(deterministic=False, rngs=make_rngs(dropout=0)) if training else {}
         return nnx.merge(graph, state)(jnp.zeros((1, 8, 8, 1)), jnp.array([1]), **mode)
 
     jax.eval_shape(call, state)

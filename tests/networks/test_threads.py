@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffusion.networks import cpu
+from diffusion.networks import cpu, make_rngs
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -19,7 +19,7 @@ def network(image_size, channels, multipliers, attention):
     settings = dict(image_size=image_size, image_channels=1, channels=channels, multipliers=multipliers, num_blocks=1)
     more = dict(attention_resolutions=attention, dropout=0.1, groups=8, dtype=jnp.float32)
     make = functools.partial(cpu.NETWORKS['unet'], **settings, **more)
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=make_rngs(default=0))))
     draw = np.random.default_rng(0)
 
     def parameter(leaf):
@@ -51,7 +51,9 @@ def training(*, batch=16):
 
     def gradients(params, key):
         def loss(params):
-            return (nnx.merge(graph, params)(x, jnp.arange(batch), deterministic=False, rngs=nnx.Rngs(key)) ** 2).mean()
+            return (
+                nnx.merge(graph, params)(x, jnp.arange(batch), deterministic=False, rngs=make_rngs(default=key)) ** 2
+            ).mean()
 
         return jax.grad(loss)(params)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diffusion.networks import make_rngs
 from diffusion.networks.unet import Attention, GroupNorm, ResBlock, UNet, advance, time_embedding
 from tests.xla_flags import FAST_TO_COMPILE
 
@@ -33,7 +34,7 @@ jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def abstract(**settings):
-    return nnx.eval_shape(lambda: UNet(**settings, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: UNet(**settings, rngs=make_rngs(default=0)))
 
 
 def count(network):
@@ -109,7 +110,7 @@ def test_the_advanced_layer_returns_at_t_what_the_layer_returns_at_the_next_leve
 
 
 def test_an_initial_network_returns_zero():
-    fresh = jit(lambda key: UNet(**SMALL, rngs=nnx.Rngs(key))(X, jnp.array([1, 2])))
+    fresh = jit(lambda key: UNet(**SMALL, rngs=make_rngs(default=key))(X, jnp.array([1, 2])))
     np.testing.assert_array_equal(fresh(jax.random.key(0, impl='unsafe_rbg')), 0)  # quick to compile
 
 
@@ -126,7 +127,7 @@ def test_each_branch_starts_at_zero():
 
     @jit
     def fresh(key, x, emb):
-        parts = dict(groups=4, dtype=jnp.float32, rngs=nnx.Rngs(key))
+        parts = dict(groups=4, dtype=jnp.float32, rngs=make_rngs(default=key))
         block = ResBlock(8, 12, 16, dropout=0.0, **parts)
         return (block(x, emb), block.shortcut(x)), (Attention(8, **parts)(x), x)
 
@@ -139,7 +140,9 @@ def test_each_branch_starts_at_zero():
 @pytest.mark.parametrize('head_channels', [0, 4])
 def test_attention_is_that_of_its_equation(head_channels):
     """x + concat over heads of softmax(q·kᵀ/√C)·v, times Wo, + bo, over all pixels, in float64."""
-    graph, state = nnx.split(Attention(16, groups=4, head_channels=head_channels, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(
+        Attention(16, groups=4, head_channels=head_channels, dtype=jnp.float32, rngs=make_rngs(default=0))
+    )
     layers = nnx.merge(graph, random_state(state, scale=1.0))
     x = np.random.default_rng(1).normal(size=(3, 4, 2, 16))
     tokens = np.asarray(layers.norm(jnp.float32(x)), np.float64).reshape(3, 8, 16)
@@ -193,7 +196,7 @@ def test_dropout():
     x, t = jnp.ones((2, 8, 8, 1)), jnp.array([3, 3])
     without = network(x, t)
     np.testing.assert_array_equal(without, network(x, t))
-    outputs = [network(x, t, deterministic=False, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 0, 1)]
+    outputs = [network(x, t, deterministic=False, rngs=make_rngs(dropout=seed)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert np.abs(outputs[0] - outputs[2]).max() > 1e-3 and np.abs(outputs[0] - without).max() > 1e-3
     assert np.abs(outputs[0][0] - outputs[0][1]).max() > 1e-3  # each image has a mask of its own
@@ -211,7 +214,7 @@ def test_each_block_has_a_dropout_key_of_its_own(monkeypatch):
 
     @jit
     def calls(key):
-        network, rngs = UNet(**SMALL | dict(num_blocks=2), rngs=nnx.Rngs(key)), nnx.Rngs(dropout=0)
+        network, rngs = UNet(**SMALL | dict(num_blocks=2), rngs=make_rngs(default=key)), make_rngs(dropout=0)
         for _ in range(2):
             network(jnp.zeros((1, 8, 8, 1)), jnp.array([1]), deterministic=False, rngs=rngs)
         return jnp.stack(keys)
@@ -227,7 +230,7 @@ def test_remat_keeps_only_the_inputs_of_each_block_and_changes_nothing():
     checkpointed, _ = nnx.split(abstract(**SMALL | dict(dropout=0.5, remat=True)))
 
     def loss(state, graph):
-        return (nnx.merge(graph, state)(X, t, deterministic=False, rngs=nnx.Rngs(dropout=0)) ** 2).sum()
+        return (nnx.merge(graph, state)(X, t, deterministic=False, rngs=make_rngs(dropout=0)) ** 2).sum()
 
     def kept(graph):
         """Elements of what the backward pass needs, in images of the input's size."""
@@ -253,7 +256,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(network):
 def test_norms_of_half_precision_are_computed_in_float32():
     """Outputs, and gradients: the sum of several terms that nearly cancel, rounded once."""
     draw = np.random.default_rng(0)
-    norm = GroupNorm(8, 2, rngs=nnx.Rngs(0))
+    norm = GroupNorm(8, 2, rngs=make_rngs(default=0))
     x, weight = (jnp.asarray(draw.normal(size=(2, 8, 8, 8)) + 3, jnp.bfloat16) for _ in range(2))
     single = x.astype(jnp.float32)
     assert jit(norm)(x).dtype == jnp.float32

@@ -15,6 +15,7 @@ from flax import nnx
 from diffusion import compat, sampler, schedule
 from diffusion.interop import diffusers as folders
 from diffusion.interop.tensors import to_params, to_tensors
+from diffusion.networks import make_rngs
 from diffusion.networks.unet import UNet, advance
 
 torch = pytest.importorskip('torch')
@@ -136,7 +137,7 @@ def tensors_of(network):
 def our_network(network, *, attention, groups=4, **settings):
     """Our network and diffusers' weights for it: (graph, params)."""
     args = dict(attention_resolutions=attention, groups=groups, dropout=0.0, dtype=jnp.float32)
-    graph, expected = nnx.split(nnx.eval_shape(lambda: UNet(**settings, **args, rngs=nnx.Rngs(0))))
+    graph, expected = nnx.split(nnx.eval_shape(lambda: UNet(**settings, **args, rngs=make_rngs(default=0))))
     return graph, to_params(tensors_of(network), nnx.to_pure_dict(expected), folders.names, 'their network')
 
 

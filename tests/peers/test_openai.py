@@ -15,7 +15,7 @@ from diffusion.configs import workdir as configs_workdir
 from diffusion.interop import openai
 from diffusion.interop.tensors import to_params
 from diffusion.modes import import_weights
-from diffusion.networks import ADM
+from diffusion.networks import ADM, make_rngs
 from tests.runs import tiny
 
 torch = pytest.importorskip('torch')
@@ -116,7 +116,7 @@ def test_equal_outputs(name, tmp_path):
         nnx.eval_shape(
             lambda: ADM(
                 image_size=layout['size'], image_channels=found.settings['data']['channels'], dropout=0.0,
-                dtype=jnp.float32, rngs=nnx.Rngs(0), out_channels=out_channels, **settings, **asked,
+                dtype=jnp.float32, rngs=make_rngs(default=0), out_channels=out_channels, **settings, **asked,
             )
         )
     )  # fmt: skip
