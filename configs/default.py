@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.data.placement = 'auto'  # where training images are kept: device memory, or the host; auto: where they fit
 
     config.model = ConfigDict()
-    config.model.network = 'unet'  # the architecture: 'unet' is DDPM's, 'adm' OpenAI's
+    config.model.network = 'unet'  # the architecture: 'unet' is DDPM's, 'adm' OpenAI's, 'dit' a transformer
     config.model.implementation = 'auto'  # of network and training step; 'auto' is the one for the devices
     config.model.kind = 'eps'  # what the network predicts
     config.model.channels = 128  # width at full resolution; 0 chooses a network for the size and number of the images
@@ -35,6 +35,8 @@ def get_config() -> ConfigDict:
     config.model.num_blocks = 2  # residual blocks per resolution
     config.model.attention_resolutions = (16,)  # image sizes, in pixels, at which blocks are followed by attention
     config.model.groups = 32  # groups of GroupNorm
+    config.model.patch_size = 2  # height and width, in pixels, of the patches of 'dit'; divides the image size
+    config.model.depth = 12  # blocks of 'dit'
     config.model.dropout = 0.1  # probability
     # 'fixed', or 'learned' by as many outputs again, with train.loss 'hybrid' or 'vlb' (arXiv:2102.09672).
     config.model.variance = 'fixed'

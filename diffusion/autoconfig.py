@@ -1,5 +1,6 @@
 """Choose what a config leaves open (0 in data.image_size, data.channels or model.channels) from the pictures."""
 
+import inspect
 import math
 from collections import Counter
 from typing import Any
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusion import data
 from diffusion.data.sources import open_source
+from diffusion.networks import NETWORKS
 from diffusion.util import RunError, naming, say
 
 CHOSEN = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups')  # the keys of `choose_network`
@@ -50,6 +52,7 @@ def complete(config: ConfigDict) -> ConfigDict:
         if 0 < total - seen.grey <= total // 20:
             say(f'only {total - seen.grey} of {total} pictures have colour; --config.data.channels=1 makes them grey')
     if not config.model.channels:
+        require_unet(config)
         config.model.update(choose_network(config.data.image_size, seen.count))
     network = ' '.join(f'model.{key}={config.model[key]}' for key in CHOSEN).replace(', ', ',')
     say(
@@ -141,6 +144,16 @@ def leave_out(config: ConfigDict, sizes: Counter) -> None:
 def _shorter_sides(sizes: Counter) -> np.ndarray:
     """The shorter side of each picture, the shortest first."""
     return np.sort(np.repeat([min(size) for size in sizes], list(sizes.values())))
+
+
+def require_unet(config: ConfigDict) -> None:
+    """Raise RunError if a U-Net would be chosen for another kind of network, which does not take its keys."""
+    network: Any = NETWORKS[config.model.network]
+    if 'multipliers' not in inspect.signature(network.__init__ if inspect.isclass(network) else network).parameters:
+        raise RunError(
+            'config.model.channels is 0, which chooses a U-Net for the pictures, but config.model.network is '
+            f'{config.model.network!r}: give its channels'
+        )
 
 
 def choose_network(image_size: int, num_images: int) -> dict[str, Any]:

@@ -197,6 +197,8 @@ LIMITS: dict[str, Limit] = {
     'model.num_blocks': Integers(1, 64),
     'model.attention_resolutions': Sizes(),
     'model.groups': Integers(1, 2**16),
+    'model.patch_size': Integers(1, 4096),
+    'model.depth': Integers(1, 256),
     'model.dropout': Reals(0, 1, '[)'),
     'model.num_classes': Integers(0, 10**6),
     'model.first_level': OneOf(0, 1),

@@ -433,8 +433,9 @@ def require_memory(config: ConfigDict, exp: Experiment) -> None:
         held_by_device(state)
         + sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
         'the state of this network (parameters, gradient, EMA and optimizer)',
-        f'lower config.model.channels={config.model.channels} or shorten config.model.multipliers='
-        f'{tuple(config.model.multipliers)}; several devices can share the state (config.mesh.fsdp)',
+        f'lower config.model.channels={config.model.channels}, shorten config.model.multipliers='
+        f"{tuple(config.model.multipliers)}, or for 'dit' lower config.model.depth={config.model.depth}; several "
+        'devices can share the state (config.mesh.fsdp)',
     )
 
 

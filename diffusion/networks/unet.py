@@ -157,8 +157,8 @@ class Label(nnx.Linear):
     It is a matrix product, because GPUs do not fix the order in which the gradient of a lookup is summed.
     """
 
-    def __init__(self, num_classes: int, emb_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(1.0)
+    def __init__(self, num_classes: int, emb_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, std: float = 1.0):
+        init = nnx.initializers.normal(std)
         super().__init__(num_classes + 1, emb_dim, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, labels: Int[Array, 'B']) -> Embedding:  # type: ignore[override]
