@@ -1,9 +1,10 @@
 """Measurements on eight simulated devices for tests/test_devices.py, printed as JSON.
 
-    python -m tests.on_eight_devices
+    python -m tests.on_eight_devices quick|tiny [MEASUREMENT …]
 
-All measurements share one process, because starting it and compiling its programs take seconds. The network is the
-plain one, which accelerators use, unless the name of a measurement states another.
+All measurements share one process, because starting it and compiling its programs take seconds. The network is that of
+`tests.runs.quick` or `tests.runs.tiny`, in the plain implementation, which accelerators use, unless the name of a
+measurement states another.
 """
 
 import dataclasses
@@ -34,9 +35,11 @@ from diffusion.modes.sample import make_sampler
 from diffusion.networks import plain
 from diffusion.runtime import mesh as meshes
 from diffusion.schedule import timesteps
+from tests import runs
 from tests.hlo import collectives, talks_to_host
 from tests.runs import tiny
 
+NETWORK = sys.argv[1]
 STEPS = 10
 SETTINGS = {
     'train.batch_size': 32,
@@ -56,7 +59,7 @@ RUNS = {
 
 def make(data, fsdp, changes=None):
     """(config, Experiment) on a mesh of data × fsdp devices, which may be fewer than there are."""
-    config = tiny(SETTINGS | (changes or {}))
+    config = getattr(runs, NETWORK)(SETTINGS | (changes or {}))
     devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
     mesh = (
         meshes.make_mesh(fsdp) if devices.size == jax.device_count() else jax.sharding.Mesh(devices, ('data', 'fsdp'))
@@ -317,8 +320,8 @@ def properties():
 
 if __name__ == '__main__':
     meshes.MIN_SIZE_TO_SPLIT = 24  # the network is tiny, and so are its arrays
-    everything = [agreement, sharded_state, economies, evaluation, properties, guard_bites, callback_is_seen]
-    asked = sys.argv[1:] or [function.__name__ for function in everything]
+    everything = [agreement, sharded_state, evaluation, properties, guard_bites, callback_is_seen]
+    asked = sys.argv[2:] or [function.__name__ for function in everything]
     result = {'seconds': {}, 'smallest_to_split': meshes.MIN_SIZE_TO_SPLIT}
     for name in asked:
         started = time.perf_counter()

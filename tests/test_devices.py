@@ -33,13 +33,23 @@ def python(program, *args, **environment):
     )
 
 
-@pytest.fixture(scope='module')
-def seen():
-    """What tests/on_eight_devices.py measured."""
-    program = [sys.executable, '-m', 'tests.on_eight_devices']
+def measure(*arguments):
+    """What tests/on_eight_devices.py measures."""
+    program = [sys.executable, '-m', 'tests.on_eight_devices', *arguments]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope='module', params=['quick', pytest.param('tiny', marks=pytest.mark.slow)])
+def seen(request):
+    """Of a network of two layers, and of a U-Net."""
+    return measure(request.param)
+
+
+@pytest.fixture(scope='module')
+def economies():
+    return measure('tiny', 'economies')['economies']
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +80,8 @@ def test_parameters_are_those_of_one_device(runs, mesh):
     follows the rounding errors; the one for CPUs leaves the bias at zero.
     """
     off = dict(runs[mesh]['params'])
-    assert off.pop(KEYS_BIAS) == 1 or mesh != '8×1, for CPUs'  # 1: the difference is all that the plain one has
+    of_keys = off.pop(KEYS_BIAS, 1)
+    assert of_keys == 1 or mesh != '8×1, for CPUs'  # 1: the difference is all that the plain one has
     assert max(off.values()) < 1e-4
     assert np.median(list(off.values())) < 1e-6
     assert sum(value > 1e-5 for value in off.values()) <= 2
@@ -98,6 +109,10 @@ def sizes(run, kind):
     return collections.Counter(n for found, arrays, _ in run['collectives'] if found == kind for n in arrays if n > 1)
 
 
+def has_attention(runs):
+    return KEYS_BIAS in runs['8×1']['params']
+
+
 def parameters(runs):
     return collections.Counter(n for n in runs['1×1']['leaves'] if n > 1)
 
@@ -117,7 +132,7 @@ def test_data_parallel_steps_reduce_each_gradient_once_and_send_nothing_else(run
 def test_the_network_for_cpus_has_fewer_gradients_to_reduce(runs):
     """Those of the products of attention's matrices, not of the four matrices, and none of the bias of its keys."""
     assert {kind for kind, *_ in runs['8×1, for CPUs']['collectives']} == {'all-reduce'}
-    fewer = collections.Counter({8 * 8: 4 - 2, 8: 1})
+    fewer = collections.Counter({8 * 8: 4 - 2, 8: 1} if has_attention(runs) else {})
     assert sizes(runs['8×1, for CPUs'], 'all-reduce') == parameters(runs) - fewer
 
 
@@ -125,7 +140,7 @@ def test_the_network_for_cpus_has_fewer_gradients_to_reduce(runs):
 def test_split_parameters_are_gathered_once_and_no_activation_is(runs, mesh):
     assert {kind for kind, *_ in runs[mesh]['collectives']} <= {'all-gather', 'all-reduce', 'reduce-scatter'}
     split = collections.Counter(runs[mesh]['split_leaves'])
-    assert sizes(runs[mesh], 'all-gather') == split and sum(split.values()) > 20
+    assert sizes(runs[mesh], 'all-gather') == split and split
 
 
 @pytest.mark.parametrize('mesh', ['2×4', '1×8'])
@@ -134,7 +149,8 @@ def test_biases_and_scales_are_replicated(runs, seen, mesh):
     split = collections.Counter(runs[mesh]['split_leaves'])
     whole = parameters(runs) - split
     assert not split - parameters(runs) and min(split) >= seen['smallest_to_split'] > max(whole)
-    assert {8, 16} <= whole.keys()  # a bias of a convolution, and the scale of a norm over twice as many channels
+    assert 8 in whole  # a bias of a convolution
+    assert 16 in whole or not has_attention(runs)  # the scale of a norm over twice as many channels
 
 
 @pytest.mark.parametrize(('mesh', 'fsdp'), [('2×4', 4), ('1×8', 8)])
@@ -169,7 +185,9 @@ def test_batches_of_the_host_are_split_over_the_devices(runs):
 
 @pytest.mark.parametrize(('mesh', 'fsdp'), [('8×1', 1), ('2×4', 4), ('1×8', 8)])
 def test_each_device_holds_its_part_of_the_state(runs, mesh, fsdp):
-    assert runs[mesh]['state_bytes'] <= (1 / fsdp + 0.05) * runs['1×1']['state_bytes']
+    """Of the parameters, their EMA and two moments, in float32."""
+    saved = 4 * 4 * sum(runs[mesh]['split_leaves']) * (1 - 1 / fsdp)
+    assert runs[mesh]['state_bytes'] == runs['1×1']['state_bytes'] - saved
 
 
 def test_a_real_state_is_split_and_never_whole(seen):
@@ -180,16 +198,18 @@ def test_a_real_state_is_split_and_never_whole(seen):
     assert found['init_output'] + found['init_temp'] < found['init_whole'] / 4
 
 
-def test_remat_saves_memory_and_changes_nothing(seen):
+@pytest.mark.slow
+def test_remat_saves_memory_and_changes_nothing(economies):
     """With few blocks; benchmarks/scaling.py has the figures of the CIFAR-10 network."""
-    kept, temp, off = (seen['economies'][key] for key in ('kept', 'temp', 'off'))
+    kept, temp, off = (economies[key] for key in ('kept', 'temp', 'off'))
     assert kept['remat'] < 0.7 * kept['neither'] and temp['remat'] < 0.7 * temp['neither']
     assert off['remat'] < 1e-5
     assert off['other dropout'] > 0.001  # so the dropout was drawn again as it was
 
 
-def test_bfloat16_saves_memory_and_changes_little(seen):
-    kept, temp, off = (seen['economies'][key] for key in ('kept', 'temp', 'off'))
+@pytest.mark.slow
+def test_bfloat16_saves_memory_and_changes_little(economies):
+    kept, temp, off = (economies[key] for key in ('kept', 'temp', 'off'))
     assert kept['both'] < 0.95 * kept['remat'] and temp['both'] < 0.95 * temp['remat']
     assert 1e-5 < off['both'] < 0.02
 
