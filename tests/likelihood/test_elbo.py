@@ -32,9 +32,11 @@ from tests.likelihood_oracles import (
     line,
     tiny_net,
 )
+from tests.xla_flags import FUSED
 
 KEY = jax.random.key(0)
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+fused_jit = functools.partial(jax.jit, compiler_options=QUICK | FUSED)
 MEAN, STD = 0.3, 0.4  # of Gaussian data
 TOTALS = {'posterior': -1.1616, 'transition': -1.1616, 'printed': -2.9876}  # docs/derivation.md, as the next lines
 CONSISTENCY = {'transition': -0.553, 'printed': -2.379}
@@ -155,7 +157,7 @@ def test_every_term_of_gaussian_data(monkeypatch, T, levels, kind, eta, variance
     how = dict(kind=kind, eta=eta, decoder='gaussian', timesteps=levels)
     how['variance'] = variance if isinstance(variance, str) else np.array(variance)
 
-    @quick_jit
+    @fused_jit
     def program(sch, output):
         images = jnp.broadcast_to(jnp.asarray(x0, jnp.float32), (DESIGN, *shape))
         return {form: elbo(KEY, sch, line(output), images, form=form, **how) for form in FORMS}

@@ -145,6 +145,7 @@ def test_config_json_stores_class_names_in_any_script(tmp_path):
 # At the command line.
 
 
+@pytest.mark.slow
 def test_celeba_trains_from_tfds_without_tensorflow(tmp_path):
     """Two steps of configs/celeba.py with a small network."""
     pictures = [encoded(image, 'jpeg') for image in noise(6, 218, 178, 3)]

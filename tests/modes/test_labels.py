@@ -270,6 +270,7 @@ def test_a_sweep_draws_the_classes_that_are_asked_for(trained):
     np.testing.assert_array_equal(np.load(cell), draw(trained, config)[0][:4])
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_work_of_guidance(trained, tmp_path):
     """Twice that of the network, and all programs of a conditional network are planned."""
     work = []

@@ -146,6 +146,7 @@ def test_parts_of_other_images_are_not_reused(trained, monkeypatch):
         np.testing.assert_allclose(others[name], -values, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_flow_of_a_u_net_that_was_trained_with_remat(tmp_path):
     """The flow needs forward-mode derivatives, which recomputed layers do not have."""
     config = asking(tiny, quantities=('flow',), seed=17)

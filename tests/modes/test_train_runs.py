@@ -82,7 +82,9 @@ def test_metrics_are_logged_every_few_steps_and_at_the_end(unbroken, tmp_path):
     assert_bitwise(checkpoint(tmp_path, 8), checkpoint(unbroken, 8))
 
 
-@pytest.mark.parametrize('config', [quick, tiny], ids=['two layers', 'U-Net'])
+@pytest.mark.parametrize(
+    'config', [pytest.param(quick, id='two layers'), pytest.param(tiny, id='U-Net', marks=pytest.mark.slow)]
+)
 def test_two_steps_and_two_more_are_four(tmp_path, config, capsys):
     """Bit for bit."""
     whole, halves = tmp_path / 'whole', tmp_path / 'halves'

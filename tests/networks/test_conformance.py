@@ -112,14 +112,14 @@ def expected(name, dropout):
     'implementation, name, dropout, remat',
     [
         ('cpu', 'digits', None, False),
-        ('cpu', 'digits', 0.3, True),
+        pytest.param('cpu', 'digits', 0.3, True, marks=pytest.mark.slow),
         pytest.param('cpu', 'cifar10', None, False, marks=pytest.mark.slow),
         pytest.param('cpu', 'cifar10', 0.3, True, marks=pytest.mark.slow),
         ('cpu', 'odd', None, True),
         ('cpu', 'odd', 0.3, False),
         pytest.param('gpu', 'cifar10', 0.3, True, marks=pytest.mark.slow),
         ('gpu', 'odd', None, True),
-        ('gpu', 'odd', 0.3, False),
+        pytest.param('gpu', 'odd', 0.3, False, marks=pytest.mark.slow),
     ],
 )
 def test_outputs_and_derivatives_are_those_of_the_plain_network(monkeypatch, implementation, name, dropout, remat):
