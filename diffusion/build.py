@@ -245,21 +245,28 @@ def require_classes(config: ConfigDict) -> None:
         )
     if config.data.labels and not model.num_classes:
         raise ValueError('num_classes is 0, but data.labels=True: give the number of classes, or use data.labels=False')
-    if model.num_classes and 'num_classes' not in _signature(NETWORKS[model.network]).parameters:
+    able = _networks_with('num_classes')
+    if model.num_classes and model.network not in able:
         raise ValueError(
-            f'network is {model.network!r}, which takes no num_classes, but data.labels=True: use network=unet, or '
-            'data.labels=False'
+            f'network is {model.network!r}, which takes no num_classes, but data.labels=True: use one of '
+            f'{", ".join(able)}, or data.labels=False'
         )
 
 
 def require_outputs(config: ConfigDict) -> None:
     """Raise ValueError if model.variance is learned, but the network has no outputs for it."""
     model = config.model
-    if model.variance == 'learned' and 'out_channels' not in _signature(NETWORKS[model.network]).parameters:
+    able = _networks_with('out_channels')
+    if model.variance == 'learned' and model.network not in able:
         raise ValueError(
-            f"variance is 'learned', but network is {model.network!r}, which takes no out_channels: use network=unet, "
-            'or variance=fixed'
+            f"variance is 'learned', but network is {model.network!r}, which takes no out_channels: use one of "
+            f'{", ".join(able)}, or variance=fixed'
         )
+
+
+def _networks_with(argument: str) -> list[str]:
+    """The names of the networks that take an argument."""
+    return [name for name, network in NETWORKS.items() if argument in _signature(network).parameters]
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:

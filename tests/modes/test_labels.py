@@ -351,7 +351,7 @@ def test_training_with_labels_that_are_not_there_is_refused(tmp_path, monkeypatc
     refused(train, quick({'model.num_classes': 3}), tmp_path / 'run', 'config.model', 'num_classes is 3', 'data.labels')
     refused(train, conditional(model__num_classes=7), tmp_path / 'run', '10 classes', 'model.num_classes is 7')
     monkeypatch.setitem(NETWORKS, 'blind', lambda *, image_channels, rngs: None)
-    refused(train, conditional(model__network='blind'), tmp_path / 'run', "network is 'blind'", 'network=unet')
+    refused(train, conditional(model__network='blind'), tmp_path / 'run', "network is 'blind'", 'use one of unet')
     assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
