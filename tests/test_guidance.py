@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion import build, gaussian, guidance, sampler, schedule
-from diffusion.modes.sample import condition
+from diffusion.conditions import condition
 from tests import oracles
 from tests.jaxprs import equations
 from tests.runs import tiny

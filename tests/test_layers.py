@@ -18,6 +18,7 @@ ORDER = [
     '__main__',
     'cli',
     'modes',
+    'conditions',
     'build',
     'workdir',
     'autoconfig',
@@ -33,7 +34,7 @@ ORDER = [
 PAPER = ORDER[ORDER.index('guidance') :]
 SUPPLIERS = ['networks', 'data', 'runtime', 'interop', 'metrics', 'report']
 # May import suppliers and util.
-ABOVE_SUPPLIERS = ['__main__', 'cli', 'modes', 'build', 'workdir', 'autoconfig']
+ABOVE_SUPPLIERS = ['__main__', 'cli', 'modes', 'conditions', 'build', 'workdir', 'autoconfig']
 ANNOTATED = [*PAPER, 'networks', 'metrics']
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import build, workdir
+from diffusion import build, conditions, workdir
 from diffusion.build import Experiment
 from diffusion.modes import likelihood, sample, train
 from diffusion.networks import Program
@@ -95,11 +95,11 @@ def compile_sample(config: ConfigDict, exp: Experiment) -> tuple[Program, int]:
     batch = min(asked.batch_size, asked.num_images)
     batch += -batch % exp.mesh.size
     params, shape = exp.abstract_state().params, (size, size, config.data.channels)
-    guide = build.build(sample.config_of_guide(config), list(exp.mesh.devices.flat)) if asked.guide else None
+    guide = build.build(conditions.config_of_guide(config), list(exp.mesh.devices.flat)) if asked.guide else None
     if guide:
         params = params, guide.abstract_state().params
-    conditions = dict(scale=asked.guidance, interval=tuple(asked.guidance_interval), guide=guide)
-    net_of = sample.condition(exp, sample.all_classes(config), **conditions)
+    guided = dict(scale=asked.guidance, interval=tuple(asked.guidance_interval), guide=guide)
+    net_of = conditions.condition(exp, conditions.all_classes(config), **guided)
     draw = sample.follow_chain(exp, shape, kind=config.model.kind, rule=asked.rule, **chain)
     with naming('config.sample'):
         return sample.compile_draw(exp, params, draw, batch_size=batch, net_of=net_of), batch

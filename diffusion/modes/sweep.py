@@ -14,16 +14,9 @@ from ml_collections import ConfigDict
 
 from diffusion import build, sampler, workdir
 from diffusion.build import Experiment
+from diffusion.conditions import Conditions, open_conditions, require_conditions
 from diffusion.modes import evaluate
-from diffusion.modes.sample import (
-    Conditions,
-    Drawn,
-    draw_all,
-    make_draw,
-    open_conditions,
-    require_conditions,
-    settings_sha256,
-)
+from diffusion.modes.sample import Drawn, draw_all, make_draw, settings_sha256
 from diffusion.report.grid import save_grid
 from diffusion.report.sweep import save_sweep
 from diffusion.runtime import hosts

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 
 from diffusion import build, data, workdir
 from diffusion.build import Experiment, Skipped, TrainState
+from diffusion.conditions import all_classes, condition
 from diffusion.loss import History, draw, importance_weights, loss_of, update_history
 from diffusion.metrics import colour
-from diffusion.modes.sample import all_classes, condition, make_sampler
+from diffusion.modes.sample import make_sampler
 from diffusion.networks import Program
 from diffusion.report.grid import save_grid
 from diffusion.runtime import hosts, memory, mesh

@@ -13,10 +13,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from diffusion import conditions
 from diffusion.configs import workdir as configs_workdir
 from diffusion.interop import READERS, openai
 from diffusion.interop.tensors import leaves, to_params, with_no_class
-from diffusion.modes import import_weights, sample
+from diffusion.modes import import_weights
 from diffusion.networks import ADM, make_rngs
 from diffusion.util import RunError
 from tests.runs import tiny
@@ -212,11 +213,11 @@ def test_a_conditional_workdir_has_no_unconditional_model(tmp_path):
     config = configs_workdir.get_config(path)
     assert (config.model.num_classes, config.data.labels, config.model.num_heads) == (10, True, 4)
     assert (config.model.network, config.model.variance) == ('adm', 'learned')
-    sample.require_conditions(config, path)
+    conditions.require_conditions(config, path)
     for changes in ({'guidance': 2.0, 'labels': 'all'}, {'guidance': 1.0, 'labels': 'none'}):
         config.sample.update(changes)
         with pytest.raises(RunError, match=r'train\.label_dropout=0, so that it has no unconditional model'):
-            sample.require_conditions(config, path)
+            conditions.require_conditions(config, path)
 
 
 def test_what_the_config_says_must_agree(tmp_path):

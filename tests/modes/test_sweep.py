@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import build, sampler, workdir
+from diffusion import build, conditions, sampler, workdir
 from diffusion.modes import evaluate, sample, sweep
 from diffusion.modes.likelihood import ZeroNetwork
 from diffusion.util import RunError
@@ -98,8 +98,8 @@ def test_every_cell_starts_from_the_same_noise(monkeypatch):
     config = quick(SWEEP | {'sample.spacing': 'leading', 'sample.rule': 'span', 'sample.batch_size': 4})
     exp = build.build(config)
     exp = dataclasses.replace(exp, network=ZeroNetwork(exp.network.make))
-    conditions = sample.Conditions((), None, sample.condition(exp), {})
-    draw = sweep.make_row_sampler(config, exp, conditions, {}, (8, 8, 1), sweep.Cell(0.0, 'small', 4))
+    none = conditions.Conditions((), None, conditions.condition(exp), {})
+    draw = sweep.make_row_sampler(config, exp, none, {}, (8, 8, 1), sweep.Cell(0.0, 'small', 4))
     two, four = (
         draw({}, 0, 0, 4, steps=sweep.make_steps(config, exp, sweep.Cell(0.0, 'small', count))) for count in (2, 4)
     )
