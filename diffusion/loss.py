@@ -20,7 +20,7 @@ Loss = Callable[[Schedule, Net, Images, Int[Array, 'B'], Images, str], Float[Arr
 
 LAMBDA = 0.001  # of L_hybrid
 KEPT = 10  # losses of each level in a `History`
-UNIFORM_SHARE = 0.001  # of the levels that are drawn by a `History`
+UNIFORM_SHARE = 0.001  # probability with which a level is drawn uniformly, and not by its losses
 
 
 class Weighting(NamedTuple):

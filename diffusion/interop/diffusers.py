@@ -92,7 +92,7 @@ SCHEDULES = {
 }
 KINDS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
 # 'auto' is the large variance for η = 1 and the small one otherwise, as in diffusers' two schedulers.
-# Of a model that learns it, 'auto' is the learned variance for η = 1.
+# If the model learns the variance, 'auto' means the learned one for η = 1.
 VARIANCES = {'fixed_small': 'small', 'fixed_small_log': 'small', 'fixed_large': 'auto', 'learned_range': 'auto'}
 SPACINGS = {'leading': 'leading', 'trailing': 'trailing', 'linspace': 'linspace'}
 

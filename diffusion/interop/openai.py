@@ -56,8 +56,8 @@ def _published(image_size, num_heads=0, head_channels=0, order='legacy', name='l
     return image_size, model | {'kind': 'eps'}, schedule, order
 
 
-# From the flags in the READMEs of github.com/openai/guided-diffusion and of improved-diffusion, whose scripts rescale
-# timesteps to 0 … 1000 unless they are told not to.
+# From the flags in the READMEs of github.com/openai/guided-diffusion and github.com/openai/improved-diffusion. By
+# default, the scripts of improved-diffusion rescale timesteps to 0 … 1000.
 PUBLISHED = {
     '64x64_diffusion.pt': _published(64, head_channels=64, order='new', name='cosine', dropout=0.1),
     '128x128_diffusion.pt': _published(128, num_heads=4),

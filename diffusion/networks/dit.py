@@ -20,7 +20,7 @@ Tokens = Float[Array, 'B N D']  # one for each patch, row by row
 Patches = Float[Array, 'B N P']  # pixels of each patch, row by row, channels last
 
 LEVEL_DIM = 256  # width of the embedding of the noise level before its first layer
-STD = 0.02  # of the initial parameters of the embeddings of level and class
+STD = 0.02  # standard deviation of the initial embeddings of level and class
 
 # The frequencies of DiT's level embedding and of its position embedding are 10000^(−i/half), without a shift.
 DIT_ORDER, MAE_ORDER = ('cos_sin', 0), ('sin_cos', 0)

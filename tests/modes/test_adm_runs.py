@@ -31,7 +31,7 @@ def test_it_trains_and_draws_by_class(tmp_path):
     assert train.run(tiny(ADM), str(tmp_path)) == 0
     arrays = checkpoint(tmp_path, 2)
     assert arrays["params['mid1']['time']['kernel']"].shape == (32, 16)  # scale and shift
-    assert arrays["params['conv_out']['kernel']"].shape == (3, 3, 8, 2)  # of the mean and of the variance
+    assert arrays["params['conv_out']['kernel']"].shape == (3, 3, 8, 2)  # one output for the mean, one for the variance
     assert all(np.isfinite(array).all() for array in arrays.values())
     assert sample.run(tiny(ADM), str(tmp_path)) == 0
     (file,) = tmp_path.glob('samples/*guidance2*/samples.npz')
