@@ -6,13 +6,13 @@ changed by residual blocks instead of convolutions, attention has several heads,
 than the image, for learned variances. The default arguments are those of their code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float
 
 from diffusion.networks import unet
 from diffusion.networks.unet import (
@@ -24,7 +24,6 @@ from diffusion.networks.unet import (
     Label,
     Upsample,
     fan_avg,
-    time_embedding,
     zeros,
 )
 
@@ -90,14 +89,14 @@ class ResBlock(nnx.Module):
 class Stage(unet.Stage):
     """The blocks of one resolution, and a residual block or a convolution that leads to the next."""
 
-    def leave(self, x: Images, emb: Embedding, dropout_key: DropoutKey) -> Images:
-        """Change the size of the activations to that of the next resolution."""
+    def leave(self, x: Images, emb: Embedding, key: Callable[[], DropoutKey]) -> Images:
+        dropout_key = key()
         if not isinstance(self.resample, ResBlock):
             return self.resample(x)  # type: ignore[misc]
         return (jax.checkpoint(self.resample.__call__) if self.remat else self.resample)(x, emb, dropout_key)
 
 
-class ADM(nnx.Module):
+class ADM(unet.UNet):
     """The network: (x_t (B, H, W, C), t (B,)) → (B, H, W, out_channels), float32.
 
     The classes of the images, if there are any, have an embedding that is added to that of the levels. OpenAI's
@@ -215,53 +214,6 @@ class ADM(nnx.Module):
         self.norm_out = GroupNorm(width, groups, epsilon=norm_epsilon, rngs=rngs)
         self.conv_out = nnx.Conv(width, out_channels or image_channels, (3, 3), **layer | dict(kernel_init=zeros))
         self.label = Label(num_classes, emb_dim, dtype=dtype, rngs=rngs) if num_classes else None
-
-    def __call__(
-        self,
-        x: Images,
-        t: Num[Array, 'B'],
-        labels: Int[Array, 'B'] | None = None,
-        *,
-        deterministic: bool = True,
-        rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, 'B H W out']:
-        """Apply the network.
-
-        Args:
-            x: noisy images.
-            t: noise levels.
-            labels: classes, of a conditional network; −1 is no class. None is no class for all images.
-            deterministic: whether dropout is off.
-            rngs: random streams; each block draws a key from 'dropout'. Needed unless `deterministic`.
-
-        Returns:
-            The prediction. The loss decides what it predicts.
-        """
-
-        def key():
-            return None if deterministic else rngs.dropout()  # type: ignore[union-attr]
-
-        emb = self.time2(nnx.silu(self.time1(time_embedding(t, *self.embedding))))
-        if self.label is not None:
-            emb += self.label(jnp.full(t.shape, -1) if labels is None else labels)
-        x = self.conv_in(x)
-        skips = [x]
-        for stage in self.down:
-            for i in range(len(stage.blocks)):
-                x = stage.apply(i, [x], emb, key())
-                skips.append(x)
-            if stage.resample is not None:
-                x = stage.leave(x, emb, key())
-                skips.append(x)
-        x = self.mid1(x, emb, key())
-        x = self.mid_attention(x)
-        x = self.mid2(x, emb, key())
-        for stage in self.up:
-            for i in range(len(stage.blocks)):
-                x = stage.apply(i, [x, skips.pop()], emb, key())
-            if stage.resample is not None:
-                x = stage.leave(x, emb, key())
-        return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
 
 
 def _check_heads(num_heads, widths):

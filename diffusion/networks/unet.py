@@ -199,6 +199,19 @@ class Stage(nnx.Module):
 
         return (jax.checkpoint(run) if self.remat else run)(inputs, emb, dropout_key)
 
+    def leave(self, x: Images, emb: Embedding, key: Callable[[], DropoutKey]) -> Images:
+        """Change the size of the activations to that of the next resolution.
+
+        Args:
+            x: the activations after the last block.
+            emb: the embedded noise levels, for stages that need them here.
+            key: returns a new typed PRNG key, or None for no dropout.
+
+        Returns:
+            The activations at the next resolution.
+        """
+        return self.resample(x)  # type: ignore[misc]
+
 
 class UNet(nnx.Module):
     """The network: (x_t (B, H, W, C), t (B,)) → (B, H, W, C), or (B, H, W, out_channels), float32.
@@ -343,7 +356,7 @@ class UNet(nnx.Module):
                 x = stage.apply(i, [x], emb, key())
                 skips.append(x)
             if stage.resample is not None:
-                x = stage.resample(x)
+                x = stage.leave(x, emb, key)
                 skips.append(x)
         x = self.mid1(x, emb, key())
         x = self.mid_attention(x)
@@ -352,7 +365,7 @@ class UNet(nnx.Module):
             for i in range(len(stage.blocks)):
                 x = stage.apply(i, [x, skips.pop()], emb, key())
             if stage.resample is not None:
-                x = stage.resample(x)
+                x = stage.leave(x, emb, key)
         return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
 
 
