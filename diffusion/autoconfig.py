@@ -1,6 +1,5 @@
 """Choose what a config leaves open (0 in data.image_size, data.channels or model.channels) from the pictures."""
 
-import inspect
 import math
 from collections import Counter
 from typing import Any
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 from diffusion import data
 from diffusion.data.sources import open_source
 from diffusion.networks import NETWORKS
-from diffusion.util import RunError, naming, say
+from diffusion.util import RunError, naming, say, signature
 
 CHOSEN = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups')  # the keys of `choose_network`
 LARGEST_SIZE = 64  # pixels: what a first network can be trained for
@@ -148,8 +147,7 @@ def _shorter_sides(sizes: Counter) -> np.ndarray:
 
 def require_unet(config: ConfigDict) -> None:
     """Raise RunError if a U-Net would be chosen for another kind of network, which does not take its keys."""
-    network: Any = NETWORKS[config.model.network]
-    if 'multipliers' not in inspect.signature(network.__init__ if inspect.isclass(network) else network).parameters:
+    if 'multipliers' not in signature(NETWORKS[config.model.network]).parameters:
         raise RunError(
             'config.model.channels is 0, which chooses a U-Net for the pictures, but config.model.network is '
             f'{config.model.network!r}: give its channels'

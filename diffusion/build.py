@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.metadata
-import inspect
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from diffusion.loss import WEIGHTINGS, History, init_history
 from diffusion.networks import IMPLEMENTATIONS, NETWORKS, make_rngs
 from diffusion.runtime import devices as runtime_devices
 from diffusion.runtime import hosts, mesh
-from diffusion.util import RunError, naming, say, warn
+from diffusion.util import RunError, naming, say, signature, warn
 
 # What may differ between the hosts of a run: the host's number, and where it finds and keeps files.
 PER_HOST = (
@@ -266,7 +265,7 @@ def require_outputs(config: ConfigDict) -> None:
 
 def _networks_with(argument: str) -> list[str]:
     """The names of the networks that take an argument."""
-    return [name for name, network in NETWORKS.items() if argument in _signature(network).parameters]
+    return [name for name, network in NETWORKS.items() if argument in signature(network).parameters]
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -398,11 +397,7 @@ def _structure(tree: Any) -> Any:
 
 def _call(function, values):
     """Call a function or a class with the values that it has parameters for."""
-    return function(**{name: values[name] for name in _signature(function).parameters if name in values})
-
-
-def _signature(function):
-    return inspect.signature(function.__init__ if inspect.isclass(function) else function)  # nnx hides a class's own
+    return function(**{name: values[name] for name in signature(function).parameters if name in values})
 
 
 def _flat(tree, path=''):

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import glob
 import importlib.metadata
+import inspect
 import io
 import json
 import os
@@ -257,6 +258,11 @@ def files_of_config(workdir: str) -> list[str]:
     newest_first = sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
     copies = [os.path.join(workdir, 'checkpoints', str(step), 'about', 'metadata') for step in newest_first]
     return [path for path in copies if os.path.lexists(path)]
+
+
+def signature(function: Any) -> inspect.Signature:
+    """Return the signature of a function, or of a class's own __init__, which flax.nnx hides."""
+    return inspect.signature(function.__init__ if inspect.isclass(function) else function)
 
 
 def cache_folder() -> str:

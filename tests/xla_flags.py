@@ -1,6 +1,8 @@
 """XLA flags for tests: programs compile in a third of the time, and run slowly."""
 
 import importlib.metadata
+import json
+import re
 
 FAST_TO_COMPILE = (
     '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
@@ -10,3 +12,6 @@ FUSED = {}  # compiler options for what looks at fusions, or at rounding that de
 if int(importlib.metadata.version('jaxlib').split('.')[1]) < 12:  # a process ends if it does not know a flag
     FAST_TO_COMPILE += ' --xla_cpu_use_fusion_emitters=false'
     FUSED = {'xla_cpu_use_fusion_emitters': True}
+
+# The same as compiler options.
+QUICK = {name: json.loads(value) for name, value in re.findall(r'--(\w+)=(\w+)', FAST_TO_COMPILE)}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.interop.tensors import Found, Path
-from diffusion.interop.weights import load_torch, state_dict
+from diffusion.interop.weights import load_torch, require_image_size, state_dict
 
 # Parts of our parameters' paths → parts of their names.
 NAMES = {
@@ -126,8 +126,7 @@ def network_settings(tensors: Mapping[str, np.ndarray], path: str, image_size: i
         widths.append(_channels(name, tensors, path)[0])
     if any(width % channels for width in widths):
         raise ValueError(f'{path}: the widths {widths} are not multiples of the {channels} channels of conv_in.weight')
-    if image_size < 1:
-        raise ValueError(f'{path} does not say how large its images are: set config.data.image_size')
+    require_image_size(path, image_size)
     num_blocks = sum(f'down.0.block.{i}.conv1.weight' in tensors for i in range(len(tensors)))
     attends = [f'down.{level}.attn.0.q.weight' in tensors for level in range(len(widths))]
     return {

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffusion.interop.pytorch_file import read_state_dict
 from diffusion.interop.tensors import Found, Path, with_no_class
-from diffusion.interop.weights import read_safetensors, require_file
+from diffusion.interop.weights import read_safetensors, require_file, require_image_size
 
 # Parts of our parameters' paths → parts of their names, within a block and outside of blocks.
 IN_BLOCK = {
@@ -243,8 +243,7 @@ def network_settings(tensors: Mapping[str, np.ndarray], path: str, image_size: i
             f'multiples of the {channels} channels of the time embedding, the first two equal'
             + (' (the published network for 512×512 is not supported for that)' if 2 * width_in == channels else '')
         )
-    if image_size < 1:
-        raise ValueError(f'{path} does not say how large its images are: set config.data.image_size')
+    require_image_size(path, image_size)
     embedded = _shape('middle_block.0.emb_layers.1.weight', 2, tensors, path)[0]
     num_classes = _shape('label_emb.weight', 2, tensors, path)[0] if 'label_emb.weight' in tensors else 0
     model = {

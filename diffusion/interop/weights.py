@@ -120,6 +120,12 @@ def state_dict(saved: Any, where: str) -> dict[str, np.ndarray]:
     return arrays
 
 
+def require_image_size(path: str, image_size: int) -> None:
+    """Raise ValueError if the images' size, which the file does not state, is not given either."""
+    if image_size < 1:
+        raise ValueError(f'{path} does not say how large its images are: set config.data.image_size')
+
+
 def one_line(error: BaseException, most: int = 300) -> str:
     """Return the type and the message of an exception in one line of at most `most` characters."""
     return f'{type(error).__name__}: {" ".join(str(error).split())}'[:most]

@@ -3,7 +3,6 @@
 tests/peers/test_openai.py compares its outputs with those of another implementation.
 """
 
-import functools
 import inspect
 
 import jax
@@ -16,20 +15,8 @@ from diffusion.networks import make_rngs
 from diffusion.networks.adm import ADM, ResBlock
 from diffusion.networks.unet import Attention, UNet
 from tests.jaxprs import equations
-from tests.networks.test_unet import QUICK, abstract, count, random_state
+from tests.networks.test_unet import SMALL, abstract, count, jit, random_state
 
-jit = functools.partial(jax.jit, compiler_options=QUICK)
-SMALL = dict(
-    image_size=8,
-    image_channels=1,
-    channels=8,
-    multipliers=(1, 2),
-    num_blocks=1,
-    attention_resolutions=(4,),
-    dropout=0.0,
-    groups=4,
-    dtype=jnp.float32,
-)
 PAPER = SMALL | dict(
     image_channels=3,
     multipliers=(1, 2, 3, 4),

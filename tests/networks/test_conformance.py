@@ -1,8 +1,6 @@
 """The implementations compute what the plain network computes: outputs, gradients and forward derivatives."""
 
 import functools
-import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ from diffusion.configs import digits
 from diffusion.networks import IMPLEMENTATIONS, NETWORKS, cpu, make_rngs
 from diffusion.networks.cpu import unet as cpu_unet
 from tests.jaxprs import equations
-from tests.xla_flags import FAST_TO_COMPILE
+from tests.xla_flags import QUICK
 
 DEMO = digits.get_config()
 SHAPES = {
@@ -51,7 +49,6 @@ SHAPES = {
         embedding_shift=0,
     ),
 }
-QUICK = {name: json.loads(value) for name, value in re.findall(r'--(\w+)=(\w+)', FAST_TO_COMPILE)}
 LARGE = 2**14  # so that the backward pass recomputes some activations of these small batches, and keeps others
 
 

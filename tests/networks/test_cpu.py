@@ -1,9 +1,7 @@
 """What only the implementation for CPUs does: the norm by its definition, and a backward pass that keeps little."""
 
 import functools
-import json
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +12,8 @@ from flax import nnx
 from diffusion.networks import make_rngs
 from diffusion.networks.cpu import unet
 from diffusion.networks.cpu.unet import Attention, GroupNorm, ResBlock, UNet
-from tests.xla_flags import FAST_TO_COMPILE
+from tests.xla_flags import QUICK
 
-QUICK = {name: json.loads(value) for name, value in re.findall(r'--(\w+)=(\w+)', FAST_TO_COMPILE)}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 PARTS = dict(groups=4, dtype=jnp.float32, rngs=make_rngs(default=0))
 

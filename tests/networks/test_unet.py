@@ -1,9 +1,7 @@
 """The U-Net: its counts from the papers, its layout from Ho's code, and which settings it refuses."""
 
 import functools
-import json
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from flax import nnx
 
 from diffusion.networks import make_rngs
 from diffusion.networks.unet import Attention, GroupNorm, ResBlock, UNet, advance, time_embedding
-from tests.xla_flags import FAST_TO_COMPILE
+from tests.xla_flags import QUICK
 
 SMALL = dict(
     image_size=8,
@@ -29,7 +27,6 @@ SMALL = dict(
 PAPER = SMALL | dict(image_channels=3, channels=128, num_blocks=2, attention_resolutions=(16,), groups=32)
 
 
-QUICK = {name: json.loads(value) for name, value in re.findall(r'--(\w+)=(\w+)', FAST_TO_COMPILE)}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 

@@ -1,7 +1,6 @@
 """Winograd's algorithms against the definition of a convolution in float64, with derivatives in both modes."""
 
 import functools
-import json
 import re
 
 import jax
@@ -11,12 +10,11 @@ import pytest
 
 from diffusion.networks.cpu import conv as module
 from diffusion.networks.cpu.conv import conv, winograd_p
-from tests.xla_flags import FAST_TO_COMPILE, FUSED
+from tests.xla_flags import FUSED, QUICK
 
 HOW = {'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
 ALGORITHMS = [*module.ALGORITHMS, 'whole']
 ON_CPUS = pytest.mark.skipif(jax.default_backend() != 'cpu', reason='about XLA:CPU')
-QUICK = {name: json.loads(value) for name, value in re.findall(r'--(\w+)=(\w+)', FAST_TO_COMPILE)}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
