@@ -6,7 +6,7 @@ diffusion --workdir=runs/x --mode=sample
 import os
 
 from diffusion.configs import default
-from diffusion.util import files_of_config, read_json
+from diffusion.util import file_of_config, read_json
 
 # These parts of a config, and these keys of any part, belong to a machine or to one command. They are not taken from a
 # run, because someone else's run must not determine where files are written.
@@ -16,7 +16,7 @@ KEYS_LEFT_OUT = ('accept_other_images', 'begin_again', 'folder', 'step')
 
 def get_config(workdir=''):
     workdir = os.path.expanduser(workdir)
-    path = next(iter(files_of_config(workdir)), '')
+    path = file_of_config(workdir)
     if not workdir or not path:
         missing = os.path.join(workdir, 'config.json')
         raise SystemExit(

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from diffusion import limits
 from diffusion.runtime import interrupt
 from diffusion.runtime.interrupt import EXIT_STATUS
-from diffusion.util import PATIENCE, Output, RunError, files_of_config, first_line, say_here
+from diffusion.util import PATIENCE, Output, RunError, file_of_config, first_line, say_here
 
 MODES = {
     'train': 'train, or resume training',
@@ -216,7 +216,7 @@ def config_of_run(argv: Sequence[str]) -> list[str]:
     """Add the config of the run in --workdir if no config is asked for and there is such a run."""
     given = dict(re.findall(r'^--?(config|workdir)(?:=|\n)(.*)$', '\n'.join(argv), re.MULTILINE))
     place = os.path.abspath(os.path.expanduser(given.get('workdir', '')))
-    if 'config' in given or not given.get('workdir') or not files_of_config(place):
+    if 'config' in given or not given.get('workdir') or not file_of_config(place):
         return list(argv)
     return [*argv[:1], f'--config={RUN}:{place}', *argv[1:]]
 

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import glob
 import importlib.metadata
 import inspect
 import io
@@ -246,18 +245,23 @@ def no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def files_of_config(workdir: str) -> list[str]:
-    """Return the files with the config of a run: config.json or, if it is missing, the copies in its checkpoints.
+def file_of_config(workdir: str) -> str:
+    """Return the file with the config of a run, or '' if there is none.
 
-    The copy in a newer checkpoint comes first; it is the value of the key 'record'.
+    It is config.json or, if that is missing, the file in the newest checkpoint that has a copy under the key 'record'.
     """
     own = os.path.join(workdir, 'config.json')
     if os.path.lexists(own):
-        return [own]
-    steps = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(workdir), 'checkpoints', '*'))]
-    newest_first = sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
-    copies = [os.path.join(workdir, 'checkpoints', str(step), 'about', 'metadata') for step in newest_first]
-    return [path for path in copies if os.path.lexists(path)]
+        return own
+    checkpoints = os.path.join(workdir, 'checkpoints')
+    copies = (os.path.join(checkpoints, str(step), 'about', 'metadata') for step in steps_in(checkpoints))
+    return next(filter(os.path.lexists, copies), '')
+
+
+def steps_in(checkpoints: str) -> list[int]:
+    """Return the steps by which the folders in a folder of checkpoints are named, the newest first."""
+    names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def signature(function: Any) -> inspect.Signature:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from diffusion.runtime import hosts
-from diffusion.util import first_line, read_json
+from diffusion.util import first_line, read_json, steps_in
 
 T = TypeVar('T')
 CHUNK = 2**16  # elements that a checksum reads at a time, so that they fit a core's cache
@@ -332,8 +332,7 @@ def newest_record(directory: str) -> dict[str, Any]:
 
     Unlike `Checkpoints.restore` it reads no arrays, and hosts need not call it together.
     """
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+    for step in steps_in(directory):
         with contextlib.suppress(OSError, ValueError):
             return read_about(os.path.join(directory, str(step)))['record']
     return {}

@@ -134,3 +134,15 @@ def test_classes_read_back(no_class, tmp_path):
     assert found.settings['model']['num_classes'] == len(table)
     layer = found.weights['params']['class_embedding.weight'].T  # our kernel
     np.testing.assert_array_equal(layer, np.concatenate([table, np.zeros((1, 4))]))
+
+
+def test_a_link_in_place_of_the_weights_is_replaced(tmp_path):
+    """By safetensors itself."""
+    precious = tmp_path / 'precious'
+    precious.write_text('mine')
+    (tmp_path / WEIGHTS).parent.mkdir()
+    (tmp_path / WEIGHTS).symlink_to(precious)
+    network, scheduler = diffusers_export.network_config(**NETWORK), diffusers_export.scheduler_config(**SCHEDULE)
+    kernel = np.ones((3, 3, 1, 4), np.float32)
+    diffusers_export.write(str(tmp_path), {'conv_in': {'kernel': kernel}}, network=network, scheduler=scheduler)
+    assert precious.read_text() == 'mine' and load_file(tmp_path / WEIGHTS)['conv_in.weight'].shape == (4, 1, 3, 3)
