@@ -133,8 +133,8 @@ def kills(table, folder, reference, number, rng):
 
 def outcome(what, status, output):
     """(outcome, whether it is right, details) of a process that was asked to stop."""
-    if not output:  # Python was starting, and listens to nothing
-        return 'ended at once', status in (-what, 75), str(status)
+    if not output or 'Fatal Python error: init' in output:  # Python was starting, and nothing of ours listens yet
+        return 'ended at once', status in (-what, 1, 75), f'{status} {output}'
     if 'interrupted:' in output:
         return 'there was nothing to save: ended at once, exit status 75', status == 75, f'{status} {output}'
     return 'saved, exit status 75', status == 75 and 'Traceback' not in output, f'{status} {output}'
