@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
-Matrix = Float32[np.ndarray, 'out size']
+Matrix = Float[np.ndarray, 'out size']
 
 
 def tensorflow1(size: int, out: int) -> Matrix:
@@ -43,7 +43,7 @@ def bicubic(size: int, out: int) -> Matrix:
         x = np.abs((np.arange(first, last) - center + 0.5) / stretch)
         taps = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, -0.5 * (((x - 5) * x + 8) * x - 4), 0))
         matrix[i, first:last] = taps / taps.sum()
-    return matrix.astype(np.float32)
+    return matrix
 
 
 def _two_taps(positions: Float32[np.ndarray, 'out'], size: int) -> Matrix:
@@ -63,22 +63,34 @@ class Dialect(NamedTuple):
     Attributes:
         matrix: (size, out) → the matrix (out, size) that resizes rows and columns.
         to_range: maps resized values in 0 … 255 to the range that the network expects.
+        of_bytes: whether columns and then rows are rounded to bytes, as Pillow does it with bytes.
     """
 
     matrix: Callable[[int, int], Matrix]
     to_range: Callable[[Float32[Array, '...']], Float32[Array, '...']]
+    of_bytes: bool = False
+
+
+def _imagenet(x):
+    """Subtract the mean of ImageNet's pixels, and divide by their standard deviation."""
+    mean, std = jnp.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], jnp.float32)
+    return (x / 255 - mean) / std
 
 
 _LEGACY = Dialect(tensorflow1, lambda x: (x - 128) / 128)
 
-# Dialects of Inception's input. ADM's evaluator and torch-fidelity resize alike, but define the Inception score
-# differently.
+# ADM's evaluator and torch-fidelity resize alike, but define the Inception score differently. dgm-eval is the code of
+# the paper on FD-DINOv2; edm2 is that of EDM2, which computes in floating point.
 DIALECTS = {
     'adm': _LEGACY,
     'torch-fidelity': _LEGACY,
     'pytorch-fid': Dialect(half_pixel, lambda x: 2 * (x / 255) - 1),
     'clean-fid': Dialect(bicubic, lambda x: (jnp.clip(x, 0, 255) - 128) / 128),
+    'dgm-eval': Dialect(bicubic, _imagenet, of_bytes=True),
+    'edm2': Dialect(bicubic, _imagenet),
 }
+OF_INCEPTION = ('adm', 'torch-fidelity', 'pytorch-fid', 'clean-fid')
+OF_DINOV2 = ('dgm-eval', 'edm2')
 # EfficientNet-Lite's own input range (x − 127)/128, after the same resizing as clean-fid's.
 EFFICIENTNET = Dialect(bicubic, lambda x: (jnp.clip(x, 0, 255) - 127) / 128)
 
@@ -101,10 +113,20 @@ def preprocess(images: UInt8[Array, 'N H W C'], dialect: Dialect, out: int) -> F
     if channels not in (1, 3):
         raise ValueError(f'images have {channels} channels, but feature networks take 1 or 3')
     rows, columns = (_matrix(dialect.matrix, size, out) for size in (height, width))
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    product = _bytes_product if dialect.of_bytes else _product
     # Columns first, as Pillow does.
-    resized = product('hi,nijc->nhjc', rows, product('wj,nijc->niwc', columns, images.astype(jnp.float32)))
-    return jnp.broadcast_to(dialect.to_range(resized), (*resized.shape[:3], 3))
+    resized = product('hi,nijc->nhjc', rows, product('wj,nijc->niwc', columns, images)).astype(jnp.float32)
+    return dialect.to_range(jnp.broadcast_to(resized, (*resized.shape[:3], 3)))
+
+
+def _product(indices, matrix, images):
+    return jnp.einsum(indices, np.float32(matrix), images.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def _bytes_product(indices, matrix, images):
+    """The product in Pillow's fixed point of 22 bits, rounded and limited to 0 … 255; int32."""
+    fixed = np.round(matrix * 2**22).astype(np.int32)
+    return jnp.clip((jnp.einsum(indices, fixed, images.astype(jnp.int32)) + 2**21) >> 22, 0, 255)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from diffusion.metrics import efficientnet, frechet, inception, inception_score, kernel, resize
+from diffusion.metrics import dinov2, efficientnet, frechet, inception, inception_score, kernel, resize
 from diffusion.metrics.frechet import Moments
 from diffusion.metrics.manifold import Manifold, manifold
 
@@ -43,6 +43,10 @@ def _inception(params, images, dialect):
     return inception.apply(params, resize.preprocess(images, resize.DIALECTS[dialect], inception.SIZE))
 
 
+def _dinov2(params, images, dialect):
+    return dinov2.apply(params, resize.preprocess(images, resize.DIALECTS[dialect], dinov2.SIZE))
+
+
 def _efficientnet(params, images, dialect):
     return efficientnet.apply(params, resize.preprocess(images, resize.EFFICIENTNET, efficientnet.SIZE))
 
@@ -54,12 +58,21 @@ def _pixels(params, images, dialect):
 FEATURES = {
     'inception': Features(
         extract=_inception,
-        dialects=tuple(resize.DIALECTS),
+        dialects=resize.OF_INCEPTION,
         sizes=inception.OUTPUTS,
         convert=inception.convert,
         key='inception',
         weights='fetch pt_inception-2015-12-05-6726825d.pth from the releases of github.com/mseitzer/pytorch-fid, and '
         'name it by --config.metrics.inception=FILE',
+    ),
+    'dinov2': Features(
+        extract=_dinov2,
+        dialects=resize.OF_DINOV2,
+        sizes=dinov2.OUTPUTS,
+        convert=dinov2.convert,
+        key='dinov2',
+        weights='fetch dinov2_vitl14_pretrain.pth, to which github.com/facebookresearch/dinov2 links, and name it by '
+        '--config.metrics.dinov2=FILE',
     ),
     'efficientnet-lite0': Features(
         extract=_efficientnet,
@@ -182,6 +195,13 @@ METRICS = {
     'recall': Metric(_manifold('recall'), 'inception', 'pool3', needs='vectors'),
     'density': Metric(_manifold('density'), 'inception', 'pool3', needs='vectors'),
     'coverage': Metric(_manifold('coverage'), 'inception', 'pool3', needs='vectors'),
+    'FD-DINOv2': Metric(_frechet, 'dinov2', 'class-token'),
+    'FD-infinity-DINOv2': Metric(_frechet_infinity, 'dinov2', 'class-token'),
+    'KD-DINOv2': Metric(_kernel, 'dinov2', 'class-token', needs='vectors'),
+    'precision-DINOv2': Metric(_manifold('precision'), 'dinov2', 'class-token', needs='vectors'),
+    'recall-DINOv2': Metric(_manifold('recall'), 'dinov2', 'class-token', needs='vectors'),
+    'density-DINOv2': Metric(_manifold('density'), 'dinov2', 'class-token', needs='vectors'),
+    'coverage-DINOv2': Metric(_manifold('coverage'), 'dinov2', 'class-token', needs='vectors'),
     'FD-EfficientNetLite0': Metric(_frechet, 'efficientnet-lite0', 'pooled'),
     'FD-infinity-EfficientNetLite0': Metric(_frechet_infinity, 'efficientnet-lite0', 'pooled'),
     'KD-EfficientNetLite0': Metric(_kernel, 'efficientnet-lite0', 'pooled', needs='vectors'),

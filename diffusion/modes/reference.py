@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion import build, data, workdir
+from diffusion.interop import hub
 from diffusion.interop.pytorch_file import read_state_dict
 from diffusion.interop.weights import read_safetensors
 from diffusion.metrics import frechet
@@ -105,11 +106,11 @@ def networks(
             continue
         params = digest = None
         if row.convert:
-            file = weights_file(config, row)
-            if not file:
-                left_out |= dict.fromkeys(mine, f'there are no weights of {features}: {row.weights}')
-                continue
             with naming(f'config.metrics.{row.key}'):
+                file = weights_file(config, row)
+                if not file:
+                    left_out |= dict.fromkeys(mine, f'there are no weights of {features}: {row.weights}')
+                    continue
                 tensors = read_safetensors(file) if file.endswith('.safetensors') else read_state_dict(file)
                 params, digest = row.convert(tensors, file), tensors_sha256(tensors)
         dialects = [dialect for dialect in config.metrics.dialects if dialect in row.dialects] or row.dialects[:1]
@@ -123,9 +124,11 @@ def grouped(left_out: dict[str, str]) -> dict[str, str]:
 
 
 def weights_file(config: ConfigDict, row: Features) -> str:
-    """Return the file of a network's weights, '' if there is none."""
-    named = os.path.expanduser(config.metrics[row.key])
-    return named or (row.shipped() if row.shipped else '')
+    """Return the file of a network's weights, '' if there is none. A file of the hub is downloaded."""
+    named = config.metrics[row.key]
+    if named.startswith(hub.PREFIX):
+        return hub.download(named)
+    return os.path.expanduser(named) or (row.shipped() if row.shipped else '')
 
 
 def tensors_sha256(tensors: dict[str, np.ndarray]) -> str:

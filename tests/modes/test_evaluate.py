@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -130,6 +132,33 @@ def test_a_file_that_holds_no_weights_is_refused(npz, tmp_path):
     config = asking(npz, ('FID',), inception=str(tmp_path / 'weights.pth'))
     with pytest.raises(RunError, match=r'config\.metrics\.inception: .*weights\.pth cannot be read as tensors'):
         evaluate.run(config, str(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize(
+    'place, words',
+    [
+        ('hub:someone/weights/inception.pth', r'cannot be read as tensors'),  # downloaded, and read
+        ('hub:someone/nothing/inception.pth', r'nothing/inception\.pth cannot be downloaded \(.*no such repository'),
+        ('hub:inception.pth', r'write hub:<owner>/<repository>/<file>'),
+    ],
+)
+def test_weights_are_downloaded_from_the_hub_if_their_id_is_named(npz, tmp_path, monkeypatch, place, words):
+    (tmp_path / 'cached').write_bytes(b'nothing')
+
+    def hf_hub_download(repository, file):
+        if (repository, file) != ('someone/weights', 'inception.pth'):
+            raise OSError('no such repository')
+        return str(tmp_path / 'cached')
+
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', types.SimpleNamespace(hf_hub_download=hf_hub_download))
+    with pytest.raises(RunError, match=rf'config\.metrics\.inception: .*{words}'):
+        evaluate.run(asking(npz, ('FID',), inception=place), str(tmp_path / 'run'))
+
+
+def test_the_hub_is_an_extra(npz, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(RunError, match=r'config\.metrics\.inception: .*the extra \[hub\]'):
+        evaluate.run(asking(npz, ('FID',), inception='hub:a/b/c'), str(tmp_path / 'run'))
 
 
 # The reference.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from diffusion.interop.pytorch_file import read_state_dict
-from diffusion.metrics import efficientnet, frechet, inception, inception_score, kernel, manifold, resize
+from diffusion.metrics import dinov2, efficientnet, frechet, inception, inception_score, kernel, manifold, resize
 
 torch = pytest.importorskip('torch')
 if importlib.util.find_spec('torch_fidelity') is None:
@@ -100,6 +100,15 @@ def test_clean_fid_resizes_alike(peers, size):
     np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize('size', SIZES)
+def test_edm2_resizes_as_pytorch_does(size):
+    """dgm-eval's own resizing is Pillow's, with which tests/metrics/test_resize.py compares ours."""
+    images = random_images(*size)
+    resized = torch.nn.functional.interpolate(to_torch(images).float(), (224, 224), mode='bicubic', antialias=True)
+    expected = (from_torch(resized) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(resize.preprocess(images, resize.DIALECTS['edm2'], 224), expected, atol=1e-4, rtol=0)
+
+
 # Networks.
 
 
@@ -174,6 +183,60 @@ def test_efficientnet_computes_what_its_package_computes(peers):
         with torch.no_grad():
             expected = theirs.eval().extract_features(to_torch(x)).mean(dim=(2, 3))
         assert_close(jax.jit(efficientnet.apply)(params, x)['pooled'], expected)
+
+
+class Transformer(torch.nn.Module):
+    """A vision transformer of PyTorch's own layers, whose tensors have the names of DINOv2's."""
+
+    def __init__(self, width, depth):
+        super().__init__()
+        self.heads = width // 64
+        self.patch_embed = torch.nn.ModuleDict({'proj': torch.nn.Conv2d(3, width, 14, 14)})
+        self.cls_token = torch.nn.Parameter(torch.randn(1, 1, width))
+        self.mask_token = torch.nn.Parameter(torch.randn(1, width))
+        self.pos_embed = torch.nn.Parameter(torch.randn(1, 1 + 37 * 37, width))
+        self.blocks = torch.nn.ModuleList(self.block(width) for _ in range(depth))
+        self.norm = torch.nn.LayerNorm(width, eps=1e-6)
+
+    @staticmethod
+    def block(width):
+        linear = torch.nn.Linear
+        parts = {
+            'norm1': torch.nn.LayerNorm(width, eps=1e-6),
+            'attn': torch.nn.ModuleDict({'qkv': linear(width, 3 * width), 'proj': linear(width, width)}),
+            'ls1': torch.nn.ParameterDict({'gamma': torch.nn.Parameter(torch.randn(width))}),
+            'norm2': torch.nn.LayerNorm(width, eps=1e-6),
+            'mlp': torch.nn.ModuleDict({'fc1': linear(width, 4 * width), 'fc2': linear(4 * width, width)}),
+            'ls2': torch.nn.ParameterDict({'gamma': torch.nn.Parameter(torch.randn(width))}),
+        }
+        return torch.nn.ModuleDict(parts)
+
+    def forward(self, x):
+        functional = torch.nn.functional
+        x = self.patch_embed['proj'](x)
+        grid = self.pos_embed[:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
+        positions = functional.interpolate(grid, scale_factor=(16.1 / 37, 16.1 / 37), mode='bicubic')
+        x = (x + positions).flatten(2).transpose(1, 2)
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            qkv = block['attn']['qkv'](block['norm1'](x)).unflatten(-1, (3, self.heads, -1))
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+            h = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+            x = x + block['ls1']['gamma'] * block['attn']['proj'](h)
+            h = functional.gelu(block['mlp']['fc1'](block['norm2'](x)))
+            x = x + block['ls2']['gamma'] * block['mlp']['fc2'](h)
+        return self.norm(x)[:, 0]
+
+
+def test_dinov2_computes_what_layers_of_pytorch_compute(tmp_path):
+    torch.manual_seed(0)
+    theirs, path = Transformer(192, 3), str(tmp_path / 'weights.pth')
+    torch.save(theirs.state_dict(), path)
+    params = dinov2.convert(read_state_dict(path), path, width=192, depth=3)
+    x = np.array(resize.preprocess(random_images(32, 32), resize.DIALECTS['dgm-eval'], dinov2.SIZE))
+    with torch.no_grad():
+        expected = theirs(to_torch(x))
+    assert_close(jax.jit(dinov2.apply)(params, x)['class-token'], expected)
 
 
 def test_files_are_read_as_pytorch_reads_them(tmp_path):
