@@ -13,5 +13,8 @@ if int(importlib.metadata.version('jaxlib').split('.')[1]) < 12:  # a process en
     FAST_TO_COMPILE += ' --xla_cpu_use_fusion_emitters=false'
     FUSED = {'xla_cpu_use_fusion_emitters': True}
 
-# The same as compiler options.
+# Compiler options of a program that takes seconds to run: half optimized, it is through sooner.
+LONG = {'xla_backend_optimization_level': 1}
+
+# FAST_TO_COMPILE as compiler options.
 QUICK = {name: json.loads(value) for name, value in re.findall(r'--(\w+)=(\w+)', FAST_TO_COMPILE)}
