@@ -129,6 +129,7 @@ def get_config() -> ConfigDict:
     config.metrics.split = ''  # the images that samples are compared with; '' is data.split, what is trained on
     config.metrics.flip = False  # compare with their mirror images as well
     config.metrics.reference = ''  # compare with the moments in this .npz file instead: ours, pytorch-fid's or ADM's
+    config.metrics.by_class = True  # also measure within each class, if samples and reference have classes
     config.metrics.memorization = False  # also look for copies of training images, by comparison with the split 'test'
     config.metrics.batch_size = 64  # images at a time in feature networks
 

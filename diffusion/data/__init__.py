@@ -4,11 +4,22 @@ A *picture* is what a source contains, of any size. An *image* is a preprocessed
 images of a data set have the same shape.
 """
 
-from diffusion.data.images import Images, labelled
+from diffusion.data.images import Images, labelled, labels_sha256
 from diffusion.data.load import load
 from diffusion.data.order import Order
 from diffusion.data.pixels import to_float, to_uint8
 from diffusion.data.prefetch import prefetch
 from diffusion.data.survey import Survey, survey
 
-__all__ = ['Images', 'Order', 'Survey', 'labelled', 'load', 'prefetch', 'survey', 'to_float', 'to_uint8']
+__all__ = [
+    'Images',
+    'Order',
+    'Survey',
+    'labelled',
+    'labels_sha256',
+    'load',
+    'prefetch',
+    'survey',
+    'to_float',
+    'to_uint8',
+]

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,13 @@ def labelled(images: Images, num_classes: int) -> Images:
         raise ValueError(f'these images have {len(classes)} classes, but model.num_classes is {num_classes}')
     if (labels < 0).any():
         raise ValueError(f'{(labels < 0).sum()} of {len(labels)} images have no class, but data.labels=True needs it')
-    digest = hashlib.sha256(json.dumps(list(classes)).encode() + labels.astype('<i4').tobytes()).hexdigest()
+    digest = labels_sha256(classes, labels)
     return dataclasses.replace(images, record=images.record | {'labels_sha256': digest})
+
+
+def labels_sha256(classes: Sequence[str], labels: Int32[np.ndarray, 'N']) -> str:
+    """Return a SHA-256 of the names of the classes and the label of each image."""
+    return hashlib.sha256(json.dumps(list(classes)).encode() + labels.astype('<i4').tobytes()).hexdigest()
 
 
 class Undecoded:

@@ -11,7 +11,7 @@ from diffusion.util import RunError, read_json, say
 
 # Keys in which two entries must agree, and keys in which their references must agree.
 SAME = ('features', 'dialect', 'weights_sha256', 'n')
-SAME_REFERENCE = ('images_sha256', 'file_sha256', 'flip', 'count')
+SAME_REFERENCE = ('images_sha256', 'file_sha256', 'flip', 'count', 'labels_sha256')
 SAME_NOISE = ('seed', 'count', 'first_level')  # records that agree in these started from the same noise
 
 
@@ -36,10 +36,10 @@ def run(paths: list[str]) -> int:
         )
     paths = [os.path.join(path, 'record.json') if os.path.isdir(path) else path for path in paths]
     records = [_read(path) for path in paths]
-    first, second = ({(e['name'], e['dialect']): e for e in record['metrics']} for record in records)
+    first, second = ({_key(entry): entry for entry in record['metrics']} for record in records)
     both = [key for key in first if key in second]
     if not both:
-        names = (', '.join(name for name, _ in entries) or 'nothing' for entries in (first, second))
+        names = (', '.join(dict.fromkeys(name for name, *_ in entries)) or 'nothing' for entries in (first, second))
         raise RunError(f'the records have no number in common: {paths[0]} has {next(names)}, {paths[1]} {next(names)}')
     unlike = differences([(first[key], second[key]) for key in both])
     if unlike:
@@ -57,10 +57,15 @@ def run(paths: list[str]) -> int:
             error, how = float(np.std(changes, ddof=1) / math.sqrt(len(changes))), 'paired'
         else:
             error, how = math.hypot(a['standard_error'], b['standard_error']), 'not paired'
-        say(
-            f'{key[0]} ({a["features"]}, {key[1]}): {a["value"]:.4f} − {b["value"]:.4f} = {verdict(a, b, error)}, {how}'
-        )
+        of_class = f' of class {a["class"]}' if 'label' in a else ''
+        values = f'{a["value"]:.4f} − {b["value"]:.4f} = {verdict(a, b, error)}'
+        say(f'{key[0]}{of_class} ({a["features"]}, {key[1]}): {values}, {how}')
     return 0
+
+
+def _key(entry):
+    """What names a metric: name and dialect, and the label if it is that of a class."""
+    return entry['name'], entry['dialect'], *([str(entry['label'])] if 'label' in entry else [])
 
 
 def verdict(a: dict[str, Any], b: dict[str, Any], error: float) -> str:

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from diffusion import build, data, workdir
 from diffusion.data.sources import open_source
-from diffusion.metrics import memorization
-from diffusion.metrics.tables import METRICS, Comparison
+from diffusion.metrics import frechet, memorization
+from diffusion.metrics.tables import METRICS, Comparison, Metric
 from diffusion.modes.reference import (
     Network,
     Reference,
@@ -30,6 +30,8 @@ from diffusion.runtime import hosts
 from diffusion.util import RunError, naming, numerics, progress, replacing, say, versions, write_json
 
 CLOSEST = 10  # pairs of a sample and its nearest training image that are drawn
+SHOWN = 20  # classes whose metrics are printed
+FEWEST = 20  # images of a class, among the samples and in the reference, for a metric within the class
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -51,6 +53,7 @@ def run(config: ConfigDict, path: str) -> int:
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     with naming('config.evaluate.images'):
         images = open_images(config.evaluate.images, shape)
+        labels = open_labels(config.evaluate.images, len(images))
     above = workdir.output_folder(config, path, 'evaluate', 'evaluations')
     devices = make_mesh(config)
     plan = prepare(config, shape)
@@ -58,7 +61,7 @@ def run(config: ConfigDict, path: str) -> int:
     # Compute.
     digest = sha256(images)
     folder = os.path.join(above, f'{os.path.splitext(os.path.basename(place))[0]}-{digest[:8]}')
-    found = measure(config, plan, images, len(images), devices, None, folder)
+    found = measure(config, plan, images, len(images), devices, None, folder, labels)
     if not hosts.is_first():
         return 0
 
@@ -100,6 +103,16 @@ def open_images(place: str, shape: tuple[int, ...]) -> Any:
             'as config.data.image_size and config.data.channels say'
         )
     return images
+
+
+def open_labels(place: str, count: int) -> np.ndarray | None:
+    """Return arr_1 of an .npz file if it is one whole number for each of `count` images, their classes; else None."""
+    path = os.path.expanduser(place)
+    if not path.endswith('.npz'):
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        labels = file['arr_1'] if 'arr_1' in file.files else np.empty(0)
+    return labels if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer) else None
 
 
 def open_npz(path: str, name: str = 'arr_0') -> np.ndarray:
@@ -210,8 +223,13 @@ def measure(
     devices: Mesh,
     trained_on: dict[str, Any] | None,
     folder: str,
+    labels: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Measure images. All hosts have to call it; the first one gets the results.
+
+    If the images and those of the reference have classes, metrics that compare with the reference are also computed
+    within each class. Such an entry has its 'label' and the name of the 'class', and its influences are those on the
+    metric of the class, 0 for images of other classes.
 
     Args:
         config: config.sample.metrics names the metrics.
@@ -222,10 +240,12 @@ def measure(
         trained_on: what config.json records of the images that the run was trained on; the training split of
             config.data must be the same. None if it records none.
         folder: where pictures are written.
+        labels: (N,), the classes of the images; None if they have none, −1 for no class.
 
     Returns:
         {'metrics': [{'name', 'features', 'dialect', 'value', 'standard_error', 'n', 'reference', …}],
-        'left_out': {metric: why}, 'memorization': [{'features', 'copies', …}], 'influences': {'metric|dialect': (N,)}}.
+        'left_out': {metric: why}, 'memorization': [{'features', 'copies', …}], 'influences': {'metric|dialect': (N,)},
+        where a metric of a class has the key 'metric|dialect|label'}.
     """
     metrics: list[dict[str, Any]] = []
     copies: list[dict[str, Any]] = []
@@ -257,21 +277,29 @@ def measure(
                 find_copies(network, images, found[nearest_in], nearest_in, training, held_out, level, folder)
             )
         for output in outputs:
-            comparison = compare_features(found.pop(output), compared, output, network.dialect)
-            for name in (name for name, row in rows.items() if row.output == output):
+            samples = found.pop(output)
+            comparison = compare_features(samples, compared, output, network.dialect)
+            mine = {name: row for name, row in rows.items() if row.output == output}
+            for name, row in mine.items():
                 try:
-                    if rows[name].needs and isinstance(compared, str):
+                    if row.needs and isinstance(compared, str):
                         raise ValueError(compared)
-                    value = rows[name].compute(comparison)
+                    value = row.compute(comparison)
                     if 'influences' in value:
                         influences[f'{name}|{network.dialect}'] = value.pop('influences')
                 except ValueError as error:
                     left_out[name] = str(error)
                     continue
                 entry = {'name': name, 'features': network.features, 'dialect': network.dialect, **value, 'n': count}
-                if rows[name].needs and isinstance(compared, Reference):
+                if row.needs and isinstance(compared, Reference):
                     entry['reference'] = compared.record
                 metrics.append(entry | {'weights_sha256': network.weights_sha256})
+            if not config.metrics.by_class or labels is None or not (labels >= 0).any() or isinstance(compared, str):
+                continue
+            of_classes = measure_classes(mine, network, samples, labels, compared, output, trained_on)
+            metrics += of_classes.metrics
+            left_out |= of_classes.left_out
+            influences |= of_classes.influences
     order = list(config.sample.metrics)
     for name in set(order) - left_out.keys() - {entry['name'] for entry in metrics}:
         left_out[name] = f'it is defined for the dialects {", ".join(METRICS[name].dialects)} alone'
@@ -281,6 +309,82 @@ def measure(
         'memorization': copies,
         'influences': influences,
     }
+
+
+class OfClasses(NamedTuple):
+    """What `measure` found within the classes; as its results of these names."""
+
+    metrics: list[dict[str, Any]]
+    left_out: dict[str, str]
+    influences: dict[str, np.ndarray]
+
+
+def measure_classes(
+    rows: dict[str, Metric],
+    network: Network,
+    samples: np.ndarray,
+    labels: np.ndarray,
+    compared: Reference,
+    output: str,
+    trained_on: dict[str, Any] | None,
+) -> OfClasses:
+    """Compare the samples of each class with the images of this class in the reference.
+
+    Args:
+        rows: the metrics of an output; those that compare with no reference have no value within a class.
+        network: whose output it is.
+        samples: (N, D), the features of the samples.
+        labels: (N,), their classes; −1 for none.
+        compared: the reference.
+        output: of the network.
+        trained_on: see `measure`.
+    """
+    found = OfClasses([], {}, {})
+    rows = {name: row for name, row in rows.items() if row.needs}
+    if why := _without_classes(compared, output, trained_on):
+        found.left_out.update({f'{name} by class': why for name in rows})
+        return found
+    vectors, their_labels = compared.vectors[output], np.asarray(compared.labels)
+    classes = np.unique(labels[labels >= 0]).tolist()
+    record = compared.record | {'labels_sha256': data.labels_sha256(compared.classes, their_labels)}
+    failed: dict[str, list[str]] = {}
+    for label in classes:
+        mine, theirs = labels == label, vectors[their_labels == label]
+        n, count = int(mine.sum()), len(theirs)
+        moments = frechet.moments([theirs]) if count > 1 else None
+        comparison = Comparison(samples[mine], theirs, moments, network.dialect)
+        for name, row in rows.items():
+            # Covariances of fewer vectors than they have values are singular.
+            fewest = max(FEWEST, samples.shape[1] + 1) if row.needs == 'moments' else FEWEST
+            try:
+                if min(n, count) < fewest:
+                    raise ValueError(f'{n} samples and {count} images of the reference, but {fewest} are needed')
+                value = row.compute(comparison)
+            except ValueError as error:
+                failed.setdefault(name, []).append(f'class {label}: {error}')
+                continue
+            if 'influences' in value:
+                influences = np.zeros(len(labels))
+                influences[mine] = value.pop('influences') * (len(labels) / n)  # as on a mean of all images
+                found.influences[f'{name}|{network.dialect}|{label}'] = influences
+            entry = {'name': name, 'label': label, 'class': compared.classes[label]}
+            entry |= {'features': network.features, 'dialect': network.dialect, **value, 'n': n}
+            entry |= {'reference': record | {'count': count}, 'weights_sha256': network.weights_sha256}
+            found.metrics.append(entry)
+    for name, reasons in failed.items():
+        found.left_out[f'{name} by class'] = f'{len(reasons)} of {len(classes)} classes have no value; {reasons[0]}'
+    return found
+
+
+def _without_classes(compared, output, trained_on):
+    """Why there are no metrics by class, or ''."""
+    if output not in compared.vectors:
+        return 'only the moments of the reference are kept, but this needs the features of each image'
+    if compared.labels is None:
+        return 'the images of the reference have no classes'
+    if trained_on and trained_on.get('labels_sha256') and trained_on['classes'] != list(compared.classes):
+        return 'the reference has other classes than the images that the run was trained on'
+    return ''
 
 
 def write_found(folder: str, before: dict[str, Any], found: dict[str, Any], after: dict[str, Any]) -> None:
@@ -415,12 +519,22 @@ def extract_all(
 def tell(found: dict[str, Any]) -> None:
     """Print what `measure` found, one line a metric, and what is left out."""
     for entry in found['metrics']:
+        if 'label' in entry:
+            continue
         bias = f' (biased {entry["bias"]})' if 'bias' in entry else ''
         against = f', against {_name(entry["reference"])}' if 'reference' in entry else ''
         say(
             f'{entry["name"]} ({entry["features"]}, {entry["dialect"]}): {entry["value"]:.4f} ± '
             f'{entry["standard_error"]:.4f}{bias}, n = {entry["n"]}{against}'
         )
+    of_classes: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for entry in found['metrics']:
+        if 'label' in entry:
+            of_classes.setdefault((entry['name'], entry['features'], entry['dialect']), []).append(entry)
+    for (name, features, dialect), entries in of_classes.items():
+        values = [f'{e["class"]} {e["value"]:.4f} ± {e["standard_error"]:.4f} (n = {e["n"]})' for e in entries]
+        shown = ', '.join(values[:SHOWN]) + (', …' if len(values) > SHOWN else '')
+        say(f'{name} by class ({features}, {dialect}): {shown}')
     for names, why in grouped(found['left_out']).items():
         say(f'{names}: left out, because {why}')
     for entry in found['memorization']:

@@ -230,6 +230,7 @@ def samples_section(folder: str, path: str, digest: str) -> str:
     measured = ''.join(
         f'{entry["name"]} of {entry["n"]} images: {entry["value"]:.4f} ± {entry["standard_error"]:.4f}.\n'
         for entry in details['metrics']
+        if 'label' not in entry
     )
     return f'\n![samples](grid.png)\n\nDrawn with {how}.\n{measured}'
 

@@ -181,12 +181,16 @@ class Reference(NamedTuple):
         vectors: {output: (M, D) float32}, of as many images as are kept; {} if only the moments are known.
         record: what the reference is, for records.
         folder: where it is kept.
+        labels: (M,) int32, the class of each vector's image, −1 for none; None if the images have no classes.
+        classes: their names.
     """
 
     moments: dict[str, Moments]
     vectors: dict[str, np.ndarray]
     record: dict[str, Any]
     folder: str = ''
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
 
     def path(self, output: str) -> str:
         """The file of the moments, which pytorch-fid reads as well."""
@@ -235,7 +239,16 @@ def reference(
             _compute(network, images, devices, folder, where | described, config.metrics.batch_size)
         if not hosts.is_first():
             return Reference({}, {}, described, folder)
-        return _read(folder)
+        found = _read(folder)
+    if images.labels is None:
+        return found
+    kept = np.arange(0, found.record['count'], _step(found.record['count']))
+    return found._replace(labels=images.labels[kept % len(images)], classes=tuple(images.record['classes']))
+
+
+def _step(count):
+    """The vectors of every how many images are kept."""
+    return math.ceil(count / MOST_VECTORS)
 
 
 def _compute(network, images, devices, folder, described, batch_size):
@@ -244,7 +257,7 @@ def _compute(network, images, devices, folder, described, batch_size):
     size = min(batch_size, len(images))
     extract = extractor(network, devices, images.images.shape[1:], tuple(outputs), size)
     count = len(images) * (2 if described['flip'] else 1)
-    step = math.ceil(count / MOST_VECTORS)
+    step = _step(count)
     new = f'{folder}.{os.getpid()}.new'
     files: dict[str, np.memmap] = {}
     totals = {output: frechet.Accumulator() for output in outputs}

@@ -83,17 +83,17 @@ def run(config: ConfigDict, path: str) -> int:
             say(f'{reason}: {count} of {asked.num_images} images are drawn and kept; the same command resumes')
             return EXIT_STATUS
     finished = time.perf_counter()
-    images = drawn.images() if hosts.is_first() else None
+    images, labels = drawn.images() if hosts.is_first() else None, conditions.labels_of(count)
     if images is not None:  # before they are measured, which takes a while
         with workdir.writing(folder, key='sample.folder'):
             save_grid(os.path.join(folder, 'grid.png'), images, classes=len(conditions.labels))
-            save_npz(os.path.join(folder, 'samples.npz'), images, *conditions.labels_of(count))
+            save_npz(os.path.join(folder, 'samples.npz'), images, *labels)
             if asked.png:
                 save_each(os.path.join(folder, 'png'), images)
         workdir.wrote(folder, 'grid.png', 'samples.npz', *(['png'] if asked.png else []))
     trained_on = (workdir.read_config(path) or {}).get('images')  # an imported run records none
     with stage('measuring the samples'):
-        found = evaluate.measure(config, plan, images, count, exp.mesh, trained_on, folder)
+        found = evaluate.measure(config, plan, images, count, exp.mesh, trained_on, folder, *labels)
     if images is None:
         return 0
 

@@ -57,6 +57,27 @@ def test_images_of_the_same_noise_are_paired(tmp_path, capsys):
     assert '= +0.0000 ± 0.0000, p = 1, paired' in capsys.readouterr().out
 
 
+def test_a_class_is_compared_with_the_same_class_alone(tmp_path, capsys):
+    """In pairs as well; a class that one record lacks is left out, and other labels are refused."""
+    rng, noise = np.random.default_rng(0), {'seed': 0, 'count': 200, 'first_level': 1000}
+    of_class = {'label': 3, 'class': 'cat', 'n': 50}
+    paths = []
+    for name, value in (('a', 5.0), ('b', 4.0)):
+        metrics = [entry(value, 0.3), entry(value + 2, 0.4, **of_class)]
+        metrics += [entry(9.0, 0.1, **{'label': 4, 'class': 'dog'})] * (name == 'a')
+        paths.append(write(tmp_path / name, metrics, rng.normal(size=200), **noise))
+        with np.load(tmp_path / name / 'influences.npz') as file:
+            np.savez(tmp_path / name / 'influences.npz', **file, **{'FD-pixels|[-1,1]|3': np.ones(200)})
+    assert compare.run(paths) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith('FD-pixels (pixels, [-1,1]): 5.0000 − 4.0000')
+    assert lines[1].startswith('FD-pixels of class cat (pixels, [-1,1]): 7.0000 − 6.0000 = +1.0000 ± 0.0000')
+    reference = entry(0, 0)['reference'] | {'labels_sha256': 'other'}
+    other = write(tmp_path / 'c', [entry(5.0, 0.3, **of_class, reference=reference)])
+    with pytest.raises(RunError, match=r'reference\.labels_sha256 is None and'):
+        compare.run([paths[0], other])
+
+
 def test_the_paired_error_covers_the_mean_difference():
     """Two sets of vectors of the same noise: their distances differ far less than two independent ones would."""
     rng = np.random.default_rng(0)

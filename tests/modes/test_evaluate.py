@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion import build, data
-from diffusion.metrics import frechet, tables
+from diffusion.metrics import frechet, kernel, tables
 from diffusion.modes import evaluate, reference
 from diffusion.util import RunError
 from tests.runs import quick
@@ -244,3 +244,118 @@ def test_a_network_of_the_table_is_used_with_its_weights(npz, tmp_path, monkeypa
         means = [2 * part.mean(axis=(1, 2, 3)) for part in (file['arr_0'], build.load_images(quick())[:])]
     expected = (means[0].mean() - means[1].mean()) ** 2 + (means[0].std(ddof=1) - means[1].std(ddof=1)) ** 2
     assert entry['value'] == pytest.approx(expected, rel=1e-4) and len(entry['weights_sha256']) == 64
+
+
+# Classes.
+
+BY_CLASS = ('FD-pixels', 'KD-pixels')
+
+
+@pytest.fixture(scope='module')
+def by_class(held_out, tmp_path_factory):
+    """Five copies of the held-out digits with other noise, and their labels."""
+    labels = data.load('digits', 'test', image_size=8, channels=1, cache=False).labels
+    noise = np.random.default_rng(0).integers(-20, 20, (5, *held_out.shape))
+    images = np.clip(held_out + noise, 0, 255).astype(np.uint8).reshape(-1, 8, 8, 1)
+    path = tmp_path_factory.mktemp('classes') / 'samples.npz'
+    np.savez(path, images, np.tile(labels, 5))
+    return path
+
+
+@pytest.fixture
+def few_subsets(monkeypatch):
+    """Compute KD-pixels in a fraction of the time."""
+    row = tables.METRICS['KD-pixels']
+    faster = row._replace(compute=lambda c: kernel.kernel_distance(c.samples, c.vectors, subsets=3)._asdict())
+    monkeypatch.setitem(tables.METRICS, 'KD-pixels', faster)
+
+
+@pytest.mark.usefixtures('few_subsets')
+def test_metrics_within_a_class_are_those_of_its_images_alone(by_class, tmp_path, capsys):
+    """Measured again as images without classes, against pictures of the class alone."""
+    record = measure(tmp_path / 'all', asking(by_class, BY_CLASS))
+    found = {(entry['name'], entry.get('label')): entry for entry in record['metrics']}
+    assert [*found] == [(name, label) for name in BY_CLASS for label in (None, *range(10))]
+    printed = capsys.readouterr().out
+    real = build.load_images(quick())
+    with np.load(by_class) as file:
+        images, labels = file['arr_0'], file['arr_1']
+    with np.load(next((tmp_path / 'all').glob('evaluations/*/influences.npz'))) as file:
+        influences = dict(file)
+    for label in (0, 7):
+        mine = images[labels == label]
+        theirs = tmp_path / f'class{label}'
+        theirs.mkdir()
+        for i, image in enumerate(real[:][real.labels == label]):
+            Image.fromarray(image[..., 0]).save(theirs / f'{i:04d}.png')
+        np.savez(tmp_path / f'{label}.npz', mine)
+        config = asking(tmp_path / f'{label}.npz', BY_CLASS)
+        config.data.source = f'folder:{theirs}'
+        for alone in measure(tmp_path / str(label), config)['metrics']:
+            entry = found[alone['name'], label]
+            assert entry['value'] == pytest.approx(alone['value'], rel=1e-6, abs=1e-12)
+            assert entry['standard_error'] == pytest.approx(alone['standard_error'], rel=1e-6)
+            assert entry['n'] == len(mine) and entry['reference']['count'] == alone['reference']['count']
+            assert entry['class'] == str(label) and len(entry['reference']['labels_sha256']) == 64
+        mine = influences[f'FD-pixels|[-1,1]|{label}']
+        assert ((mine != 0) == (labels == label)).all()
+        error = mine.std() / np.sqrt(len(labels))
+        assert error == pytest.approx(found['FD-pixels', label]['standard_error'], rel=0.02)
+        assert f'{label} {found["FD-pixels", label]["value"]:.4f} ± ' in printed
+
+
+@pytest.mark.usefixtures('few_subsets')
+def test_images_without_classes_and_small_classes_have_no_metrics_by_class(by_class, tmp_path):
+    with np.load(by_class) as file:
+        images, labels = file['arr_0'], file['arr_1']
+    few = labels.copy()
+    few[np.flatnonzero(labels == 3)[30:]] = -1  # 30 are enough for a mean, but not for a covariance of 64 values
+    np.savez(tmp_path / 'few.npz', images, few)
+    record = measure(tmp_path / 'few', asking(tmp_path / 'few.npz', BY_CLASS))
+    found = [(entry['name'], entry['label']) for entry in record['metrics'] if 'label' in entry]
+    assert found == [(name, label) for name in BY_CLASS for label in range(10) if (name, label) != ('FD-pixels', 3)]
+    assert record['left_out'].keys() == {'FD-pixels by class'}
+    assert '1 of 10 classes' in (why := record['left_out']['FD-pixels by class']) and 'class 3: 30 samples' in why
+    np.savez(tmp_path / 'none.npz', images, np.full(len(labels), -1))
+    np.savez(tmp_path / 'other.npz', images, labels[:, None])
+    for name, changes in (('none', {}), ('other', {}), ('off', {'by_class': False})):
+        source = by_class if name == 'off' else tmp_path / f'{name}.npz'
+        record = measure(tmp_path / name, asking(source, BY_CLASS, **changes))
+        assert [entry['name'] for entry in record['metrics']] == list(BY_CLASS) and record['left_out'] == {}
+
+
+def test_a_reference_without_classes_has_no_metrics_by_class(by_class, tmp_path, statistics):
+    record = measure(tmp_path / 'file', asking(by_class, reference=statistics))
+    assert len(record['metrics']) == 1 and 'features of each image' in record['left_out']['FD-pixels by class']
+    (tmp_path / 'pictures').mkdir()
+    for i, image in enumerate(build.load_images(quick())[:100]):
+        Image.fromarray(image[..., 0]).save(tmp_path / 'pictures' / f'{i:04d}.png')
+    config = asking(by_class)
+    config.data.source = f'folder:{tmp_path / "pictures"}'
+    record = measure(tmp_path / 'loose', config)
+    assert len(record['metrics']) == 1 and 'have no classes' in record['left_out']['FD-pixels by class']
+
+
+def test_mirror_images_have_the_classes_of_their_images(by_class, tmp_path):
+    entries = measure(tmp_path, asking(by_class, flip=True))['metrics']
+    real = build.load_images(quick())
+    for entry in entries[1:]:
+        mine = real[:][real.labels == entry['label']]
+        with np.load(by_class) as file:
+            samples = file['arr_0'][file['arr_1'] == entry['label']]
+        both = np.concatenate([mine, mine[:, :, ::-1]])
+        moments = (frechet.moments([part / 127.5 - 1]) for part in (samples, both))
+        assert entry['value'] == pytest.approx(frechet.distance(*moments), rel=1e-4)
+        assert entry['reference']['count'] == len(both)
+
+
+def test_classes_in_another_order_than_in_training_are_not_compared():
+    rng, labels = np.random.default_rng(0), np.resize([0, 1], 80)
+    compared = reference.Reference({}, {'values': rng.normal(size=(80, 2))}, {}, '', labels, ('cat', 'dog'))
+    rows, network = {'FD-pixels': tables.METRICS['FD-pixels']}, reference.Network('pixels', '[-1,1]', None, None)
+    for classes, count in ((['cat', 'dog'], 2), (['dog', 'cat'], 0)):
+        trained_on = {'classes': classes, 'labels_sha256': 'abc'}
+        found = evaluate.measure_classes(
+            rows, network, rng.normal(size=(80, 2)), labels, compared, 'values', trained_on
+        )
+        assert len(found.metrics) == count and len(found.left_out) == (not count)

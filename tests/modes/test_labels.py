@@ -13,6 +13,7 @@ from PIL import Image
 from diffusion import build, data, schedule, workdir
 from diffusion.configs import cifar10_conditional, digits_conditional
 from diffusion.data import cache, images, sources
+from diffusion.metrics import frechet
 from diffusion.modes import export, likelihood, plan, sample, sweep, train
 from diffusion.networks import IMPLEMENTATIONS, NETWORKS, plain
 from diffusion.runtime import mesh
@@ -212,6 +213,19 @@ def test_images_are_of_all_classes_in_turn_in_a_row_each(trained):
     assert record['labels'] == '[0, 3, 7]' and (chosen[1:] != many[1:7]).any((1, 2, 3)).all()
     nothing, labels, _, _, _ = draw(trained, conditional(sample__labels='none'))
     assert (labels == -1).all() and (nothing != many[:7]).any((1, 2, 3)).all()
+
+
+def test_samples_are_measured_by_class(trained):
+    changes = {'sample__num_images': 200, 'sample__labels': '3,7,3', 'sample__batch_size': 200}
+    images, labels, _, record, _ = draw(trained, conditional(sample__metrics=('FD-pixels',), **changes))
+    real = build.load_images(conditional(), labelled=True)
+    whole, *of_classes = record['metrics']
+    assert whole['n'] == 200 and [(entry['label'], entry['n']) for entry in of_classes] == [(3, 133), (7, 67)]
+    for entry in of_classes:
+        mine = images[labels == entry['label']], real[:][real.labels == entry['label']]
+        moments = (frechet.moments([part / 127.5 - 1]) for part in mine)
+        assert entry['value'] == pytest.approx(frechet.distance(*moments), rel=1e-4)
+        assert entry['standard_error'] > 0 and entry['reference']['labels_sha256'] == real.record['labels_sha256']
 
 
 def test_guidance_of_scale_1_changes_no_bit_and_others_have_folders_of_their_own(trained):
