@@ -41,7 +41,7 @@ def run(paths: list[str]) -> int:
     if not both:
         names = (', '.join(dict.fromkeys(name for name, *_ in entries)) or 'nothing' for entries in (first, second))
         raise RunError(f'the records have no number in common: {paths[0]} has {next(names)}, {paths[1]} {next(names)}')
-    unlike = differences([(first[key], second[key]) for key in both])
+    unlike = differences([(first[key], second[key]) for key in both if 'label' not in first[key]])
     if unlike:
         lines = ''.join(f'\n    {line}' for line in unlike)
         raise RunError(f'{paths[0]} and {paths[1]} cannot be compared:{lines}')
@@ -51,21 +51,28 @@ def run(paths: list[str]) -> int:
     influences = [_influences(path) if paired else {} for path in paths]
     for key in both:
         a, b = first[key], second[key]
+        if 'label' in a and (unlike := differences([(a, b)])):
+            say(f'{"; ".join(unlike)}: not compared')
+            continue
         name = '|'.join(key)
         if all(name in known for known in influences):
             changes = influences[0][name] - influences[1][name]
             error, how = float(np.std(changes, ddof=1) / math.sqrt(len(changes))), 'paired'
         else:
             error, how = math.hypot(a['standard_error'], b['standard_error']), 'not paired'
-        of_class = f' of class {a["class"]}' if 'label' in a else ''
         values = f'{a["value"]:.4f} − {b["value"]:.4f} = {verdict(a, b, error)}'
-        say(f'{key[0]}{of_class} ({a["features"]}, {key[1]}): {values}, {how}')
+        say(f'{_name(a)} ({a["features"]}, {a["dialect"]}): {values}, {how}')
     return 0
 
 
 def _key(entry):
     """What names a metric: name and dialect, and the label if it is that of a class."""
     return entry['name'], entry['dialect'], *([str(entry['label'])] if 'label' in entry else [])
+
+
+def _name(entry):
+    """A metric in words."""
+    return entry['name'] + (f' of class {entry["class"]}' if 'label' in entry else '')
 
 
 def verdict(a: dict[str, Any], b: dict[str, Any], error: float) -> str:
@@ -82,7 +89,7 @@ def differences(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]
         compared = {key: (a.get(key), b.get(key)) for key in SAME}
         references = (a.get('reference') or {}, b.get('reference') or {})
         compared |= {f'reference.{key}': (references[0].get(key), references[1].get(key)) for key in SAME_REFERENCE}
-        found += [f'{a["name"]}: {key} is {x!r} and {y!r}' for key, (x, y) in compared.items() if x != y]
+        found += [f'{_name(a)}: {key} is {x!r} and {y!r}' for key, (x, y) in compared.items() if x != y]
     return found
 
 

@@ -58,7 +58,7 @@ def test_images_of_the_same_noise_are_paired(tmp_path, capsys):
 
 
 def test_a_class_is_compared_with_the_same_class_alone(tmp_path, capsys):
-    """In pairs as well; a class that one record lacks is left out, and other labels are refused."""
+    """In pairs as well. A class that one record lacks is left out, and so is one of other images."""
     rng, noise = np.random.default_rng(0), {'seed': 0, 'count': 200, 'first_level': 1000}
     of_class = {'label': 3, 'class': 'cat', 'n': 50}
     paths = []
@@ -72,10 +72,14 @@ def test_a_class_is_compared_with_the_same_class_alone(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith('FD-pixels (pixels, [-1,1]): 5.0000 − 4.0000')
     assert lines[1].startswith('FD-pixels of class cat (pixels, [-1,1]): 7.0000 − 6.0000 = +1.0000 ± 0.0000')
-    reference = entry(0, 0)['reference'] | {'labels_sha256': 'other'}
-    other = write(tmp_path / 'c', [entry(5.0, 0.3, **of_class, reference=reference)])
-    with pytest.raises(RunError, match=r'reference\.labels_sha256 is None and'):
-        compare.run([paths[0], other])
+    for changes, why in (
+        ({'n': 40}, 'n is 50 and 40'),
+        ({'reference': entry(0, 0)['reference'] | {'labels_sha256': 'x'}}, "reference.labels_sha256 is None and 'x'"),
+    ):
+        other = write(tmp_path / why, [entry(4.0, 0.3), entry(6.0, 0.4, **of_class | changes)])
+        assert compare.run([paths[0], other]) == 0
+        whole, of_cats = capsys.readouterr().out.splitlines()
+        assert whole.startswith('FD-pixels (pixels') and of_cats == f'FD-pixels of class cat: {why}: not compared'
 
 
 def test_the_paired_error_covers_the_mean_difference():
