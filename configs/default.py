@@ -48,9 +48,11 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 0  # attention heads of 'adm', if head_channels is 0; 0 means one head
     config.model.scale_shift_norm = True  # whether the embedding scales and shifts norms of 'adm', or is added
     config.model.resblock_updown = False  # whether residual blocks of 'adm' change the size, or convolutions
+    config.model.updown_levels = 'all'  # where they do: at 'all' resolutions, or, as in diffusers, with 'attention'
     # The choices of DDPM; OpenAI and diffusers have 1e-5, 1, 'cos_sin' and 0 here.
     config.model.norm_epsilon = 1e-6  # ε of GroupNorm
     config.model.downsample_padding = 0  # pixels of zeros before each axis, with one after it
+    config.model.mid_attention = True  # attention between the two blocks in the middle
     config.model.embedding_order = 'sin_cos'  # halves of the time embedding
     config.model.embedding_shift = 1  # frequencies are 10000^(−i/(channels/2 − shift))
     # Of convolutions and matmuls. On accelerators, 'float32' products have JAX's default precision (TF32 on GPUs,

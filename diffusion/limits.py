@@ -207,6 +207,7 @@ LIMITS: dict[str, Limit] = {
     'model.head_channels': Integers(0, 2**16),
     'model.norm_epsilon': Reals(0, 1, '()'),
     'model.downsample_padding': OneOf(0, 1),
+    'model.updown_levels': OneOf('all', 'attention'),
     'model.embedding_order': OneOf('sin_cos', 'cos_sin'),
     'model.embedding_shift': OneOf(0, 1),
     'model.dtype': OneOf('float32', 'bfloat16'),

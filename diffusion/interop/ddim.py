@@ -42,6 +42,7 @@ FIXED = {  # settings that their code does not vary, named as in our config
     'head_channels': 0,
     'norm_epsilon': 1e-6,
     'downsample_padding': 0,
+    'mid_attention': True,
     'embedding_order': 'sin_cos',
     'embedding_shift': 1,
 }

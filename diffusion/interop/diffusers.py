@@ -9,7 +9,7 @@ Older pipelines have the same files without the two subfolders. diffusers is not
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,10 +49,7 @@ NETWORK_KEYS: dict[str, tuple[Any, tuple]] = {
     'time_embedding_type': ('positional', ('positional',)),
     'mid_block_type': ('UNetMidBlock2D', ('UNetMidBlock2D',)),
     'mid_block_scale_factor': (1, (1,)),
-    'downsample_type': ('conv', ('conv',)),
-    'upsample_type': ('conv', ('conv',)),
     'act_fn': ('silu', ('silu', 'swish')),
-    'add_attention': (True, (True,)),
     'class_embed_type': (None, (None,)),
 }
 # Whether a scheduler is DDPM's. The parallel schedulers compute the same steps.
@@ -84,6 +81,8 @@ NOT_TRAINED = (
 EMBEDDING_ORDERS = {True: 'cos_sin', False: 'sin_cos'}  # flip_sin_to_cos
 SCALE_SHIFT = {'default': False, 'scale_shift': True}  # resnet_time_scale_shift
 ZERO_OR_ONE = {0: 0, 1: 1}  # freq_shift, downsample_padding
+MID_ATTENTION = {True: True, False: False}  # add_attention
+BY_BLOCKS = {'conv': False, 'resnet': True}  # downsample_type, upsample_type
 SCHEDULES = {
     'linear': 'linear',
     'scaled_linear': 'quadratic',
@@ -99,7 +98,8 @@ SPACINGS = {'leading': 'leading', 'trailing': 'trailing', 'linspace': 'linspace'
 
 def names(path: Path) -> tuple[str, ...]:
     """Return the names that a parameter may have in their files, the current one first."""
-    resample = {'resample': f'{path[0]}samplers.0.conv'}
+    block = path[-2] != 'resample'  # else a convolution
+    resample = {'resample': f'{path[0]}samplers.0' + '.conv' * (not block)}
     return tuple('.'.join((table | resample).get(part, str(part)) for part in path) for table in (NAMES, OLD_NAMES))
 
 
@@ -229,11 +229,15 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
         raise keys.error('block_out_channels', widths, f'all must be multiples of the first, {widths[0]}')
     if (dim := keys.get('time_embedding_dim', None)) not in (None, 4 * widths[0]):
         raise keys.error('time_embedding_dim', dim, f'must be {4 * widths[0]}, four times the first width')
-    attends = _attends(keys, len(widths), path)
+    blocks = _blocks(keys, len(widths))
+    attends = [block.attends for block in blocks['down']]
+    mid_attention = keys.choose('add_attention', True, MID_ATTENTION)
+    updown = _updown(keys, blocks)
     groups = keys.positive_integer('norm_num_groups', 32)
     scale_shift = keys.choose('resnet_time_scale_shift', 'default', SCALE_SHIFT)
     # Without this key, their attention in the middle has no norm if blocks have scale and shift.
-    if (own := keys.get('attn_norm_num_groups', None)) not in ((groups,) if scale_shift else (None, groups)):
+    own = keys.get('attn_norm_num_groups', None)
+    if mid_attention and own not in ((groups,) if scale_shift else (None, groups)):
         raise keys.error('attn_norm_num_groups', own, f'must be norm_num_groups, {groups}')
     if (num_classes := keys.get('num_class_embeds', None)) is None:
         num_classes = 0
@@ -242,7 +246,8 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
     head_channels = keys.get('attention_head_dim', 8)
     if head_channels is not None and (type(head_channels) is not int or head_channels < 1):
         raise keys.error('attention_head_dim', head_channels, 'must be null or a positive integer')
-    if {width for width, a in zip(widths, attends, strict=True) if a} | {widths[-1]} == {head_channels}:
+    attended = {width for width, a in zip([*widths, widths[-1]], [*attends, mid_attention], strict=True) if a}
+    if attended == {head_channels}:
         head_channels = None  # one head everywhere
     epsilon = keys.get('norm_eps', 1e-5)
     if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
@@ -250,7 +255,7 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
     settings = {
         'data': {'image_size': size, 'channels': channels},
         'model': {
-            'network': 'adm' if scale_shift else 'unet',
+            'network': 'adm' if scale_shift or updown else 'unet',
             'variance': 'learned' if out == 2 * channels else 'fixed',
             'channels': widths[0],
             'multipliers': tuple(width // widths[0] for width in widths),
@@ -263,36 +268,79 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
             'num_classes': num_classes,
             'head_channels': head_channels or 0,
             'norm_epsilon': float(epsilon),
+            'mid_attention': mid_attention,
             'downsample_padding': keys.choose('downsample_padding', 1, ZERO_OR_ONE),
             'embedding_order': keys.choose('flip_sin_to_cos', True, EMBEDDING_ORDERS),
             'embedding_shift': keys.choose('freq_shift', 0, ZERO_OR_ONE),
         },
     }
-    if scale_shift:
-        settings['model'] |= {'scale_shift_norm': True, 'resblock_updown': False, 'num_heads': 0}
+    if settings['model']['network'] == 'adm':
+        settings['model'] |= {'scale_shift_norm': scale_shift, 'resblock_updown': bool(updown), 'num_heads': 0}
+        settings['model'] |= {'updown_levels': updown} if updown else {}
     keys.refuse_others(ignored=('num_train_timesteps',))
     return settings
 
 
-def _attends(keys: _Keys, levels: int, path: str) -> list[bool]:
-    """Return whether each level, the finest first, has attention; encoder and decoder must agree."""
-    attends = {}
-    for direction, attention, plain in (
-        ('down', 'AttnDownBlock2D', 'DownBlock2D'),
-        ('up', 'AttnUpBlock2D', 'UpBlock2D'),
-    ):
+class _Block(NamedTuple):
+    """What a type of block says: whether it has attention, and whether a residual block follows that changes the size.
+
+    The latter is None where downsample_type or upsample_type says it.
+    """
+
+    attends: bool
+    by_blocks: bool | None
+
+
+BLOCKS = {
+    'down': {
+        'DownBlock2D': _Block(False, False),
+        'AttnDownBlock2D': _Block(True, None),
+        'ResnetDownsampleBlock2D': _Block(False, True),
+    },
+    'up': {
+        'UpBlock2D': _Block(False, False),
+        'AttnUpBlock2D': _Block(True, None),
+        'ResnetUpsampleBlock2D': _Block(False, True),
+    },
+}
+
+
+def _blocks(keys: _Keys, levels: int) -> dict[str, list[_Block]]:
+    """Return the blocks of encoder and decoder, the finest level first; they must have attention at the same levels."""
+    blocks = {}
+    for direction, table in BLOCKS.items():
+        plain, attention, _ = table
         default = [attention] * 3 + [plain] if direction == 'up' else [plain] + [attention] * 3
         types = keys.get(f'{direction}_block_types', default)
-        if not isinstance(types, list) or len(types) != levels or any(t not in (attention, plain) for t in types):
-            raise keys.error(
-                f'{direction}_block_types',
-                types,
-                f'must list {levels} of {plain!r} and {attention!r}, as many as block_out_channels',
-            )
-        attends[direction] = [block == attention for block in types]
-    if attends['up'] != attends['down'][::-1]:
+        if not isinstance(types, list) or len(types) != levels or any(t not in table for t in types):
+            names = ', '.join(map(repr, table))
+            problem = f'must list {levels} of {names}, as many as block_out_channels'
+            raise keys.error(f'{direction}_block_types', types, problem)
+        blocks[direction] = [table[block] for block in (types if direction == 'down' else types[::-1])]
+    if any(up.attends != down.attends for down, up in zip(blocks['down'], blocks['up'], strict=True)):
         raise keys.error('up_block_types', types, 'must have attention at the same resolutions as down_block_types')
-    return attends['down']
+    return blocks
+
+
+def _updown(keys: _Keys, blocks: dict[str, list[_Block]]) -> str:
+    """Return the levels at which residual blocks change the size, 'all' or 'attention'; '' for none."""
+    chosen = {way: keys.choose(f'{way}sample_type', 'conv', BY_BLOCKS) for way in ('down', 'up')}
+    # The coarsest level of the encoder and the finest of the decoder change no size.
+    changing = [*(('down', block) for block in blocks['down'][:-1]), *(('up', block) for block in blocks['up'][1:])]
+    found = [chosen[way] if block.by_blocks is None else block.by_blocks for way, block in changing]
+    for levels, ours in (
+        ('', [False for _ in changing]),
+        ('all', [True for _ in changing]),
+        ('attention', [block.attends for _, block in changing]),
+    ):
+        if found == ours:
+            return levels
+    raise keys.error(
+        'upsample_type',
+        'resnet' if chosen['up'] else 'conv',
+        'with downsample_type and the types of the blocks, the size must be changed by convolutions everywhere, by '
+        'residual blocks everywhere, or by residual blocks exactly at the resolutions with attention',
+    )
 
 
 def scheduler_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from diffusion.interop.diffusers import (
+    BLOCKS,
+    BY_BLOCKS,
     EMBEDDING_ORDERS,
     KINDS,
     NETWORK_KEYS,
@@ -65,6 +67,8 @@ def network_config(
     network: str = 'unet',
     scale_shift_norm: bool = False,
     resblock_updown: bool = False,
+    updown_levels: str = 'all',
+    mid_attention: bool = True,
     num_heads: int = 0,
     level_scale: float = 1.0,
     variance: str = 'fixed',
@@ -88,7 +92,6 @@ def network_config(
     for found, problem in (
         (network not in ('unet', 'adm'), f'network is {network!r}, which diffusers does not have'),
         (level_scale != 1, f'level_scale is {level_scale:g}, but a UNet2DModel takes the levels as they are'),
-        (adm and resblock_updown, "resblock_updown is True, but diffusers' blocks without attention have convolutions"),
         (
             adm and num_heads > 1 and not head_channels,
             f'num_heads is {num_heads}, but the heads of a UNet2DModel have equally many channels: head_channels',
@@ -97,6 +100,12 @@ def network_config(
         if found:
             raise ValueError(problem)
     attends = [image_size >> level in attention_resolutions for level in range(len(multipliers))]
+    by_blocks = adm and resblock_updown
+    plain = by_blocks and updown_levels == 'all'  # whether blocks without attention have residual blocks as well
+
+    def types(way):
+        return [_theirs(BLOCKS[way], (True, None) if a else (False, plain)) for a in attends]
+
     return {
         '_class_name': 'UNet2DModel',
         'sample_size': image_size,
@@ -104,8 +113,11 @@ def network_config(
         'out_channels': image_channels * (2 if variance == 'learned' else 1),
         'block_out_channels': [channels * m for m in multipliers],
         'layers_per_block': num_blocks,
-        'down_block_types': ['AttnDownBlock2D' if a else 'DownBlock2D' for a in attends],
-        'up_block_types': ['AttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attends)],
+        'down_block_types': types('down'),
+        'up_block_types': types('up')[::-1],
+        'downsample_type': _theirs(BY_BLOCKS, by_blocks),
+        'upsample_type': _theirs(BY_BLOCKS, by_blocks),
+        'add_attention': mid_attention,
         'norm_num_groups': groups,
         'attention_head_dim': head_channels or None,
         'dropout': dropout,

@@ -45,6 +45,8 @@ FIXED = {  # settings that their code does not vary, named as in our config
     'first_level': 0,
     'norm_epsilon': 1e-5,
     'downsample_padding': 1,
+    'mid_attention': True,
+    'updown_levels': 'all',
     'embedding_order': 'cos_sin',
     'embedding_shift': 0,
 }

@@ -121,8 +121,10 @@ class ADM(unet.UNet):
         head_channels: int = 0,
         scale_shift_norm: bool = True,
         resblock_updown: bool = False,
+        updown_levels: str = 'all',
         norm_epsilon: float = 1e-5,
         downsample_padding: int = 1,
+        mid_attention: bool = True,
         embedding_order: str = 'cos_sin',
         embedding_shift: int = 0,
         num_classes: int = 0,
@@ -146,8 +148,10 @@ class ADM(unet.UNet):
             head_channels: channels of each attention head; they divide each width that has attention.
             scale_shift_norm: whether the embedding scales and shifts the second norm of each block, or is added.
             resblock_updown: whether residual blocks change the size, by averages and repetition, or convolutions.
+            updown_levels: at which resolutions `resblock_updown` has residual blocks: 'all', or those with 'attention'.
             norm_epsilon: ε of GroupNorm.
-            downsample_padding: see `unet.UNet`; without `resblock_updown` alone.
+            downsample_padding: of the convolutions that change the size, see `unet.UNet`.
+            mid_attention: whether attention is between the two blocks in the middle.
             embedding_order: see `time_embedding`.
             embedding_shift: see `time_embedding`.
             num_classes: number of classes; 0 makes the network unconditional.
@@ -156,12 +160,13 @@ class ADM(unet.UNet):
         Raises:
             ValueError: sizes do not fit together; the message names them.
         """
-        unet.check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups, head_channels)
+        unet.check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups)
+        parts = {'head_channels': head_channels} if head_channels else {'num_heads': num_heads}
+        unet.check_heads(image_size, channels, multipliers, attention_resolutions, mid_attention, parts)
         widths = [channels * m for m in multipliers]
         sizes = [image_size >> level for level in range(len(widths))]
         attends = [size in attention_resolutions for size in sizes]
-        if not head_channels:
-            _check_heads(num_heads, {width for width, a in zip(widths, attends, strict=True) if a} | {widths[-1]})
+        by_blocks = [resblock_updown and (attended or updown_levels == 'all') for attended in attends]
         emb_dim = 4 * channels
         layer: dict[str, Any] = dict(kernel_init=fan_avg, dtype=dtype, rngs=rngs)
         norm: dict[str, Any] = dict(groups=groups, norm_epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
@@ -187,7 +192,7 @@ class ADM(unet.UNet):
         down = []
         for level, width in enumerate(widths):
             resample = None
-            if level < last and resblock_updown:
+            if level < last and by_blocks[level]:
                 resample = block(width, width, 'half')
             elif level < last:
                 padding = ((downsample_padding, 1),) * 2
@@ -198,15 +203,17 @@ class ADM(unet.UNet):
 
         width = widths[-1]
         self.mid1 = block(width, width)
-        self.mid_attention = attention(width)
+        self.mid_attention = attention(width) if mid_attention else None
         self.mid2 = block(width, width)
 
         up, below = [], width
         for level, width in reversed(list(enumerate(widths))):
             in_channels = [previous + skips.pop() for previous in [below] + [width] * num_blocks]
             resample = None
-            if level > 0:
-                resample = block(width, width, 'double') if resblock_updown else Upsample(width, width, (3, 3), **layer)
+            if level > 0 and by_blocks[level]:
+                resample = block(width, width, 'double')
+            elif level > 0:
+                resample = Upsample(width, width, (3, 3), **layer)
             up.append(stage(level, in_channels, resample))
             below = width
         self.up = nnx.List(up)
@@ -214,10 +221,3 @@ class ADM(unet.UNet):
         self.norm_out = GroupNorm(width, groups, epsilon=norm_epsilon, rngs=rngs)
         self.conv_out = nnx.Conv(width, out_channels or image_channels, (3, 3), **layer | dict(kernel_init=zeros))
         self.label = Label(num_classes, emb_dim, dtype=dtype, rngs=rngs) if num_classes else None
-
-
-def _check_heads(num_heads, widths):
-    """Raise ValueError if a width that has attention cannot be divided among the heads."""
-    for width in sorted(widths):
-        if num_heads and width % num_heads:
-            raise ValueError(f'channels × multiplier = {width} is not divisible by num_heads = {num_heads}')

@@ -246,6 +246,7 @@ class UNet(nnx.Module):
         head_channels: int = 0,
         norm_epsilon: float = 1e-6,
         downsample_padding: int = 0,
+        mid_attention: bool = True,
         embedding_order: str = 'sin_cos',
         embedding_shift: int = 1,
         num_classes: int = 0,
@@ -268,6 +269,7 @@ class UNet(nnx.Module):
             head_channels: channels of each attention head; they divide each width that has attention. 0 means one head.
             norm_epsilon: ε of GroupNorm.
             downsample_padding: pixels of zeros before each axis when the size is halved, 0 or 1; after it is one.
+            mid_attention: whether attention is between the two blocks in the middle.
             embedding_order: see `time_embedding`.
             embedding_shift: see `time_embedding`.
             num_classes: number of classes; 0 makes the network unconditional.
@@ -276,7 +278,9 @@ class UNet(nnx.Module):
         Raises:
             ValueError: sizes do not fit together; the message names them.
         """
-        check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups, head_channels)
+        check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups)
+        parts = {'head_channels': head_channels}
+        check_heads(image_size, channels, multipliers, attention_resolutions, mid_attention, parts)
         widths = [channels * m for m in multipliers]
         sizes = [image_size >> level for level in range(len(widths))]
         emb_dim = 4 * channels
@@ -306,7 +310,7 @@ class UNet(nnx.Module):
         self.down = nnx.List(down)
 
         self.mid1 = self.ResBlock(width, width, emb_dim, **block)
-        self.mid_attention = self.Attention(width, **attention)
+        self.mid_attention = self.Attention(width, **attention) if mid_attention else None
         self.mid2 = self.ResBlock(width, width, emb_dim, **block)
 
         up, below = [], width
@@ -359,7 +363,8 @@ class UNet(nnx.Module):
                 x = stage.leave(x, emb, key)
                 skips.append(x)
         x = self.mid1(x, emb, key())
-        x = self.mid_attention(x)
+        if self.mid_attention is not None:
+            x = self.mid_attention(x)
         x = self.mid2(x, emb, key())
         for stage in self.up:
             for i in range(len(stage.blocks)):
@@ -377,7 +382,6 @@ def check(
     attention_resolutions: Sequence[int],
     dropout: float,
     groups: int,
-    head_channels: int,
 ) -> None:
     """Raise ValueError if sizes do not fit together."""
     if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
@@ -403,9 +407,19 @@ def check(
     absent = [size for size in attention_resolutions if size not in sizes]
     if absent:
         raise ValueError(f'attention_resolutions has {absent}, but the sizes of this network are {sizes}')
-    attended = [m for m, size in zip(multipliers, sizes, strict=True) if size in attention_resolutions]
-    for m in [*attended, multipliers[-1]]:
-        if head_channels and channels * m % head_channels:
-            raise ValueError(
-                f'channels × multiplier = {channels * m} is not divisible by head_channels = {head_channels}'
-            )
+
+
+def check_heads(
+    image_size: int,
+    channels: int,
+    multipliers: Sequence[int],
+    attention_resolutions: Sequence[int],
+    mid_attention: bool,
+    parts: dict[str, int],
+) -> None:
+    """Raise ValueError if a width that has attention is not divisible by one of the named `parts`, unless that is 0."""
+    attended = {m for level, m in enumerate(multipliers) if image_size >> level in attention_resolutions}
+    for m in sorted(attended | ({multipliers[-1]} if mid_attention else set())):
+        for name, part in parts.items():
+            if part and channels * m % part:
+                raise ValueError(f'channels × multiplier = {channels * m} is not divisible by {name} = {part}')

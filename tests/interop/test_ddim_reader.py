@@ -37,7 +37,7 @@ def test_the_shapes_of_the_tensors_tell_the_network():
             'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2,
             'attention_resolutions': (16,), 'groups': 32, 'first_level': 0, 'level_scale': 1.0, 'head_channels': 0,
             'norm_epsilon': 1e-6,
-            'downsample_padding': 0, 'embedding_order': 'sin_cos', 'embedding_shift': 1,
+            'downsample_padding': 0, 'mid_attention': True, 'embedding_order': 'sin_cos', 'embedding_shift': 1,
         },
     }  # fmt: skip
     with pytest.raises(ValueError, match=r'set config\.data\.image_size'):

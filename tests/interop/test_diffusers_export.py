@@ -23,6 +23,7 @@ NETWORK = dict(
     downsample_padding=1,
     embedding_order='cos_sin',
     embedding_shift=0,
+    mid_attention=True,
     variance='fixed',
 )
 HO = dict(head_channels=0, norm_epsilon=1e-6, downsample_padding=0, embedding_order='sin_cos', embedding_shift=1)
@@ -42,7 +43,19 @@ SCHEDULE = dict(
 ADM = dict(network='adm', scale_shift_norm=True, resblock_updown=False, num_heads=0)
 
 
-@pytest.mark.parametrize('choices', [{}, HO, ADM, {'num_classes': 7}, {'variance': 'learned'}])
+@pytest.mark.parametrize(
+    'choices',
+    [
+        {},
+        HO,
+        ADM,
+        ADM | {'scale_shift_norm': False, 'resblock_updown': True, 'updown_levels': 'all'},
+        ADM | {'resblock_updown': True, 'updown_levels': 'attention', 'mid_attention': False},
+        {'mid_attention': False},
+        {'num_classes': 7},
+        {'variance': 'learned'},
+    ],
+)
 def test_a_network_reads_back(choices):
     network = NETWORK | choices
     settings = diffusers.network_settings(diffusers_export.network_config(**network), 'config.json')
@@ -57,7 +70,6 @@ def test_a_network_reads_back(choices):
         ({'multipliers': (2, 2)}, r'multipliers is \(2, 2\), but its first entry must be 1'),
         ({'network': 'two_layers'}, "network is 'two_layers'"),
         ({'level_scale': 0.25}, 'level_scale is 0.25'),
-        (ADM | {'resblock_updown': True}, 'resblock_updown is True'),
         (ADM | {'head_channels': 0, 'num_heads': 4}, 'num_heads is 4'),
     ],
 )

@@ -35,13 +35,13 @@ def read(place):
         ('norm_eps', 0),
         ('act_fn', 'gelu'),
         ('downsample_padding', 2),
-        ('downsample_type', 'resnet'),
         ('attention_head_dim', 0),
         ('attention_head_dim', [8, 8]),
         ('attn_norm_num_groups', 1),
         ('mid_block_type', None),
         ('mid_block_scale_factor', 2),
-        ('add_attention', False),
+        ('add_attention', None),
+        ('downsample_type', 'fir'),
         ('center_input_sample', True),
         ('down_block_types', ['DownBlock2D', 'SkipDownBlock2D']),
         ('up_block_types', ['AttnUpBlock2D', 'AttnUpBlock2D']),
@@ -172,7 +172,8 @@ def test_the_config_of_the_google_ddpms():
             'network': 'unet', 'num_classes': 0, 'level_scale': 1.0,
             'channels': 128, 'multipliers': (1, 2, 2, 2), 'num_blocks': 2, 'attention_resolutions': (16,),
             'groups': 32, 'dropout': 0.0, 'first_level': 0, 'head_channels': 0, 'norm_epsilon': 1e-6,
-            'variance': 'fixed', 'downsample_padding': 0, 'embedding_order': 'sin_cos', 'embedding_shift': 1,
+            'variance': 'fixed', 'mid_attention': True,
+            'downsample_padding': 0, 'embedding_order': 'sin_cos', 'embedding_shift': 1,
         },
     }  # fmt: skip
 
@@ -195,6 +196,28 @@ def test_scale_and_shift_are_openai_s(tmp_path):
     changes = dict(resnet_time_scale_shift='scale_shift', attn_norm_num_groups=2)
     model = read(fixture.changed(tmp_path / 'without', fixture.NETWORK, **changes)).settings['model']
     assert model['network'] == 'adm' and model['scale_shift_norm'] and not model['resblock_updown']
+
+
+@pytest.mark.parametrize(
+    ('changes', 'expected'),
+    [
+        ({'downsample_type': 'resnet'}, None),  # the encoder's level with attention is its last
+        ({'upsample_type': 'resnet'}, 'attention'),
+        ({'upsample_type': 'resnet', 'down_block_types': ['ResnetDownsampleBlock2D', 'AttnDownBlock2D']}, 'all'),
+    ],
+)
+def test_the_levels_at_which_residual_blocks_change_the_size(changes, expected, tmp_path):
+    model = read(fixture.changed(tmp_path, fixture.NETWORK, **changes)).settings['model']
+    assert model.get('updown_levels') == expected
+    assert model['network'] == ('adm' if expected else 'unet') and model.get('resblock_updown', False) == bool(expected)
+    assert not model.get('scale_shift_norm')
+
+
+def test_sizes_changed_in_two_ways_are_refused(tmp_path):
+    changes = {'down_block_types': ['ResnetDownsampleBlock2D', 'AttnDownBlock2D']}
+    folder = fixture.changed(tmp_path, fixture.NETWORK, **changes)
+    with pytest.raises(ValueError, match=r"upsample_type is 'conv', but .* by convolutions everywhere, by residual"):
+        read(folder)
 
 
 def test_a_network_without_a_scheduler_leaves_schedule_and_sampling_open():

@@ -111,4 +111,4 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
 def test_the_networks_have_the_same_arguments():
     """Except for what only this one has: a config may change model.network alone."""
     ours, theirs = (set(inspect.signature(network.__init__).parameters) for network in (ADM, UNet))
-    assert ours - theirs == {'num_heads', 'scale_shift_norm', 'resblock_updown'} and theirs <= ours
+    assert ours - theirs == {'num_heads', 'scale_shift_norm', 'resblock_updown', 'updown_levels'} and theirs <= ours
