@@ -66,6 +66,7 @@ def get_config() -> ConfigDict:
     config.schedule.beta_end = 0.02  # β_T, for the schedules that have it
     config.schedule.offset = 0.008  # of cosine, in units of T: keeps the first β from vanishing
     config.schedule.max_beta = 0.999  # of cosine
+    config.schedule.zero_terminal_snr = False  # shift and scale √ᾱ so that ᾱ_T = 0 (arXiv:2305.08891)
 
     config.train = ConfigDict()
     # 'simple' is DDPM Eq. 14, 'vlb' the ELBO in bits/dim, 'hybrid' their sum for a learned variance; loss.py has the

@@ -205,7 +205,8 @@ def make_schedule(config: ConfigDict) -> schedule.Schedule:
     Raises:
         ValueError: the schedule does not exist for these values.
     """
-    return _call(schedule.SCHEDULES[config.name], config)
+    found = _call(schedule.SCHEDULES[config.name], config)
+    return schedule.with_zero_terminal_snr(found) if config.zero_terminal_snr else found
 
 
 def make_network(config: ConfigDict, networks: dict[str, Callable]) -> Network:

@@ -153,6 +153,28 @@ def from_betas(betas: Float[np.ndarray, 'T'] | Sequence[float]) -> Schedule:
     return Schedule(jnp.asarray(rounded), jnp.asarray(remainder, jnp.float32))
 
 
+def with_zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """Shift and scale √ᾱ so that ᾱ_T = 0 while ᾱ_1 stays (Lin et al. 2023, arXiv:2305.08891, Algorithm 1).
+
+        √ᾱ_t → (√ᾱ_t − √ᾱ_T)·√ᾱ_1/(√ᾱ_1 − √ᾱ_T)
+
+    As x_T then contains nothing of x_0, a network must predict x_0 or v, not ε.
+
+    Args:
+        schedule: of at least 2 levels; one with ᾱ_T = 0 stays as it is.
+
+    Raises:
+        ValueError: it has only one level.
+    """
+    if schedule.T < 2:
+        raise ValueError('T is 1, but a schedule whose ᾱ_T becomes 0 while ᾱ_1 stays needs at least 2 levels')
+    betas = schedule.betas()
+    with np.errstate(divide='ignore'):
+        signal = np.exp(np.cumsum(np.log1p(-betas)) / 2)
+    signal -= signal[-1]  # the factor cancels in the ratios
+    return from_betas([betas[0], *(1 - (signal[1:] / signal[:-1]) ** 2)])
+
+
 def linear(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """β_t rises from beta_start to beta_end in equal steps (DDPM §4).
 

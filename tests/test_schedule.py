@@ -70,6 +70,21 @@ def test_the_betas_come_back(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
+def test_zero_terminal_snr(name):
+    """√ᾱ becomes an affine function of what it was, ends at 0, and starts as before; a second time changes nothing."""
+    before = schedule.SCHEDULES[name](1000)
+    after = schedule.with_zero_terminal_snr(before)
+    t = np.arange(1, 1001)
+    x, y = (np.asarray(sch.signal(t), np.float64) for sch in (before, after))
+    assert y[-1] == 0 and after.log_alpha_bar[-1] == -np.inf and before.beta(0, 1) == after.beta(0, 1)
+    slope, start = np.polyfit(x, y, 1)
+    np.testing.assert_allclose(y, slope * x + start, atol=1e-6)
+    np.testing.assert_allclose(schedule.with_zero_terminal_snr(after).betas(), after.betas(), rtol=1e-9)
+    with pytest.raises(ValueError, match='at least 2 levels'):
+        schedule.with_zero_terminal_snr(schedule.linear(1))
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_variances_between_real_levels_have_all_digits(name):
     """Within one interval ᾱ_t/ᾱ_s is a power of 1 − β: halves and quarters of all intervals of 10,000 levels."""
     s = np.arange(10_000 - (name == 'jsd'))

@@ -60,7 +60,6 @@ SCHEDULERS = {
     'DDIMParallelScheduler': False,
 }
 SCHEDULER_KEYS: dict[str, tuple[Any, tuple]] = {
-    'rescale_betas_zero_snr': (False, (False,)),
     'thresholding': (False, (False,)),
     'clip_sample_range': (1.0, (1.0,)),
     'set_alpha_to_one': (True, (True,)),
@@ -81,6 +80,7 @@ NOT_TRAINED = (
 EMBEDDING_ORDERS = {True: 'cos_sin', False: 'sin_cos'}  # flip_sin_to_cos
 SCALE_SHIFT = {'default': False, 'scale_shift': True}  # resnet_time_scale_shift
 ZERO_OR_ONE = {0: 0, 1: 1}  # freq_shift, downsample_padding
+ZERO_SNR = {False: False, True: True}  # rescale_betas_zero_snr
 MID_ATTENTION = {True: True, False: False}  # add_attention
 BY_BLOCKS = {'conv': False, 'resnet': True}  # downsample_type, upsample_type
 SCHEDULES = {
@@ -193,6 +193,8 @@ class _Keys:
                 '. Weights that were trained with it cannot be imported; editing the file would not change what they '
                 'have learned, only make the network compute something else'
             )
+        elif key in SCHEDULER_KEYS:
+            message += '. The weights do not depend on it, so that they can be imported without this key'
         return ValueError(message)
 
 
@@ -371,6 +373,7 @@ def scheduler_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[s
     unused += ['clip_sample_range'] * (not clip) + ['steps_offset'] * (spacing != 'leading')
     keys.require({key: value for key, value in SCHEDULER_KEYS.items() if key not in unused})
     schedule = {'T': T, 'beta_start': keys.get('beta_start', 1e-4), 'beta_end': keys.get('beta_end', 0.02)}
+    schedule['zero_terminal_snr'] = keys.choose('rescale_betas_zero_snr', False, ZERO_SNR)
     betas = keys.get('trained_betas', None)
     if betas is None:
         schedule['name'] = keys.choose('beta_schedule', 'linear', SCHEDULES)

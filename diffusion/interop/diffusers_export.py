@@ -143,6 +143,7 @@ def scheduler_config(
     variance: str,
     clip: bool,
     spacing: str,
+    zero_terminal_snr: bool = False,
 ) -> dict[str, Any]:
     """Return the config of a DDPMScheduler, from which a DDIMPipeline makes its DDIMScheduler.
 
@@ -156,6 +157,7 @@ def scheduler_config(
         variance: 'small', 'large' or 'learned'.
         clip: whether the predicted x_0 is clipped.
         spacing: our name of the spacing; one that diffusers does not have is written as 'leading'.
+        zero_terminal_snr: whether the schedule of this name was rescaled so that ᾱ_T = 0.
 
     Returns:
         The content of scheduler_config.json.
@@ -169,6 +171,7 @@ def scheduler_config(
         'beta_start': beta_start,
         'beta_end': beta_end,
         'trained_betas': None if name in theirs else [float(beta) for beta in betas],
+        'rescale_betas_zero_snr': zero_terminal_snr,
         'prediction_type': _theirs(KINDS, kind),
         'variance_type': 'learned_range' if variance == 'learned' else f'fixed_{variance}',
         'clip_sample': clip,

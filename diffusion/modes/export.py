@@ -165,6 +165,7 @@ def diffusers_scheduler(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
         betas=exp.schedule.betas(),
+        zero_terminal_snr=schedule.zero_terminal_snr,
         kind=config.model.kind,
         # That of DDPMScheduler; DDIMScheduler has none. Without 'learned_range' it would not split a doubled output.
         variance='learned' if exp.network.learns_variance else compat.choose_variance(asked.variance, 1),

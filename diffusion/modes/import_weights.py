@@ -178,9 +178,11 @@ def named_schedule(betas: list[float], config: ConfigDict, source: str) -> dict[
         ValueError: none has them.
     """
     try:
-        theirs = np.asarray(schedule.from_betas(betas).log_alpha_bar)
+        found = schedule.from_betas(betas)
+        found = schedule.with_zero_terminal_snr(found) if config.zero_terminal_snr else found
     except ValueError as error:
         raise ValueError(f'{source}: trained_betas: {error}') from error
+    theirs = np.asarray(found.log_alpha_bar)
     stated, last = (config.beta_start, config.beta_end), betas[-1]
     for start, end in (stated, (stated[0], last), (betas[0], last)):
         for name in schedule.SCHEDULES:

@@ -104,6 +104,12 @@ def test_a_schedule_is_written_by_name_or_by_its_betas(name, theirs):
     assert settings['sample'].items() >= {'variance': 'auto', 'clip': False, 'spacing': 'linspace'}.items()
 
 
+def test_zero_terminal_snr_reads_back():
+    for zero in (False, True):
+        written = diffusers_export.scheduler_config(**SCHEDULE, zero_terminal_snr=zero)
+        assert diffusers.scheduler_settings(written, 'x')['schedule']['zero_terminal_snr'] == zero
+
+
 def test_a_spacing_that_diffusers_lacks_becomes_leading():
     config = diffusers_export.scheduler_config(**SCHEDULE | {'spacing': 'quad'})
     assert config['timestep_spacing'] == 'leading'
