@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from diffusion import build, sampler, schedule, workdir
+from diffusion import build, compat, sampler, schedule, workdir
 from diffusion.configs import workdir as configs_workdir
 from diffusion.modes import export, import_weights
 from diffusion.util import RunError
@@ -153,36 +153,133 @@ OTHERS = {
         resnet_time_scale_shift='scale_shift',
         attn_norm_num_groups=4,
     ),
+    'resnet sampling': dict(  # which blocks without attention do not have
+        sample_size=16,
+        block_out_channels=(8, 16, 16),
+        down_block_types=('DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
+        up_block_types=('AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'),
+        downsample_type='resnet',
+        upsample_type='resnet',
+    ),
+    'resnet blocks': dict(
+        sample_size=16,
+        block_out_channels=(8, 16, 16),
+        down_block_types=('ResnetDownsampleBlock2D', 'AttnDownBlock2D', 'DownBlock2D'),
+        up_block_types=('ResnetUpsampleBlock2D', 'AttnUpBlock2D', 'UpBlock2D'),
+        downsample_type='resnet',
+        upsample_type='resnet',
+        resnet_time_scale_shift='scale_shift',
+        attn_norm_num_groups=4,
+    ),
+    'no attention in the middle': dict(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=('AttnDownBlock2D', 'DownBlock2D'),
+        up_block_types=('UpBlock2D', 'AttnUpBlock2D'),
+        add_attention=False,
+    ),
+    'no attention': dict(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=('DownBlock2D',) * 2,
+        up_block_types=('UpBlock2D',) * 2,
+        add_attention=False,
+        resnet_time_scale_shift='scale_shift',
+    ),
+}
+SCRIPT = OTHERS['the training script']
+SMALL_ATTENTION = dict(
+    sample_size=8,
+    block_out_channels=(8, 16),
+    down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+    up_block_types=('AttnUpBlock2D', 'UpBlock2D'),
+)
+
+# Pipelines: a network, and its scheduler.
+PIPELINES = {name: (network, dict(clip_sample=False)) for name, network in OTHERS.items()} | {
+    'the training script at 32': (SCRIPT | {'sample_size': 32}, {}),
+    'the training script at 128': (
+        SCRIPT | {'sample_size': 128, 'block_out_channels': (8, 8, 8, 8, 16, 16)},
+        dict(clip_sample=False),
+    ),
+    'x0 by a cosine schedule': (
+        SMALL_ATTENTION,
+        dict(beta_schedule='squaredcos_cap_v2', prediction_type='sample', timestep_spacing='trailing'),
+    ),
+    'v by a quadratic schedule': (
+        SMALL_ATTENTION,
+        dict(beta_schedule='scaled_linear', prediction_type='v_prediction', timestep_spacing='linspace'),
+    ),
+    'v without clipping': (
+        SMALL_ATTENTION,
+        dict(num_train_timesteps=400, beta_end=0.04, prediction_type='v_prediction', clip_sample=False),
+    ),
+    'zero terminal SNR': (
+        SMALL_ATTENTION,
+        dict(rescale_betas_zero_snr=True, prediction_type='v_prediction', timestep_spacing='trailing'),
+    ),
+    'zero terminal SNR of x0, from betas in a list': (
+        SMALL_ATTENTION,
+        dict(
+            rescale_betas_zero_snr=True,
+            prediction_type='sample',
+            trained_betas=np.linspace(1e-4, 0.02, 1000).tolist(),
+        ),
+    ),
+    'betas in a list': (SMALL_ATTENTION, dict(trained_betas=np.linspace(1e-4, 0.02, 1000).tolist())),
+    'a learned variance': (SMALL_ATTENTION | {'out_channels': 6}, dict(variance_type='learned_range')),
+    'a DDIM scheduler': (SMALL_ATTENTION, dict(cls='DDIMParallelScheduler', timestep_spacing='trailing')),
+    'classes': (SMALL_ATTENTION | {'num_class_embeds': 10}, {}),
 }
 
 
-@pytest.mark.parametrize('name', OTHERS)
-def test_networks_of_others(name, tmp_path):
-    """Equal outputs, equal trajectories of DDIM in 10 steps, and back to the same network."""
-    scheduler = diffusers.DDPMScheduler(clip_sample=False)
-    network = randomized(diffusers.UNet2DModel(norm_num_groups=4, **{'layers_per_block': 1} | OTHERS[name]))
+@pytest.mark.parametrize('name', PIPELINES)
+def test_pipelines_of_others(name, tmp_path):
+    """Equal outputs, equal trajectories of DDIM in 10 steps with the settings of the files, and back to the network."""
+    kind, how = PIPELINES[name]
+    network = randomized(diffusers.UNet2DModel(norm_num_groups=4, **{'layers_per_block': 1} | kind))
+    scheduler = getattr(diffusers, how.get('cls', 'DDPMScheduler'))(**{k: v for k, v in how.items() if k != 'cls'})
     size, channels = network.config.sample_size or 16, network.config.in_channels
-    folder = save_pipeline(tmp_path / 'theirs', network, scheduler)
+    network.save_pretrained(tmp_path / 'theirs' / 'unet')
+    scheduler.save_pretrained(tmp_path / 'theirs' / 'scheduler')
     path = tmp_path / 'ours'
-    import_to(path, f'diffusers:{folder}', {'data.image_size': size})
-    x, t = inputs({'image_size': size, 'image_channels': channels}, t=[1, 2, 38, 1000])
-    net = net_of(path)
-    assert distance(jit(net)(x, t), call(network, x, t - 1)) < 1e-5
+    import_to(path, f'diffusers:{tmp_path / "theirs"}', {'data.image_size': size})
+    config = configs_workdir.get_config(str(path))
+    exp = build.build(config)
+    _, params = workdir.load_params(exp.abstract_state(), config, str(path), 'ema')
+    T = exp.schedule.T
+    x, t = inputs({'image_size': size, 'image_channels': channels}, t=[1, 2, 38, T])
+    labels = [np.array([3, 0, 9, 9], np.int32)] * ('num_class_embeds' in kind)
 
-    pipeline = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler.from_config(scheduler.config))
-    pipeline.scheduler.set_timesteps(10)
+    def their_output(network, x, timesteps):
+        given = {'class_labels': torch.as_tensor(labels[0][: len(x)]).long()} if labels else {}
+        with torch.no_grad():
+            return network(x, torch.as_tensor(timesteps), **given).sample
+
+    def their_images(network, x, timesteps):
+        return their_output(network, torch.as_tensor(x).permute(0, 3, 1, 2), timesteps).permute(0, 2, 3, 1)
+
+    net = exp.network.net(params, *labels)
+    assert distance(jit(net)(x, t), their_images(network, x, t - 1)) < 1e-5
+
+    ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
+    ddim.set_timesteps(10)
     theirs = torch.as_tensor(x[:2]).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        for timestep in pipeline.scheduler.timesteps:
-            theirs = pipeline.scheduler.step(network(theirs, timestep).sample, timestep, theirs, eta=0.0).prev_sample
-    how = dict(shape=x.shape[1:], timesteps=schedule.timesteps(1000, 10, 'leading'), kind='eps', eta=0.0, clip=False)
+    for timestep in ddim.timesteps:
+        mean = their_output(network, theirs, timestep)[:, :channels]
+        theirs = ddim.step(mean, timestep, theirs, eta=0.0).prev_sample
+    asked = {key: config.sample[key] for key in ('spacing', 'clip')}
+    chain = compat.resolve('diffusers-ddim', T, num_steps=10, eta=0.0, variance='small', **asked)
+    del chain['num_steps'], chain['spacing']
     keys = jax.random.split(jax.random.key(0), 2)
-    ours = jit(lambda x_T: sampler.sample(keys, schedule.linear(1000), net, x_T=x_T, **how))(x[:2])
+    mine = exp.network.for_variance(exp.network.net(params, *(array[:2] for array in labels)), 'small')
+    chain |= dict(shape=x.shape[1:], kind=config.model.kind)
+    ours = jit(lambda x_T: sampler.sample(keys, exp.schedule, mine, x_T=x_T, **chain))(x[:2])
     assert distance(ours, theirs.permute(0, 2, 3, 1)) < 1e-4
 
-    assert export.run(configs_workdir.get_config(str(path)), str(path)) == 0
-    again = diffusers.DDPMPipeline.from_pretrained(path / 'export' / 'step0-ema').unet
-    assert distance(call(again, x, t - 1), call(network, x, t - 1)) < 1e-6
+    assert export.run(config, str(path)) == 0
+    again = diffusers.UNet2DModel.from_pretrained(path / 'export' / 'step0-ema', subfolder='unet')
+    assert distance(their_images(again, x, t - 1), their_images(network, x, t - 1)) < 1e-6
 
 
 def test_networks_of_classes(tmp_path):
