@@ -11,6 +11,11 @@ importer recognizes by the file's name:
 
 They hid no labels; here a tenth is hidden, so that the network is also an unconditional model, by which samples are
 guided. Decoded, the 1,281,167 images take 16 GB in data.cache_dir. The held-out split is called validation.
+
+On each of eight H100s, a training step takes 14.7 GB of the 63.7 GB that JAX gives programs; images that are kept there
+(data.placement) take 16 GB more. On one device, train.accumulate=32 has parts of 64 images as well. Checked by
+
+    diffusion --config=imagenet64_conditional --workdir=runs/plan --mode=plan --config.plan.target=h100:8
 """
 
 from diffusion.configs import default
