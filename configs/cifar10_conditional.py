@@ -11,6 +11,11 @@ so on. Without one, TensorFlow downloads them:
 A tenth of the labels is hidden in training, as for classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598).
 sample.guidance=1 is the conditional model itself; larger scales make images more typical of their class, and less
 diverse.
+
+On one H100, a training step takes 5.7 GB. Checked, without the data and so with their number of classes, by
+
+    diffusion --config=cifar10_conditional --workdir=runs/plan --mode=plan --config.plan.target=h100:1 \\
+        --config.model.num_classes=10
 """
 
 from diffusion.configs import cifar10
