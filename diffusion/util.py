@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 import io
 import json
+import math
 import os
 import platform
 import select
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 PATIENCE = 5  # seconds that output waits for a pipe or a terminal that accepts none
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems
 REMINDER = 15.0  # seconds after which a stage reports that it goes on; the interval doubles each time
+LOG_EVERY = 10.0  # seconds between two lines of a progress bar in a file
 PIECE = 1024  # characters of at most 4 bytes each; a pipe that accepts anything accepts as many without blocking
 UNFINISHED: set[str] = set()  # folders that are removed if the process is ended, see `unfinished`
 
@@ -108,7 +110,7 @@ def warn(message: str) -> None:
 
 
 def progress(*, total: int, doing: str, unit: str, initial: int = 0, hidden: bool = False) -> 'tqdm':
-    """Return a progress bar on stderr.
+    """Return a progress bar on stderr; where that is no terminal, the bar is drawn every LOG_EVERY seconds.
 
     Args:
         total: the number of units.
@@ -119,6 +121,7 @@ def progress(*, total: int, doing: str, unit: str, initial: int = 0, hidden: boo
     """
     from tqdm import tqdm
 
+    interval = {} if _is_terminal(sys.stderr) else dict(mininterval=LOG_EVERY, maxinterval=math.inf)
     return tqdm(
         total=total,
         desc=doing,
@@ -127,7 +130,14 @@ def progress(*, total: int, doing: str, unit: str, initial: int = 0, hidden: boo
         file=Output(sys.stderr),
         dynamic_ncols=True,
         disable=hidden or sys.stderr is None,
+        **interval,
     )
+
+
+def _is_terminal(stream):
+    with contextlib.suppress(ValueError):  # it is closed
+        return stream is not None and stream.isatty()
+    return False
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -154,6 +155,18 @@ def test_bars_and_warnings_survive_an_output_that_is_gone(pipe, monkeypatch):
     with progress(total=3, doing='train', unit='step') as bar:
         bar.update()
     warn('third')
+
+
+def test_a_bar_in_a_file_is_drawn_at_its_begin_and_its_end(monkeypatch):
+    """And every ten seconds between, so that the log of a cluster's job stays short."""
+    log = io.StringIO()
+    monkeypatch.setattr(sys, 'stderr', log)
+    with progress(total=1000, doing='train', unit='step') as bar:
+        for _ in range(1000):
+            bar.update()
+    drawn = [line for line in re.split('[\\r\\n]', log.getvalue()) if line]
+    assert 1 <= len(drawn) <= 2
+    assert '1000/1000' in drawn[-1]
 
 
 @pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -529,7 +529,7 @@ class Log:
         if self._peak:
             speed['utilisation'] = rate * self._flops / self._peak
             shown['use'] = f'{speed["utilisation"]:.0%}'
-        self._bar.set_postfix(shown)
+        self._bar.set_postfix(shown, refresh=False)
         if self._writer:
             self._writer.scalars(step, **values, **speed, **self._extra)
         return values
