@@ -52,6 +52,15 @@ def picture_feature(height='-1', width='-1', channels='3'):
     return feature('Image', image={'dtype': 'uint8', 'shape': {'dimensions': [height, width, channels]}})
 
 
+def write_records(path, records, options):
+    """Write an array_record file, and return its path."""
+    writer = ArrayRecordWriter(str(path), options)
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return path
+
+
 def write_tfds(root, name, splits, *, version='1.0.0', image=None, classes=None, extra=None, shards=1, **info):
     """Write {split: [(bytes, label), …]} as tensorflow-datasets prepares it, and return the dataset's folder.
 
@@ -85,7 +94,7 @@ def write_tfds(root, name, splits, *, version='1.0.0', image=None, classes=None,
         parts = [examples[len(examples) * i // shards : len(examples) * (i + 1) // shards] for i in range(shards)]
         for i, part in enumerate(parts):
             file = folder / f'{name.partition("/")[0]}-{split}.array_record-{i:05d}-of-{shards:05d}'
-            writer = ArrayRecordWriter(str(file), 'group_size:1')
+            records = []
             for content, label in part:
                 example = tf_example_pb2.Example()
                 example.features.feature['image'].bytes_list.value.append(content)
@@ -93,8 +102,8 @@ def write_tfds(root, name, splits, *, version='1.0.0', image=None, classes=None,
                     example.features.feature[key].int64_list.value.append(1)
                 if classes:
                     example.features.feature['label'].int64_list.value.append(label)
-                writer.write(example.SerializeToString())
-            writer.close()
+                records.append(example.SerializeToString())
+            write_records(file, records, 'group_size:1')
         described.append(
             {
                 'name': split,

@@ -16,6 +16,7 @@ from PIL import Image, ImageFile, ImageOps
 from PIL.Image import Resampling
 
 MAX_PIXELS = 89_478_485  # Pillow warns above this number
+BYTES_PER_PIXEL = 8  # at most, uncompressed: 4 channels of 16 bits
 
 # The formats that are read, with the suffixes of their files. Pillow decodes these within the process; for some others
 # it would start programs, such as Ghostscript for EPS.
@@ -197,6 +198,11 @@ def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, 'H
         image = image.convert('L' if image.mode == '1' else 'RGB')
     pixels = np.asarray(image)
     return pixels if image.mode == 'RGB' else pixels[..., None]
+
+
+def most_bytes(pixels: int) -> int:
+    """Return how many bytes a picture file may have: its uncompressed pixels, and 1 MiB for all else."""
+    return BYTES_PER_PIXEL * pixels + 2**20
 
 
 def is_picture(file: IO[bytes]) -> bool:

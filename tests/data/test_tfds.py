@@ -11,8 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from diffusion import data
-from diffusion.data.sources import open_source
-from tests.galleries import encoded, feature, fill, noise, picture_feature, write_tfds
+from diffusion.data.sources import open_source, riegeli
+from tests.galleries import encoded, feature, fill, noise, picture_feature, write_records, write_tfds
 
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGES = noise(12, 8, 8, 3)
@@ -178,22 +178,76 @@ def test_files_that_would_block_or_overflow_are_errors(tmp_path, pattern, conten
 
 
 def test_damaged_records_are_bad_pictures(tmp_path):
-    """Some of them, or a truncated file: 800 bytes contain more than two of these pictures."""
     folder = write_tfds(tmp_path, 'mine', {'train': [(png, i % 2) for i, png in enumerate(PNG)]}, classes=['a', 'b'])
     (records,) = folder.glob('*.array_record-*')
     content = records.read_bytes()
-    records.write_bytes(content[:1000] + bytes(800) + content[1800:])
+    damaged = content
+    for i in (2, 7):
+        assert damaged.count(PNG[i][50:100]) == 1  # noise is not compressed
+        damaged = damaged.replace(PNG[i][50:100], bytes(50))
+    records.write_bytes(damaged)
     images = load('tfds:mine', data_dir=str(tmp_path), max_bad_fraction=0.9)
-    assert 3 <= len(images) < 11
-    kept = [next(i for i in range(12) if (IMAGES[i] == image).all()) for image in images.images]
+    kept = [i for i in range(12) if i not in (2, 7)]
+    np.testing.assert_array_equal(images.images, IMAGES[kept])
     np.testing.assert_array_equal(images.labels, np.array(kept) % 2)
     (listed,) = (tmp_path / 'cache').glob('diffusion/*/bad.txt')
     bad = [int(line.partition('example ')[2].split()[0]) for line in listed.read_text().splitlines()]
-    assert sorted(kept + bad) == list(range(12)) and kept == sorted(kept)
-    records.write_bytes(content[:1000])
-    with pytest.raises(ValueError, match='12 of 12 pictures cannot be used') as error:
-        load('tfds:mine', data_dir=str(tmp_path), max_bad_fraction=0.9)
-    assert 'mine, train, example 0 cannot be read' in str(error.value)
+    assert bad == [2, 7]
+
+
+OPTIONS = [
+    *('group_size:1', 'group_size:7', 'group_size:1000', 'default', 'transpose', 'pad_to_block_boundary:true'),
+    *('uncompressed', 'snappy', 'brotli:9,group_size:3', 'zstd:19,window_log:20', 'brotli,transpose,group_size:50'),
+]
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_whatever_array_record_writes_is_read(tmp_path, options):
+    """Records of all sizes, so that the blocks of 64 KiB end anywhere, also within headers."""
+    rng = np.random.default_rng(0)
+    records = [rng.bytes(size) for size in (*rng.integers(0, 200, 3000), *rng.integers(0, 2**17, 50), 2**20, 0)]
+    path = write_records(tmp_path / 'records', records, options)
+    largest = riegeli.largest_chunk(path, 2**30)
+    assert (largest == 2**20) if options == 'group_size:1' else (2**20 <= largest <= sum(map(len, records)))
+    assert riegeli.largest_chunk(path, largest) == largest
+    with pytest.raises(ValueError, match='records has'):
+        riegeli.largest_chunk(path, largest - 1)
+
+
+@pytest.mark.parametrize('options', ['zstd', 'brotli:1', 'snappy', 'group_size:8,zstd'])
+def test_a_record_that_expands_beyond_the_limit_is_refused(tmp_path, options):
+    folder = write_tfds(tmp_path, 'mine', {'train': [(PNG[0], None)]})
+    (records,) = folder.glob('*.array_record-*')
+    bomb = bytes(66 * 2**20)
+    write_records(records, [bomb], options)
+    assert records.stat().st_size < len(bomb) / 15
+    with pytest.raises(ValueError, match='69,206,016 bytes in one chunk of records') as error:
+        open_source('tfds:mine', 'train', str(tmp_path), max_pixels=64)
+    assert str(folder) in str(error.value) and records.name in str(error.value)
+
+
+def test_a_changed_header_is_refused(tmp_path):
+    folder = write_tfds(tmp_path, 'mine', {'train': [(png, None) for png in PNG]})
+    (records,) = folder.glob('*.array_record-*')
+    content = records.read_bytes()
+    for position in (32, 48, 56, 72, 88, 96):  # sizes and types of the first two chunks
+        for changed in (b'\xff' * 8, b'\x80' * 8):
+            records.write_bytes(content[:position] + changed + content[position + 8 :])
+            message = error_of('tfds:mine', data_dir=str(tmp_path))
+            assert records.name in message and 'make prepare DATASET=mine' in message
+    for length in (0, 30, 1000, len(content) - 2**16 - 1, len(content) - 1):
+        records.write_bytes(content[:length])
+        assert records.name in error_of('tfds:mine', data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize('kind', ['png', 'jpeg'])
+def test_the_limit_on_pixels_is_that_of_other_pictures(tmp_path, kind):
+    pictures = [encoded(image, kind) for image in (*noise(1, 20, 20, 3), *noise(1, 20, 21, 3))]
+    write_tfds(tmp_path, 'mine', {'train': [(picture, None) for picture in pictures]})
+    source = open_source('tfds:mine', 'train', str(tmp_path), max_pixels=400)
+    assert source.read(0).shape == (20, 20, 3)
+    with pytest.raises(ValueError, match='21×20, which is more than 400 pixels'):
+        source.read(1)
 
 
 def test_reading_imports_no_tensorflow(tmp_path):

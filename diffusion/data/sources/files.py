@@ -7,7 +7,6 @@ import functools
 import os
 import re
 import stat
-import threading
 import zipfile
 from collections.abc import Callable, Set
 from typing import IO, Any, NamedTuple
@@ -16,13 +15,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from diffusion.data import pictures
+from diffusion.data.sources.source import LARGE, one_large
 from diffusion.util import open_regular, say
 
 MOST_VISITS = 16  # how often one folder is read through links: folders that link to each other would have no end
-BYTES_PER_PIXEL = 8  # at most, uncompressed: 4 channels of 16 bits
-LARGE = 64 * 2**20  # bytes; larger files are in memory one at a time
-
-_one_large = threading.Lock()
 
 
 class _Folder(NamedTuple):
@@ -71,7 +67,7 @@ class Files:
         Raises:
             ValueError: it cannot be read, or has more bytes than a picture of max_pixels, or of the size in its header.
         """
-        most = BYTES_PER_PIXEL * max_pixels + 2**20
+        most = pictures.most_bytes(max_pixels)
         if file.size > most:
             raise ValueError(
                 f'has {file.size:,} bytes, more than the {most:,} that a picture of data.max_pixels={max_pixels} takes'
@@ -83,7 +79,7 @@ class Files:
                     return opened.read(file.size)
                 start = opened.read(LARGE)
                 pixels = pictures.pixels(start)
-                if pixels is None or file.size <= LARGE + BYTES_PER_PIXEL * pixels:
+                if pixels is None or file.size <= LARGE + pictures.BYTES_PER_PIXEL * pixels:
                     return start + opened.read(file.size - LARGE)
         except Exception as error:  # OSError; zipfile and zlib raise several types: damaged, encrypted, unknown
             why = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
@@ -92,7 +88,7 @@ class Files:
 
     def picture(self, file: File, max_pixels: int) -> UInt8[np.ndarray, 'H W C']:
         """Return the decoded picture, as `pictures.decode` does."""
-        with _one_large if file.size > LARGE else contextlib.nullcontext():
+        with one_large if file.size > LARGE else contextlib.nullcontext():
             return pictures.decode(self.encoded(file, max_pixels), max_pixels)
 
 

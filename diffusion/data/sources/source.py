@@ -1,11 +1,15 @@
 """What every source of pictures provides."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+
+LARGE = 64 * 2**20  # bytes; larger files and records are in memory one at a time
+one_large = threading.Lock()
 
 
 def unlabelled(i: int) -> None:

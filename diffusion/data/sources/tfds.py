@@ -4,13 +4,18 @@ The files are read here, and not by `tfds.builder_from_directory`, which imports
 Reading needs neither TensorFlow nor the dataset's code.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import UInt8
+
 from diffusion.data import pictures
-from diffusion.data.sources.source import Source, unlabelled
+from diffusion.data.sources import riegeli
+from diffusion.data.sources.source import LARGE, Source, one_large, unlabelled
 from diffusion.data.sources.splits import named
 from diffusion.util import open_regular, read_json
 
@@ -67,12 +72,12 @@ def open_tfds(place: str, split: str, data_dir: str = '', max_pixels: int = pict
     found = named(split, known)
     if found is None:
         raise ValueError(f'the dataset in {folder} has no split {split!r}; it has {", ".join(known)}')
-    shards, files = _shards(folder, name, info['name'], known[found])
+    shards, files, largest = _shards(folder, name, info['name'], known[found], max_pixels)
     examples, count = _examples(shards), sum(shard.take for shard in shards)
     counts = ', '.join(f'{entry["name"]} {sum(map(int, entry["shardLengths"]))}' for entry in info['splits'])
 
     # For each picture `label` is called after `read`, from several threads; the cache reads the example only once.
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=min(64, 4 * LARGE // (largest or 1)))
     def example(i: int) -> Any:
         try:
             return examples(i)
@@ -85,13 +90,17 @@ def open_tfds(place: str, split: str, data_dir: str = '', max_pixels: int = pict
             raise ValueError(f'has {len(values)} values of the feature {image!r}')
         return bytes(values[0])
 
+    def read(i: int) -> UInt8[np.ndarray, 'H W C']:
+        with one_large if largest > LARGE else contextlib.nullcontext():
+            return pictures.decode(encoded(i), max_pixels)
+
     def label(i: int) -> int | None:
         values = example(i)['label'].int64_list.value
         return int(values[0]) if len(values) == 1 and 0 <= values[0] < len(classes or ()) else None
 
     return Source(
         names=_Names(f'{name}, {found}, example', count),
-        read=lambda i: pictures.decode(encoded(i), max_pixels),
+        read=read,
         identity=[name, os.path.basename(folder), found, max_pixels, [shard.take for shard in shards], files],
         label=label if classes else unlabelled,
         classes=classes,
@@ -171,9 +180,12 @@ def _classes(folder: str, feature: dict[str, Any]) -> list[str]:
     return [str(i) for i in range(count)]
 
 
-def _shards(folder: str, name: str, prefix: str, split: dict[str, Any]) -> tuple[list[_Shard], list[list]]:
-    """Return the files of a split; and [name, size, time of modification] of each."""
-    shards, files = [], []
+def _shards(
+    folder: str, name: str, prefix: str, split: dict[str, Any], max_pixels: int
+) -> tuple[list[_Shard], list[list], int]:
+    """Return the files of a split; [name, size, time of modification] of each; and the size of the largest chunk."""
+    shards, files, largest = [], [], 0
+    most = pictures.most_bytes(max_pixels) + LARGE  # a picture, and the other features and examples of a chunk
     lengths = [int(length) for length in split['shardLengths']]
     try:
         for i, length in enumerate(lengths):
@@ -184,11 +196,13 @@ def _shards(folder: str, name: str, prefix: str, split: dict[str, Any]) -> tuple
                 raise ValueError(f'{file} is not a file')
             if length > status.st_size:  # an example takes at least a byte
                 raise ValueError(f'{file} has {status.st_size} bytes, too few for {length} examples')
+            if length:
+                largest = max(largest, riegeli.largest_chunk(path, most))
             shards.append(_Shard(path, 0, length, length))
             files.append([file, status.st_size, status.st_mtime_ns])
     except (OSError, ValueError) as error:
         raise _damaged(f'split {split["name"]!r} of the dataset in {folder}', error, name) from error
-    return shards, files
+    return shards, files, largest
 
 
 def _examples(shards: list[_Shard]) -> Any:
