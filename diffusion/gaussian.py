@@ -178,6 +178,13 @@ def like(coefficient: Float[Array, '*B'], x: Images) -> Coefficient:
     return jnp.expand_dims(coefficient, tuple(range(coefficient.ndim, jnp.ndim(x))))
 
 
+def _require_same_shape(**arrays: Images) -> None:
+    """Raise ValueError, which names the arrays, unless two of them have one shape; they would be broadcast."""
+    (first, x), (second, y) = arrays.items()
+    if jnp.shape(x) != jnp.shape(y):
+        raise ValueError(f'{second} has the shape {jnp.shape(y)}, but {first} has {jnp.shape(x)}')
+
+
 def q_sample(schedule: Schedule, x0: Images, t: Level, eps: Images) -> Images:
     """Add noise to clean images: x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (DDPM Eq. 4).
 
@@ -195,8 +202,7 @@ def q_sample(schedule: Schedule, x0: Images, t: Level, eps: Images) -> Images:
     """
     if not jnp.issubdtype(jnp.result_type(x0), jnp.floating):
         raise ValueError(f'x0 is {jnp.result_type(x0)}, but must be real numbers in [−1, 1]; {TO_FLOAT}')
-    if jnp.shape(eps) != jnp.shape(x0):
-        raise ValueError(f'eps has the shape {jnp.shape(eps)}, but x0 has {jnp.shape(x0)}')
+    _require_same_shape(x0=x0, eps=eps)
     return like(schedule.signal(t), x0) * x0 + like(schedule.noise(t), x0) * eps
 
 
@@ -218,8 +224,9 @@ def target(schedule: Schedule, kind: str, x0: Images, t: Level, eps: Images) -> 
         (B, ...), the target.
 
     Raises:
-        ValueError: the kind is unknown.
+        ValueError: the kind is unknown, or eps has another shape than x0.
     """
+    _require_same_shape(x0=x0, eps=eps)
     return _kind(kind).target(like(schedule.signal(t), x0), like(schedule.noise(t), x0), x0, eps)
 
 
@@ -243,11 +250,12 @@ def predict(schedule: Schedule, kind: str, output: Images, x_t: Images, t: Level
         x̂_0 and ε̂, each (B, ...).
 
     Raises:
-        ValueError: the kind or `clip` is unknown, or x_0 cannot be derived: kind 'eps' at a level where ᾱ_t = 0. If
-            `t` is traced, x̂_0 is NaN there.
+        ValueError: the kind or `clip` is unknown; the output has another shape than x_t; or x_0 cannot be derived: kind
+            'eps' at a level where ᾱ_t = 0. If `t` is traced, x̂_0 is NaN there.
     """
     if clip not in (False, True, 'x0-only'):
         raise ValueError(f"clip is {clip!r}, but must be False, True or 'x0-only'")
+    _require_same_shape(x_t=x_t, output=output)
     require_signal(schedule, kind, t)
     signal, noise = like(schedule.signal(t), x_t), like(schedule.noise(t), x_t)
     prediction = _kind(kind).predict(signal, noise, output, x_t)
@@ -309,13 +317,15 @@ def posterior(
         The mean (B, ...), and σ in a shape that broadcasts against it.
 
     Raises:
-        ValueError: `eta` is outside [0, 1], or a level is not s < t. Traced levels are not checked.
+        ValueError: `eta` is outside [0, 1]; eps has another shape than x0; or a level is not s < t. Traced levels are
+            not checked.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f'eta is {eta}, but must lie in [0, 1]: 0 is DDIM, 1 is DDPM')
     if not any(isinstance(level, jax.core.Tracer) for level in (s, t)) and np.any(np.asarray(s) >= np.asarray(t)):
         raise ValueError(f'the kernel goes from level t to a lower one, but s is {s} and t is {t}')
     x0, eps = prediction
+    _require_same_shape(x0=x0, eps=eps)
     eta = float(eta)
     ratio = schedule.noise(s) / schedule.noise(t)
     std = eta * ratio * jnp.sqrt(schedule.beta(s, t))

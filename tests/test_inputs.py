@@ -77,6 +77,24 @@ def test_the_range_of_images(value, fits):
             gaussian.require_images(x0)
 
 
+def test_the_flow_bound_looks_at_the_images_before_it_solves():
+    x0 = np.array([[0, 0.5, -1], [1, 0, np.nan]], np.float32)
+    with pytest.raises(ValueError, match='x0 goes from nan'):
+        flow_bound(KEY, SCH, lambda x_t, t: x_t, x0, kind='v')
+
+
+@pytest.mark.parametrize('kind', gaussian.KINDS)
+def test_outputs_and_noise_of_another_shape_are_refused(kind):
+    x0, one = jnp.zeros((3, 2, 2, 3)), jnp.zeros((3, 2, 2, 1))
+    for x, y in ((x0, one), (one, x0)):
+        with pytest.raises(ValueError, match=r'eps has the shape .* but x0 has'):
+            gaussian.target(SCH, kind, x, 2, y)
+        with pytest.raises(ValueError, match=r'output has the shape .* but x_t has'):
+            gaussian.predict(SCH, kind, y, x, 2)
+        with pytest.raises(ValueError, match=r'eps has the shape .* but x0 has'):
+            gaussian.posterior(SCH, gaussian.Prediction(x, y), 1, 2, eta=1.0)
+
+
 def test_noise_and_levels_fit_the_images():
     x0 = jnp.zeros((3, 2, 2, 1))
     with pytest.raises(ValueError, match=r'eps has the shape \(3, 2, 2, 3\), but x0 has \(3, 2, 2, 1\)'):

@@ -122,8 +122,10 @@ def flow(
         The terms.
 
     Raises:
-        ValueError: `probes` is negative, or `log_density` or `chain.make_chain` refuse the other arguments.
+        ValueError: `probes` is negative; x0 are outside [−1, 1], as far as that can be seen; or `log_density` or
+            `chain.make_chain` refuse the other arguments.
     """
+    gaussian.require_images(x0)  # before the solver, which fails on NaN
     chain = make_chain(schedule, net, kind=kind, variance=variance, clip=clip, decoder=decoder, bins=bins)
     noise_key, probe_key = draws.split(key)
     eps = draws.normal(noise_key, x0.shape)
