@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from diffusion.interop.weights import one_line
+from diffusion.interop.weights import one_line, require_uncompressed
+from diffusion.util import open_regular
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first value in a file of the format before PyTorch 1.6
 STORAGES = {
@@ -56,6 +57,8 @@ class _Tensor:
             return np.zeros(shape, values.dtype)
         if self._offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) >= len(values):
             raise ValueError('a tensor is larger than its storage')
+        if math.prod(shape) > len(values):
+            raise ValueError('a tensor repeats its values')  # a small file may expand to any size
         view = np.lib.stride_tricks.as_strided(
             values[self._offset :], shape, [step * values.itemsize for step in strides], writeable=False
         )
@@ -97,7 +100,7 @@ def read_state_dict(path: str) -> dict[str, np.ndarray]:
         ValueError: the file is missing or damaged, or holds anything but named tensors.
     """
     try:
-        with open(path, 'rb') as file:
+        with open_regular(path, 'rb') as file:
             state = _read_zip(path) if zipfile.is_zipfile(file) else _read_legacy(path)
         if not isinstance(state, dict) or not all(isinstance(value, _Tensor) for value in state.values()):
             raise ValueError('it is no state dict, {name: tensor}')
@@ -108,6 +111,7 @@ def read_state_dict(path: str) -> dict[str, np.ndarray]:
 
 def _read_zip(path: str) -> Any:
     with zipfile.ZipFile(path) as archive:
+        require_uncompressed(archive)
         (pickled,) = (name for name in archive.namelist() if name.endswith('/data.pkl'))
         folder = pickled.removesuffix('data.pkl')
         with archive.open(pickled) as file:

@@ -88,8 +88,16 @@ def _damaged_member(path: str) -> str | None:
     if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6
         return None
     with zipfile.ZipFile(path) as archive:
+        require_uncompressed(archive)
         name = archive.testzip()
         return name if name and archive.getinfo(name).CRC else None  # without its compute_crc32, PyTorch writes zeros
+
+
+def require_uncompressed(archive: zipfile.ZipFile) -> None:
+    """Raise ValueError if a member is compressed, and may expand to any size; PyTorch compresses none."""
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f'{member.filename} in it is compressed, which PyTorch never does')
 
 
 def state_dict(saved: Any, where: str) -> dict[str, np.ndarray]:

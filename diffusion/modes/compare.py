@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from diffusion.runtime.npz import read_npz
 from diffusion.util import RunError, read_json, say
 
 # Keys in which two entries must agree, and keys in which their references must agree.
@@ -108,7 +109,6 @@ def _read(path):
 def _influences(path):
     """The influence of each image on the metrics of a record, where it is known."""
     try:
-        with np.load(os.path.join(os.path.dirname(path), 'influences.npz')) as file:
-            return dict(file)
+        return read_npz(os.path.join(os.path.dirname(path), 'influences.npz'))
     except (OSError, ValueError):
         return {}

@@ -27,6 +27,7 @@ from diffusion.modes.reference import (
 )
 from diffusion.report.grid import save_grid
 from diffusion.runtime import hosts
+from diffusion.runtime.npz import read_header, read_npz
 from diffusion.util import RunError, naming, numerics, progress, replacing, say, versions, write_json
 
 CLOSEST = 10  # pairs of a sample and its nearest training image that are drawn
@@ -120,15 +121,12 @@ def open_npz(path: str, name: str = 'arr_0') -> np.ndarray:
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f'{name}.npy')
         if member.compress_type != zipfile.ZIP_STORED:
-            with np.load(path, allow_pickle=False) as file:
-                return file[name]
+            return read_npz(path, [name])[name]
     with open(path, 'rb') as file:
         file.seek(member.header_offset + 26)  # the lengths of the name and of the extra field
         lengths = np.frombuffer(file.read(4), '<u2')
         file.seek(member.header_offset + 30 + int(lengths.sum()))
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        shape, fortran, dtype = read_header(file)
         return np.memmap(path, dtype, 'r', file.tell(), shape, 'F' if fortran else 'C')
 
 

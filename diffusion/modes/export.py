@@ -18,7 +18,7 @@ from diffusion.interop import diffusers, diffusers_export
 from diffusion.interop.tensors import to_arrays
 from diffusion.networks import unet
 from diffusion.runtime import hosts, mesh
-from diffusion.util import naming, read_json, versions, write_json, write_text
+from diffusion.util import naming, open_regular, read_json, versions, write_json, write_text
 
 CARD = """---
 library_name: diffusers
@@ -244,7 +244,7 @@ def likelihood_section(folder: str, path: str, digest: str) -> str:
     if not measured:
         return ''
     shutil.copy(os.path.join(measured, 'ledger.json'), folder)
-    with open(os.path.join(measured, 'ledger.md'), encoding='utf-8') as file:
+    with open_regular(os.path.join(measured, 'ledger.md')) as file:
         return f'\n## Likelihood\n\n{file.read().strip()}\n'
 
 

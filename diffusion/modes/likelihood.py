@@ -26,6 +26,7 @@ from diffusion.runtime import hosts, mesh
 from diffusion.runtime.compilation import compiling
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
+from diffusion.runtime.npz import read_npz
 from diffusion.schedule import timesteps
 from diffusion.util import RunError, naming, numerics, progress, replacing, say, versions, write_json, write_text
 
@@ -298,8 +299,7 @@ def summarize(
     size = config.data.image_size**2 * config.data.channels
     loaded: dict[tuple[str, int], list[dict[str, np.ndarray]]] = {}
     for part in parts:
-        with np.load(part.path(folder)) as file:
-            loaded.setdefault((part.quantity, part.trajectory), []).append(dict(file))
+        loaded.setdefault((part.quantity, part.trajectory), []).append(read_npz(part.path(folder)))
 
     def whole(quantity, trajectory=0):
         found = loaded[quantity, trajectory]

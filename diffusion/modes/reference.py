@@ -1,11 +1,11 @@
 """--mode=reference: the features of the data, with which samples are compared, and their statistics."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
-import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from diffusion.metrics.frechet import Moments
 from diffusion.metrics.tables import FEATURES, METRICS, Features
 from diffusion.runtime import hosts, mesh
 from diffusion.runtime.compilation import compiling
+from diffusion.runtime.npz import read_npz
 from diffusion.util import RunError, cache_folder, naming, progress, say, unfinished, write_json
 
 MOST_VECTORS = 200_000  # images whose features are kept; of more, every second or every third …
@@ -374,10 +375,9 @@ def read_statistics(path: str) -> Statistics:
     """
     path = os.path.abspath(os.path.expanduser(path))
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = read_npz(path, ('record', *itertools.chain(*FOREIGN.values())))
         record = json.loads(str(arrays.pop('record'))) if 'record' in arrays else {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f'{path} cannot be read as statistics ({error})') from error
     if not {'mu', 'sigma'} <= arrays.keys():
         raise ValueError(f'{path} holds {", ".join(arrays)}, but mu and sigma were expected')

@@ -272,6 +272,9 @@ def test_files_that_hold_anything_else_are_refused(tmp_path):
     torch.save([torch.zeros(2)], path)
     with pytest.raises(ValueError, match='no state dict'):
         read_state_dict(path)
+    torch.save({'repeated': torch.zeros(1).expand(10**6, 10**6)}, path)
+    with pytest.raises(ValueError, match='a tensor repeats its values'):
+        read_state_dict(path)
 
 
 # Distances of the same features.
