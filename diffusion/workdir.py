@@ -24,6 +24,7 @@ from diffusion.data.sources import SOURCES
 from diffusion.runtime import hosts, interrupt, mesh
 from diffusion.runtime.checkpoints import Checkpoints, DamagedError, OtherArraysError, newest_record
 from diffusion.runtime.compilation import cache_programs, private_folder
+from diffusion.runtime.logs import last_step
 from diffusion.util import FileLock, RunError, cache_folder, first_line, read_json, say, write_json
 
 # A run keeps its data, network and schedule; where the images lie, how they are read, the precision, and what one
@@ -453,10 +454,13 @@ def last_saved(workdir: str) -> int | None:
 
 def require_no_history(config: ConfigDict, workdir: str) -> None:
     """Raise RunError if a run whose checkpoints are all gone would begin again at step 0 without being asked to."""
-    saved = last_saved(workdir)
-    if saved is None:
+    saved, logged = last_saved(workdir), last_step(os.path.join(workdir, 'logs'))
+    train = (read_config(workdir) or {}).get('train', {})
+    # A second checkpoint waits for the first, so a log that goes beyond it shows that one was complete.
+    if saved is None and logged <= 2 * train.get('checkpoint_every', logged):
         return
-    lost = f'{workdir} holds a run that was saved at step {saved}, but none of its checkpoints is left'
+    history = f'that was saved at step {saved}' if saved is not None else f'with the log of {logged} steps'
+    lost = f'{workdir} holds a run {history}, but none of its checkpoints is left'
     if not config.train.begin_again:
         raise RunError(
             f'{lost}: restore checkpoints/ from a copy, choose another --workdir, or begin again at step 0, with new '

@@ -337,6 +337,25 @@ def test_without_checkpoints_a_run_is_not_begun_again_unasked(two_layers, tmp_pa
     assert saved(path) == [1]
 
 
+@pytest.mark.parametrize('logged', [10, 11])
+def test_the_log_of_a_run_shows_that_it_had_checkpoints(two_layers, tmp_path, logged):
+    """Also without saved.json; two checkpoints, after 5 and 10 steps, may be unfinished when a run is killed."""
+    path = shutil.copytree(two_layers[0], tmp_path / 'run', ignore=shutil.ignore_patterns('5', 'saved.json'))
+    stored = json.loads((path / 'config.json').read_text())
+    stored['train']['checkpoint_every'] = 5
+    (path / 'config.json').write_text(json.dumps(stored))
+    (path / 'logs').mkdir(exist_ok=True)
+    (path / 'logs' / 'metrics.jsonl').write_text(f'{{"step": 1}}\n{{"step": {logged}}}\n{{"step": 1')
+    config = quick({'train.num_steps': 1})
+    if logged == 10:
+        workdir.require_no_history(config, str(path))
+        return
+    with pytest.raises(RunError, match=r'a run with the log of 11 steps, but none .*--config\.train\.begin_again=True'):
+        workdir.require_no_history(config, str(path))
+    config.train.begin_again = True
+    workdir.require_no_history(config, str(path))
+
+
 def test_any_checkpoint_that_is_kept_can_be_read(two_layers, tmp_path):
     path = shutil.copytree(two_layers[0], tmp_path / 'run')
     later = random_params(quick(), 7)

@@ -87,10 +87,19 @@ def _truncate(path: str, step: int) -> None:
     """Keep the lines of metrics.jsonl up to `step`; a line that a crash cut short is dropped as well."""
     if not os.path.exists(path):
         return
-    kept = []
+    write_text(path, ''.join(line for logged, line in _lines(path) if logged <= step))
+
+
+def last_step(directory: str) -> int:
+    """Return the last step that the logs in a folder have; 0 if they have none, or cannot be read."""
+    with contextlib.suppress(OSError):
+        return max((step for step, _ in _lines(os.path.join(directory, 'metrics.jsonl'))), default=0)
+    return 0
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield (step, line) of each complete line of metrics.jsonl."""
     with open_regular(path, 'rb') as file:
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                if parse_json(line)['step'] <= step:
-                    kept.append(line.decode().rstrip('\n') + '\n')
-    write_text(path, ''.join(kept))
+                yield int(parse_json(line)['step']), line.decode().rstrip('\n') + '\n'
