@@ -169,11 +169,16 @@ def open_regular(path: str | os.PathLike, mode: str = 'r') -> IO[Any]:
     Raises:
         OSError: it does not exist, or is something else.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK a pipe blocks here
+    return open(path, mode, encoding=None if 'b' in mode else 'utf-8', opener=_regular)
+
+
+def _regular(path: str, flags: int) -> int:
+    """Open a regular file; an `opener`."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)  # without O_NONBLOCK a pipe blocks here
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, 'not a regular file', os.fspath(path))
-    return open(descriptor, mode, encoding=None if 'b' in mode else 'utf-8')
+        raise OSError(errno.EINVAL, 'not a regular file', path)
+    return descriptor
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -251,8 +256,8 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
 
 
 def no_link(path: str, flags: int) -> int:
-    """Open a file, unless it is a link; an `opener` for files that are extended."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """Open a regular file, unless it is a link; an `opener` for files that are extended."""
+    return _regular(path, flags | os.O_NOFOLLOW)
 
 
 def file_of_config(workdir: str) -> str:

@@ -1,5 +1,7 @@
 """No result is written through a link: in a stranger's workdir it could name any file of the user."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from diffusion.report.grid import save_each, save_grid
 from diffusion.report.sweep import save_sweep
 from diffusion.report.terms import save_terms
 from diffusion.runtime.logs import Writer
+from diffusion.util import FileLock, exclusive
 
 IMAGES = np.zeros((2, 4, 4, 1), np.uint8)
 TERMS = {'posterior': np.random.default_rng(0).normal(size=(5, 3))}
@@ -56,3 +59,19 @@ def test_logs_are_not_appended_to_a_link(tmp_path, precious):
     Writer(str(logs), step=0, warn=warnings.append)
     assert len(warnings) == 1 and 'symbolic link' in warnings[0]
     assert not (tmp_path / 'absent').exists()
+
+
+EXTENDED = {
+    'drawn images': lambda path: Drawn(str(path.parent), (4, 4, 1), '0' * 64),
+    'a lock': lambda path: FileLock(str(path)).acquire(),
+    'a lock that is waited for': lambda path: exclusive(str(path), 'waiting').__enter__(),
+}
+
+
+@pytest.mark.parametrize('what', EXTENDED)
+def test_a_pipe_that_would_be_extended_is_an_error(tmp_path, what):
+    """Opening it for writing would wait for a reader for ever."""
+    path = tmp_path / f'drawn-{"0" * 16}.bin'
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=r'not a regular file|No such device or address'):
+        EXTENDED[what](path)
