@@ -161,6 +161,13 @@ def test_output_that_is_closed_full_or_not_in_utf_8_is_no_failure(how):
     assert (done.returncode, done.stderr) == (0, b''), done
 
 
+@pytest.mark.parametrize('module', ['diffusion.modes.train', 'diffusion.modes'])
+def test_a_module_that_is_no_program_does_not_succeed(module):
+    done = subprocess.run([sys.executable, '-m', module], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == '' and done.stderr.count('\n') == 1
+    assert 'diffusion --mode=NAME' in done.stderr
+
+
 @pytest.mark.parametrize('flag', ['--help', '-help', '-?', '-h', '--helpfull', '--helpshort'])
 def test_help_is_no_failure(flag):
     done = main(flag)
