@@ -78,7 +78,7 @@ peers:
 # In an environment of its own, because JAX looks for the accelerators whose compilers it has.
 test-plan:
 	$(MAKE) install VENV=.venv-plan EXTRAS=test,plan
-	.venv-plan/bin/python -m pytest tests/modes/test_plan.py
+	.venv-plan/bin/python -m pytest -m 'slow or not slow' tests/modes/test_plan.py
 
 chaos: install
 	$(python) -m tests.chaos --kills=$(KILLS) --corruptions=$(CORRUPTIONS)

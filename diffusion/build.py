@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from diffusion import data, gaussian, schedule, workdir
 from diffusion.loss import WEIGHTINGS, History, init_history
-from diffusion.networks import IMPLEMENTATIONS, NETWORKS, make_rngs
+from diffusion.networks import IMPLEMENTATIONS, NETWORKS, make_rngs, round_parameters
 from diffusion.runtime import devices as runtime_devices
 from diffusion.runtime import hosts, mesh
 from diffusion.util import RunError, naming, say, signature, warn
@@ -90,6 +90,8 @@ class Network:
             The callable (x_t (B, H, W, C), t (B,)) → (B, H, W, C), or 2C if it learns the variance.
         """
         module = nnx.merge(self.graph, params)
+        if dropout_key is None:
+            round_parameters(module)
         mode = {} if dropout_key is None else dict(deterministic=False, rngs=make_rngs(dropout=dropout_key))
         # Our levels are 1 … T; weights of other projects were trained with 0 … T−1.
         given = () if labels is None else (labels,)

@@ -7,6 +7,7 @@ the table below: faster networks with the same parameter tree.
 from diffusion.networks import cpu, gpu, plain
 from diffusion.networks.adm import ADM
 from diffusion.networks.dit import DiT
+from diffusion.networks.precision import round_parameters
 from diffusion.networks.program import Program
 from diffusion.networks.streams import make_rngs
 from diffusion.networks.unet import UNet
@@ -14,4 +15,4 @@ from diffusion.networks.unet import UNet
 NETWORKS = {'unet': UNet, 'adm': ADM, 'dit': DiT}
 IMPLEMENTATIONS = {'plain': plain, 'cpu': cpu, 'gpu': gpu}
 
-__all__ = ['ADM', 'IMPLEMENTATIONS', 'NETWORKS', 'DiT', 'Program', 'UNet', 'make_rngs']
+__all__ = ['ADM', 'IMPLEMENTATIONS', 'NETWORKS', 'DiT', 'Program', 'UNet', 'make_rngs', 'round_parameters']

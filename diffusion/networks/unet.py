@@ -145,10 +145,13 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Images) -> Images:
         batch, height, width, channels = x.shape
-        h = self.norm(x)
         heads = (batch, height * width, self.heads, channels // self.heads)
-        query, key, value = (layer(h).reshape(heads) for layer in (self.query, self.key, self.value))
+        query, key, value = (part.reshape(heads) for part in self.project(self.norm(x)))
         return x + self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
+
+    def project(self, h: Images) -> Sequence[Images]:
+        """Return the queries, keys and values."""
+        return [layer(h) for layer in (self.query, self.key, self.value)]
 
 
 class Label(nnx.Linear):
@@ -350,9 +353,7 @@ class UNet(nnx.Module):
         def key():
             return None if deterministic else rngs.dropout()  # type: ignore[union-attr]
 
-        emb = self.time2(nnx.silu(self.time1(time_embedding(t, *self.embedding))))
-        if self.label is not None:
-            emb += self.label(jnp.full(t.shape, -1) if labels is None else labels)
+        emb = self.embed(t, labels)
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down:
@@ -372,6 +373,13 @@ class UNet(nnx.Module):
             if stage.resample is not None:
                 x = stage.leave(x, emb, key)
         return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
+
+    def embed(self, t: Num[Array, 'B'], labels: Int[Array, 'B'] | None) -> Embedding:
+        """Embed noise levels and classes, see `__call__`, for all residual blocks."""
+        emb = self.time2(nnx.silu(self.time1(time_embedding(t, *self.embedding))))
+        if self.label is not None:
+            emb += self.label(jnp.full(t.shape, -1) if labels is None else labels)
+        return emb
 
 
 def check(
