@@ -128,7 +128,7 @@ def get_config() -> ConfigDict:
     config.metrics.inception = ''
     config.metrics.efficientnet = ''  # file of EfficientNet-Lite0's weights; '' is that of the extra [features]
     config.metrics.dinov2 = ''  # file of the weights of DINOv2's ViT-L/14; '' leaves out its metrics
-    config.metrics.dialects = ('adm',)  # how images are resized for Inception, and for DINOv2 if not as dgm-eval does
+    config.metrics.dialects = ('adm',)  # how images are resized; a network that has none of these takes its first
     config.metrics.split = ''  # the images that samples are compared with; '' is data.split, what is trained on
     config.metrics.flip = False  # compare with their mirror images as well
     config.metrics.reference = ''  # compare with the moments in this .npz file instead: ours, pytorch-fid's or ADM's

@@ -12,8 +12,8 @@ importer recognizes by the file's name:
 They hid no labels; here a tenth is hidden, so that the network is also an unconditional model, by which samples are
 guided. Decoded, the 1,281,167 images take 16 GB in data.cache_dir. The held-out split is called validation.
 
-On each of eight H100s, a training step takes 14.7 GB of the 63.7 GB that JAX gives programs; images that are kept there
-(data.placement) take 16 GB more. On one device, train.accumulate=32 has parts of 64 images as well. Checked by
+On eight H100s, a training step takes 14.7 GB a device, of the 63.7 GB that JAX can use, and 16 GB more if the images
+are kept there (data.placement). One device needs train.accumulate=32, for the same 64 images at a time. To check:
 
     diffusion --config=imagenet64_conditional --workdir=runs/plan --mode=plan --config.plan.target=h100:8
 """

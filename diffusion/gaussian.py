@@ -179,7 +179,7 @@ def like(coefficient: Float[Array, '*B'], x: Images) -> Coefficient:
 
 
 def _require_same_shape(**arrays: Images) -> None:
-    """Raise ValueError, which names the arrays, unless two of them have one shape; they would be broadcast."""
+    """Raise ValueError unless the two arrays have the same shape: JAX would broadcast them."""
     (first, x), (second, y) = arrays.items()
     if jnp.shape(x) != jnp.shape(y):
         raise ValueError(f'{second} has the shape {jnp.shape(y)}, but {first} has {jnp.shape(x)}')

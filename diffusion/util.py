@@ -11,7 +11,6 @@ import importlib.metadata
 import inspect
 import io
 import json
-import math
 import os
 import platform
 import select
@@ -121,7 +120,7 @@ def progress(*, total: int, doing: str, unit: str, initial: int = 0, hidden: boo
     """
     from tqdm import tqdm
 
-    interval = {} if _is_terminal(sys.stderr) else dict(mininterval=LOG_EVERY, maxinterval=math.inf)
+    interval = {} if _is_terminal(sys.stderr) else dict(mininterval=LOG_EVERY, miniters=1)
     return tqdm(
         total=total,
         desc=doing,

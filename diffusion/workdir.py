@@ -456,11 +456,12 @@ def require_no_history(config: ConfigDict, workdir: str) -> None:
     """Raise RunError if a run whose checkpoints are all gone would begin again at step 0 without being asked to."""
     saved, logged = last_saved(workdir), last_step(os.path.join(workdir, 'logs'))
     train = (read_config(workdir) or {}).get('train', {})
-    # A second checkpoint waits for the first, so a log that goes beyond it shows that one was complete.
+    # A second checkpoint waits for the first, so a log that goes beyond it is that of a run that had one.
     if saved is None and logged <= 2 * train.get('checkpoint_every', logged):
         return
-    history = f'that was saved at step {saved}' if saved is not None else f'with the log of {logged} steps'
-    lost = f'{workdir} holds a run {history}, but none of its checkpoints is left'
+    lost = f'{workdir} holds a run whose log reaches step {logged}, but no checkpoint'
+    if saved is not None:
+        lost = f'{workdir} holds a run that was saved at step {saved}, but none of its checkpoints is left'
     if not config.train.begin_again:
         raise RunError(
             f'{lost}: restore checkpoints/ from a copy, choose another --workdir, or begin again at step 0, with new '

@@ -62,6 +62,7 @@ def test_a_lock_is_held_by_one_process_and_released_when_it_is_killed(tmp_path):
     lock = str(tmp_path / 'run' / '.lock')
     program = f"""
 import sys, time
+from diffusion import util
 from diffusion.util import FileLock
 with FileLock({lock!r}):
     print('held', flush=True)
@@ -199,3 +200,17 @@ def test_a_long_stage_says_that_it_is_still_going(monkeypatch, capsys):
     first, *others = capsys.readouterr().out.splitlines()
     assert first == 'compiling it …'
     assert 1 <= len(others) <= 2 and all(line.startswith('… still compiling it, for ') for line in others)
+
+
+def test_a_bar_in_a_file_goes_on_when_the_work_slows_down(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, 'stderr', log)
+    monkeypatch.setattr(util, 'LOG_EVERY', 0.02)
+    with progress(total=10_000, doing='train', unit='step') as bar:
+        for _ in range(9_990):  # fast
+            bar.update()
+        before = log.getvalue().count('\r')
+        for _ in range(5):
+            time.sleep(0.03)
+            bar.update()
+        assert log.getvalue().count('\r') >= before + 4

@@ -350,7 +350,7 @@ def test_the_log_of_a_run_shows_that_it_had_checkpoints(two_layers, tmp_path, lo
     if logged == 10:
         workdir.require_no_history(config, str(path))
         return
-    with pytest.raises(RunError, match=r'a run with the log of 11 steps, but none .*--config\.train\.begin_again=True'):
+    with pytest.raises(RunError, match=r'a run whose log reaches step 11, but no .*--config\.train\.begin_again=True'):
         workdir.require_no_history(config, str(path))
     config.train.begin_again = True
     workdir.require_no_history(config, str(path))

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion.interop import hub
 from diffusion.interop.tensors import Found, Path, with_no_class
-from diffusion.interop.weights import load_torch, one_line, read_safetensors, state_dict
+from diffusion.interop.weights import load_torch, read_safetensors, state_dict
 from diffusion.util import read_json
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
@@ -80,8 +81,7 @@ NOT_TRAINED = (
 EMBEDDING_ORDERS = {True: 'cos_sin', False: 'sin_cos'}  # flip_sin_to_cos
 SCALE_SHIFT = {'default': False, 'scale_shift': True}  # resnet_time_scale_shift
 ZERO_OR_ONE = {0: 0, 1: 1}  # freq_shift, downsample_padding
-ZERO_SNR = {False: False, True: True}  # rescale_betas_zero_snr
-MID_ATTENTION = {True: True, False: False}  # add_attention
+BOOLEAN = {False: False, True: True}  # rescale_betas_zero_snr, add_attention
 BY_BLOCKS = {'conv': False, 'resnet': True}  # downsample_type, upsample_type
 SCHEDULES = {
     'linear': 'linear',
@@ -117,7 +117,7 @@ def read(place: str, *, image_size: int = 0) -> Found:
         ValueError: a file cannot be read, or has a value that our network and schedules cannot express; the message
             names the file and the key or tensor.
     """
-    folder = place if os.path.isdir(place) else download(place)
+    folder = place if os.path.isdir(place) else hub.download_pipeline(place)
     unet = _find(folder, 'unet', 'config.json')
     scheduler = _find(folder, 'scheduler', 'scheduler_config.json')
     settings, betas = network_settings(_read_json(unet), unet, image_size), None
@@ -194,7 +194,7 @@ class _Keys:
                 'have learned, only make the network compute something else'
             )
         elif key in SCHEDULER_KEYS:
-            message += '. The weights do not depend on it, so that they can be imported without this key'
+            message += '. The weights do not depend on it: remove the key from scheduler_config.json to import them'
         return ValueError(message)
 
 
@@ -233,7 +233,7 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
         raise keys.error('time_embedding_dim', dim, f'must be {4 * widths[0]}, four times the first width')
     blocks = _blocks(keys, len(widths))
     attends = [block.attends for block in blocks['down']]
-    mid_attention = keys.choose('add_attention', True, MID_ATTENTION)
+    mid_attention = keys.choose('add_attention', True, BOOLEAN)
     updown = _updown(keys, blocks)
     groups = keys.positive_integer('norm_num_groups', 32)
     scale_shift = keys.choose('resnet_time_scale_shift', 'default', SCALE_SHIFT)
@@ -373,7 +373,7 @@ def scheduler_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[s
     unused += ['clip_sample_range'] * (not clip) + ['steps_offset'] * (spacing != 'leading')
     keys.require({key: value for key, value in SCHEDULER_KEYS.items() if key not in unused})
     schedule = {'T': T, 'beta_start': keys.get('beta_start', 1e-4), 'beta_end': keys.get('beta_end', 0.02)}
-    schedule['zero_terminal_snr'] = keys.choose('rescale_betas_zero_snr', False, ZERO_SNR)
+    schedule['zero_terminal_snr'] = keys.choose('rescale_betas_zero_snr', False, BOOLEAN)
     betas = keys.get('trained_betas', None)
     if betas is None:
         schedule['name'] = keys.choose('beta_schedule', 'linear', SCHEDULES)
@@ -455,24 +455,3 @@ def _read_parts(index: str) -> dict[str, np.ndarray]:
             raise ValueError(f'{index} and {file} differ in which tensors it holds: {sorted(listed ^ set(part))[:8]}')
         tensors |= part
     return tensors
-
-
-def download(repo: str) -> str:
-    """Download a repository of the Hugging Face hub, and return its folder.
-
-    Raises:
-        ValueError: huggingface_hub is not installed, or the download fails.
-    """
-    missing = f'there is no folder {repo}'
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError(f'{missing}; to use an id of the Hugging Face hub: pip install huggingface_hub') from error
-    patterns = ['*.json', '*diffusion_pytorch_model.safetensors', '*diffusion_pytorch_model-*.safetensors']
-    try:
-        folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns)
-        if not any(name.endswith('.safetensors') for _, _, files in os.walk(folder) for name in files):
-            folder = huggingface_hub.snapshot_download(repo, allow_patterns=['*.json', '*diffusion_pytorch_model.bin'])
-    except Exception as error:  # of the network, of the hub, or because the id is malformed
-        raise ValueError(f'{missing}, and it cannot be downloaded from the hub ({one_line(error)})') from error
-    return folder

@@ -2,5 +2,6 @@
 
 import sys
 
-if sys.argv[:1] == ['-m']:  # Python is looking for a module of this package, which would do nothing as a program
+# `python -m diffusion.modes.train` imports this package first; the module itself would do nothing as a program.
+if sys.argv[:1] == ['-m'] and any(name.startswith('diffusion.modes') for name in sys.orig_argv):
     sys.exit('error: a mode is run by `diffusion --mode=NAME` or `python main.py --mode=NAME`; --help lists them')

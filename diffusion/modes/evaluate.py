@@ -111,8 +111,10 @@ def open_labels(place: str, count: int) -> np.ndarray | None:
     path = os.path.expanduser(place)
     if not path.endswith('.npz'):
         return None
-    with np.load(path, allow_pickle=False) as file:
-        labels = file['arr_1'] if 'arr_1' in file.files else np.empty(0)
+    try:
+        labels = read_npz(path, ['arr_1']).get('arr_1', np.empty(0))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'arr_1 of {place} cannot be read as labels ({error})') from error
     return labels if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer) else None
 
 
@@ -339,7 +341,7 @@ def measure_classes(
     """
     found = OfClasses([], {}, {})
     rows = {name: row for name, row in rows.items() if row.needs}
-    if why := _without_classes(compared, output, trained_on):
+    if why := _without_classes(compared, output, trained_on, labels):
         found.left_out.update({f'{name} by class': why for name in rows})
         return found
     vectors, their_labels = compared.vectors[output], np.asarray(compared.labels)
@@ -349,11 +351,11 @@ def measure_classes(
     for label in classes:
         mine, theirs = labels == label, vectors[their_labels == label]
         n, count = int(mine.sum()), len(theirs)
-        moments = frechet.moments([theirs]) if count > 1 else None
+        fewest_of = {'vectors': FEWEST, 'moments': max(FEWEST, samples.shape[1] + 1)}  # else covariances are singular
+        moments = frechet.moments([theirs]) if min(n, count) >= fewest_of['moments'] else None
         comparison = Comparison(samples[mine], theirs, moments, network.dialect)
         for name, row in rows.items():
-            # Covariances of fewer vectors than they have values are singular.
-            fewest = max(FEWEST, samples.shape[1] + 1) if row.needs == 'moments' else FEWEST
+            fewest = fewest_of[row.needs]
             try:
                 if min(n, count) < fewest:
                     raise ValueError(f'{n} samples and {count} images of the reference, but {fewest} are needed')
@@ -374,12 +376,14 @@ def measure_classes(
     return found
 
 
-def _without_classes(compared, output, trained_on):
+def _without_classes(compared, output, trained_on, labels):
     """Why there are no metrics by class, or ''."""
     if output not in compared.vectors:
         return 'only the moments of the reference are kept, but this needs the features of each image'
     if compared.labels is None:
         return 'the images of the reference have no classes'
+    if labels.max() >= len(compared.classes):
+        return f'the reference has {len(compared.classes)} classes, but the samples have label {labels.max()}'
     if trained_on and trained_on.get('labels_sha256') and trained_on['classes'] != list(compared.classes):
         return 'the reference has other classes than the images that the run was trained on'
     return ''

@@ -128,7 +128,7 @@ def weights_file(config: ConfigDict, row: Features) -> str:
     """Return the file of a network's weights, '' if there is none. A file of the hub is downloaded."""
     named = config.metrics[row.key]
     if named.startswith(hub.PREFIX):
-        return hub.download(named)
+        return hub.download_file(named)
     return os.path.expanduser(named) or (row.shipped() if row.shipped else '')
 
 
@@ -380,5 +380,5 @@ def read_statistics(path: str) -> Statistics:
     except (OSError, ValueError) as error:
         raise ValueError(f'{path} cannot be read as statistics ({error})') from error
     if not {'mu', 'sigma'} <= arrays.keys():
-        raise ValueError(f'{path} holds {", ".join(arrays)}, but mu and sigma were expected')
+        raise ValueError(f'{path} does not hold the arrays mu and sigma, the moments of features')
     return Statistics(path, record.get('features', 'inception'), arrays, record)

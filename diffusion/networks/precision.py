@@ -4,11 +4,11 @@ from flax import nnx
 
 
 def round_parameters(module: nnx.Module) -> None:
-    """Round the parameters of convolutions and linear layers to the type in which these layers compute.
+    """Round the parameters of convolutions and linear layers to the dtype in which these layers compute.
 
-    The layers do that themselves whenever they are called, so no output changes. (In bfloat16, the attention of
-    networks/cpu multiplies its matrices before it rounds, so its last digit does.) But a sampler calls them at each
-    step of a loop, where XLA leaves the rounding: on a GPU, that is one more kernel for each array.
+    Such layers round their parameters at every call, so rounding them beforehand does not change their outputs. In a
+    sampler's loop, XLA would repeat the rounding at each step, with one more GPU kernel for each array. Code that uses
+    a kernel directly gets the rounded values: the attention of networks/cpu differs in the last bfloat16 digit.
 
     Args:
         module: is changed. Layers that compute in float32 stay as they are.

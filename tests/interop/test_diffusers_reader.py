@@ -71,7 +71,7 @@ def test_no_message_about_a_network_invites_to_edit_the_file(tmp_path):
         with pytest.raises(ValueError, match='cannot be imported; editing the file would not change what they have'):
             read(folder)
     folder = fixture.changed(tmp_path, fixture.SCHEDULER, thresholding=True)  # of sampling, not of the weights
-    with pytest.raises(ValueError, match=r'thresholding is True.*can be imported without this key') as error:
+    with pytest.raises(ValueError, match=r'thresholding is True.*weights do not depend on it') as error:
         read(folder)
     assert 'editing' not in str(error.value)
 

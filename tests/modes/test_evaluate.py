@@ -107,6 +107,24 @@ def test_other_images_are_refused(tmp_path, name, content, words):
         evaluate.run(asking(path), str(tmp_path / 'run'))
 
 
+def test_labels_that_are_damaged_are_an_error(held_out, tmp_path):
+    path = tmp_path / 'samples.npz'
+    np.savez_compressed(path, held_out, np.arange(len(held_out)))
+    content = bytearray(path.read_bytes())
+    at = content.index(b'arr_1.npy') + 40  # in the compressed labels
+    content[at : at + 40] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r'config\.evaluate\.images: arr_1 of .* cannot be read as labels'):
+        evaluate.run(asking(path), str(tmp_path / 'run'))
+
+
+def test_labels_beyond_the_classes_of_the_reference_have_no_metrics_by_class(held_out, tmp_path):
+    path = tmp_path / 'samples.npz'
+    np.savez(path, held_out, np.full(len(held_out), 10))
+    record = measure(tmp_path, asking(path))
+    assert record['left_out']['FD-pixels by class'] == 'the reference has 10 classes, but the samples have label 10'
+
+
 def test_a_picture_of_another_size_is_named(tmp_path):
     (tmp_path / 'pictures').mkdir()
     for size in (8, 9):
@@ -157,7 +175,7 @@ def test_weights_are_downloaded_from_the_hub_if_their_id_is_named(npz, tmp_path,
 
 def test_the_hub_is_an_extra(npz, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(RunError, match=r'config\.metrics\.inception: .*the extra \[hub\]'):
+    with pytest.raises(RunError, match=r'config\.metrics\.inception: .*extra \[hub\].*pip install huggingface_hub'):
         evaluate.run(asking(npz, ('FID',), inception='hub:a/b/c'), str(tmp_path / 'run'))
 
 
@@ -207,7 +225,7 @@ def test_moments_of_something_else_are_refused_with_the_difference(npz, tmp_path
         with pytest.raises(RunError, match=rf'config\.metrics\.reference: .*{key}: {value!r} there, .* asked'):
             evaluate.run(config, str(tmp_path / 'refused'))
     for content, words in (
-        ({'mu': np.zeros(3)}, 'holds mu, but mu and sigma'),
+        ({'mu': np.zeros(3)}, 'does not hold the arrays mu and sigma'),
         ({'mu': np.zeros(3), 'sigma': np.eye(3)}, 'statistics of inception, which no metric'),
     ):
         np.savez(tmp_path / 'other.npz', **content)

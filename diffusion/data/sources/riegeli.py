@@ -4,7 +4,6 @@ These are Riegeli files (google/riegeli, doc/riegeli_records_file_format.md): a 
 records, which a block header interrupts at every multiple of 64 KiB.
 """
 
-import mmap
 import os
 import struct
 
@@ -27,16 +26,17 @@ def largest_chunk(path: str, most: int) -> int:
         ValueError: a chunk declares a larger size, or a header is invalid.
     """
     name, position, largest = os.path.basename(path), 0, 0
-    with open_regular(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        while position < len(content):
-            start = content[position : position + CHUNK_HEADER.size + BLOCK_HEADER]
+    with open_regular(path, 'rb') as file:
+        size = os.fstat(file.fileno()).st_size
+        while position < size:
+            start = os.pread(file.fileno(), CHUNK_HEADER.size + BLOCK_HEADER, position)
             before = -position % BLOCK  # bytes before the next block header
             header = start[:before] + start[before + BLOCK_HEADER :]
             if len(header) < CHUNK_HEADER.size:
                 raise ValueError(f'{name} ends within the header of a chunk')
             data_size, kind_and_records, decoded_size = CHUNK_HEADER.unpack_from(header)
             end = _end(position, data_size, kind_and_records >> 8)
-            if kind_and_records & 0xFF not in (KINDS if position else b's') or end > len(content):
+            if kind_and_records & 0xFF not in (KINDS if position else b's') or end > size:
                 raise ValueError(f'{name} has an invalid header at byte {position}')
             if decoded_size > most:
                 raise ValueError(

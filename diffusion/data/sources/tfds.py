@@ -10,9 +10,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import UInt8
-
 from diffusion.data import pictures
 from diffusion.data.sources import riegeli
 from diffusion.data.sources.source import LARGE, Source, one_large, unlabelled
@@ -77,10 +74,11 @@ def open_tfds(place: str, split: str, data_dir: str = '', max_pixels: int = pict
     counts = ', '.join(f'{entry["name"]} {sum(map(int, entry["shardLengths"]))}' for entry in info['splits'])
 
     # For each picture `label` is called after `read`, from several threads; the cache reads the example only once.
-    @functools.lru_cache(maxsize=min(64, 4 * LARGE // (largest or 1)))
+    @functools.lru_cache(maxsize=max(1, min(64, 4 * LARGE // (largest or 1))))
     def example(i: int) -> Any:
         try:
-            return examples(i)
+            with one_large if largest > LARGE else contextlib.nullcontext():
+                return examples(i)
         except Exception as error:  # array_record and protobuf raise several types for damaged files
             raise ValueError(f'cannot be read ({type(error).__name__}: {str(error)[:200]})') from error
 
@@ -90,17 +88,13 @@ def open_tfds(place: str, split: str, data_dir: str = '', max_pixels: int = pict
             raise ValueError(f'has {len(values)} values of the feature {image!r}')
         return bytes(values[0])
 
-    def read(i: int) -> UInt8[np.ndarray, 'H W C']:
-        with one_large if largest > LARGE else contextlib.nullcontext():
-            return pictures.decode(encoded(i), max_pixels)
-
     def label(i: int) -> int | None:
         values = example(i)['label'].int64_list.value
         return int(values[0]) if len(values) == 1 and 0 <= values[0] < len(classes or ()) else None
 
     return Source(
         names=_Names(f'{name}, {found}, example', count),
-        read=read,
+        read=lambda i: pictures.decode(encoded(i), max_pixels),
         identity=[name, os.path.basename(folder), found, max_pixels, [shard.take for shard in shards], files],
         label=label if classes else unlabelled,
         classes=classes,

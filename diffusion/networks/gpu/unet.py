@@ -39,7 +39,7 @@ def _convolve(layer: nnx.Conv, x: Images) -> Images:
 
 
 class ResBlock(unet.ResBlock):
-    """The block with its norms and activations in few passes. It is given what all blocks add, see `UNet.embed`."""
+    """The block with norms and activations in few passes. `emb` is what `UNet.embed` returns, of all blocks."""
 
     GroupNorm = GroupNorm
     start: int  # of what this block adds among the channels of all blocks
