@@ -6,16 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-MANY = 64
-
 
 class Stream(nnx.RngStream):
     """An `nnx.RngStream` with the same keys, but a Python integer as its count.
 
     nnx counts in a JAX array and asks it for its sharding at each update. In a traced function JAX answers after a
     search through all operations so far, which made the tracing of a U-Net quadratic in its size.
-
-    Keys are made many at a time: on a GPU, several kernels for each of them would take longer than the bits.
     """
 
     def __init__(self, key: jax.Array | int, *, tag: str):
@@ -23,11 +19,14 @@ class Stream(nnx.RngStream):
         self.count: Any = 0
 
     def __call__(self) -> jax.Array:
-        at = self.count % MANY
-        if at == 0:
-            self._keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key[...], self.count + jnp.arange(MANY))
         self.count += 1
-        return self._keys[at]
+        return jax.random.fold_in(self.key[...], self.count - 1)
+
+    def many(self, number: int) -> list[jax.Array]:
+        """Return the keys of as many calls, made together: on a GPU, several kernels for each of them take longer."""
+        counts = self.count + jnp.arange(number)
+        self.count += number
+        return list(jax.vmap(jax.random.fold_in, (None, 0))(self.key[...], counts))
 
 
 def make_rngs(**keys: jax.Array | int) -> nnx.Rngs:

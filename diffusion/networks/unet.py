@@ -350,9 +350,7 @@ class UNet(nnx.Module):
             The prediction, of the shape of x but for `out_channels`. The loss decides what it predicts.
         """
 
-        def key():
-            return None if deterministic else rngs.dropout()  # type: ignore[union-attr]
-
+        key = (lambda: None) if deterministic else self.dropout_keys(rngs)  # type: ignore[arg-type]
         emb = self.embed(t, labels)
         x = self.conv_in(x)
         skips = [x]
@@ -373,6 +371,10 @@ class UNet(nnx.Module):
             if stage.resample is not None:
                 x = stage.leave(x, emb, key)
         return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
+
+    def dropout_keys(self, rngs: nnx.Rngs) -> Callable[[], DropoutKey]:
+        """Return the function that gives each residual block its key."""
+        return rngs.dropout
 
     def embed(self, t: Num[Array, 'B'], labels: Int[Array, 'B'] | None) -> Embedding:
         """Embed noise levels and classes, see `__call__`, for all residual blocks."""

@@ -1,7 +1,7 @@
 """The U-Net for GPUs: fewer kernels, which read and write less."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +82,9 @@ class UNet(unet.UNet):
         blocks = self._blocks()
         shifts = _side_by_side([block.time for block in blocks], nnx.silu(super().embed(t, labels)))
         return shifts + jnp.concatenate([block.conv1.bias[...] for block in blocks]).astype(shifts.dtype)
+
+    def dropout_keys(self, rngs: nnx.Rngs) -> Callable[[], DropoutKey]:
+        return iter(rngs.dropout.many(len(self._blocks()))).__next__
 
     def _blocks(self) -> list[Any]:
         stages = [*self.down, *self.up]
