@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
+import scipy  # imports its parts when they are used
 from jaxtyping import Float, Float64, Shaped
 
 Moments = tuple[Float64[np.ndarray, 'D'], Float64[np.ndarray, 'D D']]  # mean and covariance
