@@ -24,7 +24,7 @@ def download_file(place: str) -> str:
     hub = _hub(place)
     try:
         return hub.hf_hub_download(*found.groups())
-    except Exception as error:  # of the network, of the hub, or because there is no such file
+    except Exception as error:  # the hub's library raises many types
         raise ValueError(f'{place} cannot be downloaded ({one_line(error)})') from error
 
 
@@ -41,7 +41,7 @@ def download_pipeline(repo: str) -> str:
         folder = hub.snapshot_download(repo, allow_patterns=patterns)
         if not any(name.endswith('.safetensors') for _, _, files in os.walk(folder) for name in files):
             folder = hub.snapshot_download(repo, allow_patterns=['*.json', '*diffusion_pytorch_model.bin'])
-    except Exception as error:  # of the network, of the hub, or because the id is malformed
+    except Exception as error:  # the hub's library raises many types
         raise ValueError(f'{missing}, and it cannot be downloaded from the hub ({one_line(error)})') from error
     return folder
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from diffusion.metrics.layers import check_tensors
+from diffusion.metrics.resize import cubic
 
 SIZE = 224  # pixels
 OUTPUTS = {'class-token': 1024}  # and its size
@@ -31,7 +32,7 @@ def apply(params: Params, x: Float32[Array, 'N 224 224 3']) -> dict[str, Float32
 
     Args:
         params: the result of `convert`.
-        x: (N, 224, 224, 3), preprocessed by one of `resize.DINOV2`.
+        x: (N, 224, 224, 3), in the range of a dialect of `resize.OF_DINOV2`.
 
     Returns:
         'class-token' (N, 1024): the first token after the last layer norm.
@@ -73,7 +74,7 @@ def shapes(width: int = OUTPUTS['class-token'], depth: int = DEPTH) -> dict[str,
     found: dict[str, tuple[int, ...]] = {
         'cls_token': (1, 1, width),
         'pos_embed': (1, 1 + TRAINED_GRID**2, width),
-        'mask_token': (1, width),  # of the training alone
+        'mask_token': (1, width),  # used only in its training
         'patch_embed.proj.weight': (width, 3, PATCH, PATCH),
         'patch_embed.proj.bias': (width,),
         'norm.weight': (width,),
@@ -126,16 +127,9 @@ def _resize_positions(embeddings: np.ndarray) -> np.ndarray:
     positions = (np.arange(size) + 0.5) * TRAINED_GRID / (size + 0.1) - 0.5
     matrix = np.zeros((size, TRAINED_GRID))
     for row, position in zip(matrix, positions, strict=True):
-        for tap in range(math.floor(position) - 1, math.floor(position) + 3):
-            row[np.clip(tap, 0, TRAINED_GRID - 1)] += _bicubic(abs(position - tap), -0.75)
+        taps = math.floor(position) + np.arange(-1, 3)
+        np.add.at(row, np.clip(taps, 0, TRAINED_GRID - 1), cubic(position - taps, -0.75))
     width = embeddings.shape[-1]
     grid = np.asarray(embeddings[0, 1:], np.float64).reshape(TRAINED_GRID, TRAINED_GRID, width)
     patches = np.einsum('hi,wj,ijc->hwc', matrix, matrix, grid, optimize=True).reshape(-1, width)
     return np.concatenate([embeddings[0, :1], patches]).astype(np.float32)
-
-
-def _bicubic(x, a):
-    """The kernel of bicubic interpolation at a distance of x pixels (Keys 1981)."""
-    if x <= 1:
-        return ((a + 2) * x - (a + 3)) * x * x + 1
-    return ((x - 5) * x + 8) * a * x - 4 * a if x < 2 else 0.0

@@ -40,10 +40,15 @@ def bicubic(size: int, out: int) -> Matrix:
     for i in range(out):
         center = (i + 0.5) * scale
         first, last = (int(np.clip(edge, 0, size)) for edge in (center - 2 * stretch + 0.5, center + 2 * stretch + 0.5))
-        x = np.abs((np.arange(first, last) - center + 0.5) / stretch)
-        taps = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, -0.5 * (((x - 5) * x + 8) * x - 4), 0))
+        taps = cubic((np.arange(first, last) - center + 0.5) / stretch, -0.5)
         matrix[i, first:last] = taps / taps.sum()
     return matrix
+
+
+def cubic(x: Float[np.ndarray, 'N'], a: float) -> Float[np.ndarray, 'N']:
+    """Return the kernel of bicubic interpolation at distances of x pixels (Keys 1981)."""
+    x = np.abs(x)
+    return np.where(x < 1, ((a + 2) * x - (a + 3)) * x * x + 1, np.where(x < 2, a * (((x - 5) * x + 8) * x - 4), 0))
 
 
 def _two_taps(positions: Float32[np.ndarray, 'out'], size: int) -> Matrix:

@@ -42,7 +42,7 @@ class ResBlock(unet.ResBlock):
     """The block with norms and activations in few passes. `emb` is what `UNet.embed` returns, of all blocks."""
 
     GroupNorm = GroupNorm
-    start: int  # of what this block adds among the channels of all blocks
+    start: int  # index of this block's first channel in `emb`
 
     def __call__(self, x: Images, emb: Embedding, dropout_key: DropoutKey = None) -> Images:
         h = _convolve(self.conv1, _activated(self.norm1, x))
