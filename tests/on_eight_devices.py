@@ -169,7 +169,8 @@ def agreement():
     params = host(state.params)  # all that draws below starts from the same ones
     images = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32)
     here = {'images': drawn(exp, put(exp, params)), 'bound': bound(exp, put(exp, params), images)}
-    found = {'1×1': alone | {'leaves': [leaf.size for leaf in jax.tree.leaves(params)]}}
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    found = {'1×1': alone | {'leaves': {jax.tree_util.keystr(path): leaf.size for path, leaf in paths}}}
     for name, (data, fsdp, changes) in RUNS.items():
         config, exp = make(data, fsdp, changes)
         state = exp.initial_state(jax.random.key(0)) if name == '2×4' else put(exp, first)

@@ -114,7 +114,12 @@ def has_attention(runs):
 
 
 def parameters(runs):
-    return collections.Counter(n for n in runs['1×1']['leaves'] if n > 1)
+    return collections.Counter(n for n in runs['1×1']['leaves'].values() if n > 1)
+
+
+def scales(runs):
+    """The sizes of the scales of all norms."""
+    return [n for path, n in runs['1×1']['leaves'].items() if path.endswith("['scale']")]
 
 
 def test_nothing_is_sent_on_one_device(runs):
@@ -130,10 +135,16 @@ def test_data_parallel_steps_reduce_each_gradient_once_and_send_nothing_else(run
 
 
 def test_the_network_for_cpus_has_fewer_gradients_to_reduce(runs):
-    """Those of the products of attention's matrices, not of the four matrices, and none of the bias of its keys."""
+    """Those of the products of attention's matrices, not of the four matrices, and none of the bias of its keys.
+
+    The gradients of a norm's scale and bias are one array.
+    """
     assert {kind for kind, *_ in runs['8×1, for CPUs']['collectives']} == {'all-reduce'}
-    fewer = collections.Counter({8 * 8: 4 - 2, 8: 1} if has_attention(runs) else {})
-    assert sizes(runs['8×1, for CPUs'], 'all-reduce') == parameters(runs) - fewer
+    merged = collections.Counter({8 * 8: 4 - 2, 8: 1} if has_attention(runs) else {})
+    expected = parameters(runs) - merged
+    for size in scales(runs):
+        expected.update({size: -2, 2 * size: 1})
+    assert sizes(runs['8×1, for CPUs'], 'all-reduce') == expected
 
 
 @pytest.mark.parametrize('mesh', ['2×4', '1×8'])

@@ -65,6 +65,7 @@ def test_any_value_is_accepted_or_refused_by_its_key(tmp_path_factory, key, draw
         patch.setattr(sample, 'make_sampler', begins)
         patch.setattr(data, 'survey', begins)
         folder = tmp_path_factory.mktemp('run')
+        patch.chdir(tmp_path_factory.mktemp('elsewhere'))  # where a path such as 'quad' leads
         with pytest.raises((RunError, Reached)) as found:
             MODES.get(key.partition('.')[0], train).run(config, str(folder))
     if found.type is RunError:
