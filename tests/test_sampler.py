@@ -41,6 +41,26 @@ def sample(net, levels, kind, eta, sch=SCH, **how):
         return draw(keys())
 
 
+@functools.cache
+def compiled(kind, eta):
+    """draw(levels), as `sample` without clipping, of which one program draws chains of any number of steps."""
+
+    def follow(keys, steps, num_steps):
+        x_T = sampler.noise(keys, steps.t[0], SHAPE)
+        how = dict(kind=kind, eta=eta, clip=False, x_T=x_T, rule='kernel')
+        return sampler.follow(keys, SCH, DATA.net(kind), steps, num_steps, **how)
+
+    program = jax.jit(follow, compiler_options=LONG)
+
+    def draw(levels):
+        steps = sampler.make_steps(SCH, levels, kind=kind, eta=eta)
+        num_steps = len(steps.t)
+        padded = jax.tree.map(lambda values: np.pad(values, (0, T - num_steps)), steps)
+        return program(keys(), padded, num_steps)
+
+    return draw
+
+
 def assert_moments(samples, mean, var):
     """Within 4.5 standard errors of Gaussian samples: √(var/N) of the mean, var·√(2/N) of the variance."""
     samples = np.asarray(samples, np.float64)
@@ -55,19 +75,16 @@ def assert_moments(samples, mean, var):
 )
 def test_moments_follow_the_exact_recursion(kind, eta, num_steps, spacing):
     levels = timesteps(T, num_steps, spacing)
-    samples = sample(DATA.net(kind), levels, kind, eta, clip=False)
+    samples = compiled(kind, eta)(levels)
     assert samples.shape == (N, *SHAPE)
     assert_moments(samples, *DATA.sample_moments(levels, eta))
 
 
-def test_compiled_and_stepwise_samples_agree():
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+def test_compiled_and_stepwise_samples_agree(eta):
     levels = timesteps(T, 10)
-    compiled = jax.jit(
-        lambda keys: sampler.sample(
-            keys, SCH, DATA.net('v'), shape=SHAPE, timesteps=levels, kind='v', eta=0.5, clip=False
-        )
-    )(keys())
-    np.testing.assert_allclose(compiled, sample(DATA.net('v'), levels, 'v', 0.5, clip=False), rtol=0, atol=1e-5)
+    expected = sample(DATA.net('v'), levels, 'v', eta, clip=False)
+    np.testing.assert_allclose(compiled('v', eta)(levels), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('num_steps', [10, T])
