@@ -4,8 +4,9 @@
 
 Both sides read a folder of random pictures of 32×32 and compute the 2,048 features of each on the CPU, with random
 weights of the same distribution. Each side is a process of its own, and the two run one after the other. The time
-begins when the first batch is done, so that it has no compilation. Without pytorch-fid (with torchvision, which its
-network is made of), only our side is measured.
+begins when the first batch is done, so that it has no compilation. Without pytorch-fid and torchvision, which its
+network is made of, only our side is measured. A torchvision for GPUs will do: `pip install --no-deps torchvision`, of
+the version that belongs to the installed PyTorch.
 
 With random weights features mean nothing, but take as long.
 """
@@ -61,8 +62,11 @@ def random_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 def theirs(folder: str) -> Callable[[int], np.ndarray]:
     """Return the same for pytorch-fid."""
-    import pytorch_fid.inception
     import torch
+
+    # A torchvision for GPUs cannot describe its operators to a PyTorch for CPUs. None of them is needed.
+    torch.library.register_fake = lambda *_, **__: lambda function: function
+    import pytorch_fid.inception
     from pytorch_fid.fid_score import get_activations
 
     # Random weights instead of those that it would fetch.
