@@ -108,7 +108,7 @@ def expected(name, dropout):
 @pytest.mark.parametrize(
     'implementation, name, dropout, remat',
     [
-        ('cpu', 'digits', None, False),
+        pytest.param('cpu', 'digits', None, False, marks=pytest.mark.slow),
         pytest.param('cpu', 'digits', 0.3, True, marks=pytest.mark.slow),
         pytest.param('cpu', 'cifar10', None, False, marks=pytest.mark.slow),
         pytest.param('cpu', 'cifar10', 0.3, True, marks=pytest.mark.slow),
