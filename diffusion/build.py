@@ -197,8 +197,23 @@ def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experimen
     if warning := schedule.start_warning(noise_schedule, noise_schedule.T):
         remedy = 'larger β (schedule.beta_end), more levels (schedule.T), or schedule.name=cosine'
         say(f'warning: config.schedule: {warning}; train with {remedy}')
+    _warn_of_ignored(config)
     by_history = WEIGHTINGS[config.train.loss].by_history
     return Experiment(noise_schedule, network, optimizer, learning_rate, device_mesh, implementation, by_history)
+
+
+def _warn_of_ignored(config):
+    """Warn of keys of the command line that the network or the schedule does not take, but another one would."""
+    chosen: dict[str, tuple[dict[str, Any], str]] = {
+        'model': (NETWORKS, config.model.network),
+        'schedule': (schedule.SCHEDULES, config.schedule.name),
+    }
+    for key in config.command.overrides:
+        group, _, name = key.partition('.')
+        table, used = chosen.get(group, ({}, ''))
+        able = _entries_with(name, table)
+        if able and used not in able:
+            say(f'warning: config.{key} has no effect on {used!r}, only on {", ".join(able)}')
 
 
 def make_schedule(config: ConfigDict) -> schedule.Schedule:
@@ -247,7 +262,7 @@ def require_classes(config: ConfigDict) -> None:
         )
     if config.data.labels and not model.num_classes:
         raise ValueError('num_classes is 0, but data.labels=True: give the number of classes, or use data.labels=False')
-    able = _networks_with('num_classes')
+    able = _entries_with('num_classes', NETWORKS)
     if model.num_classes and model.network not in able:
         raise ValueError(
             f'network is {model.network!r}, which takes no num_classes, but data.labels=True: use one of '
@@ -258,7 +273,7 @@ def require_classes(config: ConfigDict) -> None:
 def require_outputs(config: ConfigDict) -> None:
     """Raise ValueError if model.variance is learned, but the network has no outputs for it."""
     model = config.model
-    able = _networks_with('out_channels')
+    able = _entries_with('out_channels', NETWORKS)
     if model.variance == 'learned' and model.network not in able:
         raise ValueError(
             f"variance is 'learned', but network is {model.network!r}, which takes no out_channels: use one of "
@@ -266,9 +281,9 @@ def require_outputs(config: ConfigDict) -> None:
         )
 
 
-def _networks_with(argument: str) -> list[str]:
-    """The names of the networks that take an argument."""
-    return [name for name, network in NETWORKS.items() if argument in signature(network).parameters]
+def _entries_with(argument: str, table: dict[str, Any]) -> list[str]:
+    """The names of the entries that take an argument."""
+    return [name for name, entry in table.items() if argument in signature(entry).parameters]
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:

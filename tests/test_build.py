@@ -65,6 +65,25 @@ def devices_of(platform):
     return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
 
 
+@pytest.mark.parametrize(
+    ('key', 'value', 'told'),
+    [
+        ('model.num_heads', 4, "config.model.num_heads has no effect on 'unet', only on adm\n"),
+        ('schedule.offset', 0.01, "config.schedule.offset has no effect on 'linear', only on cosine\n"),
+        ('model.channels', 8, ''),
+        ('schedule.beta_end', 0.03, ''),
+        ('model.kind', 'v', ''),  # which no network takes
+    ],
+)
+def test_a_key_that_the_network_or_schedule_does_not_take_is_told(capsys, key, value, told):
+    config = tiny({key: value})
+    config.command.overrides = (key,)
+    build.build(config)
+    assert [line for line in capsys.readouterr().out.splitlines(keepends=True) if 'no effect' in line] == (
+        [f'warning: {told}'] if told else []
+    )
+
+
 def test_auto_is_the_implementation_for_the_devices():
     found = {platform: build._implementation('auto', devices_of(platform)) for platform in ('cpu', 'gpu', 'tpu')}
     assert found == {'cpu': 'cpu', 'gpu': 'gpu', 'tpu': 'plain'}
