@@ -35,4 +35,7 @@ def get_config():
     config.sample.eta = 0.0
     config.sample.variance = 'small'
     config.sample.batch_size = 250
+
+    config.sweep.num_steps = (10, 20, 50, 100)  # without 1,000, and with few images: within three minutes
+    config.sweep.num_images = 300
     return config

@@ -41,10 +41,10 @@ def report(
 
     The null distribution is that of the distances of held-out images to their nearest training image. Small distances
     follow a power law P(d < r) ∝ r^m, where m is the local dimension (Levina & Bickel 2004), so log(r/d) is exponential
-    below a quantile r. With its mean estimated from k held-out images, the distance of a new image is below d with
-    probability
+    below a quantile r. If k of H held-out images are below r, and the mean is estimated from them, the distance of a
+    new image is below d with probability
 
-        p = (k/H)·(1 + log(r/d)/(k·mean))^−k,
+        p = (k+1)/(H+1) · (1 + log(r/d)/(k·mean))^−k,
 
     which accounts for the error of that mean. A sample is called a copy if N·p ≤ level. The probability that N
     independent samples contain a supposed copy is then at most `level`.

@@ -79,6 +79,9 @@ def run(config: ConfigDict, path: str) -> int:
         'params_sha256': params_sha256,
         'sample': {key: config.sample[key] for key in ('weights', 'rule', 'spacing', 'clip', 'seed', 'num_images')},
         'metrics': config.metrics.to_dict() | {'names': list(config.sample.metrics)},
+        'weights_sha256': {str(network): network.weights_sha256 for network in plan.networks},
+        'statistics': {network: statistics.record for network, statistics in plan.statistics.items()},
+        'data': {key: config.data[key] for key in ('source', 'split', 'image_size', 'channels', 'crop')},
         'model': config.model.to_dict(),
         'schedule': config.schedule.to_dict(),
         **({'conditions': conditions.settings} if conditions.settings else {}),
@@ -118,6 +121,7 @@ def run(config: ConfigDict, path: str) -> int:
         for cell, found in zip(cells, results, strict=True)
         for entry in found['metrics']
     ]
+    require_one_reference(results, folder)
     table = markdown(rows)
     with workdir.writing(folder, key='sweep.folder'):
         reference = {entry['name']: entry.get('reference') for entry in results[0]['metrics']}
@@ -154,6 +158,16 @@ def check_cells(config: ConfigDict, exp: Experiment, cells: list[Cell]) -> None:
             make_steps(config, exp, cell)
 
 
+def require_one_reference(results: list[dict[str, Any]], folder: str) -> None:
+    """Raise RunError if cells were compared with different images, because the data changed between two commands."""
+    for entries in zip(*(found['metrics'] for found in results), strict=False):
+        if any(entry.get('reference') != entries[0].get('reference') for entry in entries):
+            raise RunError(
+                f'the cells in {folder} were compared with different images, because those of config.data have '
+                'changed: remove that folder, and type the same command'
+            )
+
+
 def make_steps(config: ConfigDict, exp: Experiment, cell: Cell) -> sampler.Steps:
     """Return the steps of a cell."""
     levels = timesteps(exp.schedule.T, cell.num_steps, config.sample.spacing)
@@ -178,10 +192,14 @@ def compute(
     trained_on: dict[str, Any] | None,
     interrupt: Interrupt,
 ) -> dict[str, Any] | None:
-    """Draw and measure the images of one cell, or read what was found before; None if a signal came."""
+    """Draw and measure the images of one cell, or read what was found before; None if a signal came.
+
+    A cell is computed again if it lacks a metric that may be had now.
+    """
     result = cell_path(folder, cell, 'json')
-    if hosts.from_first(np.array(os.path.exists(result))):
-        return read_json(result) if hosts.is_first() else {}
+    known = read_json(result) if hosts.is_first() and os.path.exists(result) else None
+    if hosts.from_first(np.array(known is not None and known['left_out'].keys() <= plan.left_out.keys())):
+        return known or {}
     asked = config.sample
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
     chain = {

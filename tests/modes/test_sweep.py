@@ -19,6 +19,7 @@ SWEEP = {
     'sample.num_images': 6,
     'sample.batch_size': 6,
     'sample.metrics': ('FD-pixels', 'precision-pixels'),
+    'sweep.num_images': 0,
     'sweep.num_steps': (1, 3),
     'sweep.etas': (0.0,),
 }
@@ -107,6 +108,15 @@ def test_every_cell_starts_from_the_same_noise(monkeypatch):
     assert len(np.unique(two)) == two.size
 
 
+@pytest.mark.parametrize(('key', 'value'), [('clip', False), ('spacing', 'linspace')])
+def test_another_setting_is_another_sweep(trained, swept, tmp_path, key, value):
+    """Finished cells of one are not taken for those of the other."""
+    changes = {f'sample.{key}': value, 'sweep.num_steps': (3,), 'sweep.large': False, 'sweep.folder': str(tmp_path)}
+    assert sweep.run(quick(SWEEP | changes), str(trained)) == 0
+    (folder,) = tmp_path.iterdir()
+    assert folder.name != swept.name
+
+
 def test_a_row_has_one_program(trained, monkeypatch, tmp_path):
     compiled, make_draw = [], sweep.make_draw
 
@@ -131,6 +141,30 @@ def test_finished_cells_are_not_computed_again(trained, swept, monkeypatch):
     monkeypatch.setattr(evaluate, 'measure', recorded)
     assert sweep.run(quick(SWEEP), str(trained)) == 0
     assert computed == [6] and read(swept) == before
+
+
+def test_a_cell_is_measured_once_its_reference_is_there_and_by_no_other(trained, tmp_path):
+    pictures = tmp_path / 'pictures'
+    one = SWEEP | {'sweep.num_steps': (3,), 'sweep.large': False, 'sweep.folder': str(tmp_path / 'sweep')}
+    one |= {'data.source': f'folder:{pictures}', 'sample.metrics': ('FD-pixels',)}
+
+    def write(seed):
+        (pictures / 'train').mkdir(parents=True, exist_ok=True)
+        for i, pixels in enumerate(np.random.default_rng(seed).integers(0, 256, (30, 8, 8), dtype=np.uint8)):
+            Image.fromarray(pixels).save(pictures / 'train' / f'{i}.png')
+
+    def cells():
+        (folder,) = (tmp_path / 'sweep').iterdir()
+        return read(folder)['cells']
+
+    assert sweep.run(quick(one), str(trained)) == 0
+    assert cells() == []
+    write(0)
+    assert sweep.run(quick(one), str(trained)) == 0
+    assert [cell['metric'] for cell in cells()] == ['FD-pixels']
+    write(1)
+    with pytest.raises(RunError, match='compared with different images'):
+        sweep.run(quick(one | {'sweep.num_steps': (1, 3)}), str(trained))
 
 
 @pytest.mark.parametrize(
