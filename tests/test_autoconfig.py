@@ -14,7 +14,7 @@ from diffusion.configs import default, folder
 from diffusion.networks import NETWORKS
 from diffusion.util import RunError
 from tests.galleries import encoded, fill, noise
-from tests.runs import dotted
+from tests.runs import dotted, quick
 
 
 @pytest.fixture(autouse=True)
@@ -227,3 +227,11 @@ def test_files_that_are_not_pictures_are_listed(tmp_path):
     with pytest.raises(RunError, match=r'config.data: none of 2 pictures') as error:
         resolve(tmp_path, pictures)
     assert "'a.png' is empty" in str(error.value) and "'b.jpg' is not a picture" in str(error.value)
+
+
+def test_small_pictures_are_allowed_beside_those_that_cannot_be_decoded(capsys):
+    """One in ten is too small; the two in a hundred that may be damaged stay allowed."""
+    config = quick({'data.image_size': 16, 'data.max_bad_fraction': 0.02})
+    autoconfig.leave_out(config, collections.Counter({(16, 16): 90, (8, 4): 10}))
+    assert config.data.max_bad_fraction == pytest.approx(0.12)
+    assert '10 of 100 pictures are left out' in capsys.readouterr().out

@@ -96,6 +96,15 @@ def test_arguments_that_a_codebase_does_not_fix_are_kept():
     assert compat.resolve('diffusers', T, **ASKED | {'spacing': 'quad'})['spacing'] == 'leading'
 
 
+@pytest.mark.parametrize(
+    ('variance', 'spacing', 'noisy'),
+    [('large', 'trailing', True), ('large', 'leading', False), ('small', 'trailing', False)],
+)
+def test_diffusers_ddpm_adds_noise_at_the_end_above_level_1(variance, spacing, noisy):
+    how = compat.resolve('diffusers', T, **ASKED | {'eta': 1.0, 'variance': variance, 'spacing': spacing})
+    assert how['last_noise'] == noisy
+
+
 @pytest.mark.parametrize('name', compat.COMPAT)
 @pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
 def test_no_codebase_ends_up_with_the_large_variance_but_at_eta_1(name, eta):
@@ -128,6 +137,8 @@ def test_diffusers_ddim_steps_by_a_fixed_stride_and_ends_at_clean_data():
     """Its `prev_timestep` is t − T//S, and below 0 it takes ᾱ = 1 (`set_alpha_to_one`)."""
     pairs = compat.resolve('diffusers-ddim', T, **ASKED | {'num_steps': 4, 'spacing': 'leading'})['timesteps']
     assert pairs.tolist() == [[751, 501], [501, 251], [251, 1], [1, 0]]
+    pairs = compat.resolve('diffusers-ddim', T, **ASKED | {'num_steps': 3, 'spacing': 'trailing'})['timesteps']
+    assert pairs.tolist() == [[1000, 667], [667, 334], [333, 0]]
 
 
 def test_a_codebase_added_to_the_table(monkeypatch):

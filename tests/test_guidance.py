@@ -49,6 +49,13 @@ def test_the_guided_noise_is_the_gradient_of_the_sharpened_density(scale, interv
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5 * (1 + scale))
 
 
+def test_the_interval_has_its_upper_end_but_not_its_lower_one():
+    x_t, t = jnp.float32(X), jnp.asarray(LEVELS)
+    ends = tuple(float(jnp.exp(-0.5 * SCHEDULE.log_snr(jnp.asarray(level)))) for level in (10, 50))
+    expected = np.where(np.isin(LEVELS, [30, 50]), guided(scale=3.0)(x_t, t), DATA.net(LABELS)(x_t, t))
+    np.testing.assert_allclose(guided(scale=3.0, interval=ends)(x_t, t), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize('kind', ['x0', 'v'])
 def test_outputs_of_any_kind_are_guided_alike(kind):
     x_t, t = jnp.float32(X), jnp.asarray(LEVELS)

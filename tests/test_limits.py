@@ -94,6 +94,27 @@ def test_the_largest_number_of_levels_keeps_their_variances():
     np.testing.assert_allclose(beta, np.linspace(1e-6, 2e-4, 100_000), rtol=4e-7)
 
 
+@pytest.mark.parametrize(
+    ('limit', 'within', 'beyond'),
+    [
+        (limits.Integers(1, 5), (1, 5), (0, 6, 1.0)),
+        (limits.Reals(0, 1), (0, 1), (-1e-9, 1.001, math.nan, '1')),
+        (limits.Reals(0, 1, '[)'), (0, 0.999), (1, -1e-9)),
+        (limits.Reals(0, ends='()'), (1e-9, 1e30), (0, math.inf)),
+        (limits.Interval(), ((), (0, 1), (0.3, 3)), ((1, 1), (2, 1), (-1, 1), (1,), (0, math.inf))),
+        (limits.NumbersOr('all'), ('all', '0', '[0, 3]'), ('', 'none', '-1', '1.5')),
+        (limits.SomeOf('a', 'b'), ((), ('b', 'a')), (('a', 'a'), ('c',), 'a')),
+    ],
+)
+def test_the_ends_of_limits(limit, within, beyond):
+    assert all(map(limit.accepts, within)) and not any(map(limit.accepts, beyond))
+
+
+@pytest.mark.parametrize('key', ['model.dropout', 'train.label_dropout', 'train.ema_decay'])
+def test_what_would_leave_nothing_to_learn_is_beyond_the_limit(key):
+    assert limits.LIMITS[key].accepts(0.999) and not limits.LIMITS[key].accepts(1.0)
+
+
 def test_every_number_has_a_limit():
     for key, value in FLAT.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):

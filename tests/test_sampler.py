@@ -98,6 +98,13 @@ def test_large_variance_adds_no_noise_at_the_end(num_steps):
     assert (abs(var / small - 1) > 0.01 and abs(noisy_end / var - 1) > 10 * np.sqrt(2 / samples.size)) or num_steps == T
 
 
+def test_large_variance_adds_its_noise_at_the_end_if_asked():
+    levels = timesteps(T, 10)
+    samples = sample(DATA.net('eps'), levels, 'eps', 1.0, variance='large', clip=False, last_noise=True)
+    mean, var = DATA.sample_moments(levels, 1.0, 'large')
+    assert_moments(samples, mean, var + 1 - ALPHA_BAR[levels[-2]])
+
+
 @pytest.mark.parametrize('eta', [0.0, 0.2, 0.5, 0.8, 1.0])
 def test_samples_of_gaussian_data_have_its_width(eta):
     """All 1,000 levels, as a config whose variance is 'auto' samples: N(0, 0.5²) comes out within 2 %."""
@@ -114,7 +121,7 @@ def test_samples_of_gaussian_data_have_its_width(eta):
 @pytest.mark.parametrize('eta', [0.0, 0.5])
 def test_variances_given_as_an_array(eta):
     levels = timesteps(T, 6)
-    variance = np.array([0.3, 0.05, 0.2, 0.01, 0.1, 0.4])
+    variance = np.array([0.3, 0.05, 0, 0.01, 0.1, 0.4])  # a step without noise among them
     samples = sample(DATA.net('v'), levels, 'v', eta, variance=variance, clip=False)
     assert_moments(samples, *DATA.sample_moments(levels, eta, variance))
 

@@ -199,6 +199,14 @@ def test_what_is_given_beside_a_run_must_agree(made_with_overrides, asked, words
     assert words in str(error.value) and f'--workdir={made_with_overrides} without --config' in str(error.value)
 
 
+@pytest.mark.parametrize(('asked', 'allowed'), [(0.01, 0.05), (0.2, 0.2)])
+def test_the_pictures_that_were_left_out_with_the_size_may_be_left_out_again(tmp_path, asked, allowed):
+    """And more if the command allows more."""
+    workdir.write_config(quick({'data.max_bad_fraction': 0.05}), str(tmp_path))
+    config = workdir.resolve(quick({'data.image_size': 0, 'data.max_bad_fraction': asked}), str(tmp_path))
+    assert (config.data.image_size, config.data.max_bad_fraction) == (8, allowed)
+
+
 def test_training_is_asked_for_everything_again(made_with_overrides):
     with pytest.raises(RunError, match='8 there, 32 asked'):
         workdir.check_config(workdir.resolve(asked_by(), made_with_overrides, training=True), made_with_overrides)
@@ -464,7 +472,7 @@ def test_compiled_programs_are_not_kept_if_the_cache_is_off(tmp_path, programs):
     assert not hits and not kept_in(tmp_path)
 
 
-@pytest.mark.parametrize('owned_by', ['others may write', 'another user'])
+@pytest.mark.parametrize('owned_by', ['others may write', 'the group may write', 'another user'])
 def test_programs_that_someone_else_could_have_written_are_not_run(tmp_path, programs, capsys, monkeypatch, owned_by):
     hits, compiled = programs
     config = default.get_config()
@@ -476,7 +484,7 @@ def test_programs_that_someone_else_could_have_written_are_not_run(tmp_path, pro
     if owned_by == 'another user':
         monkeypatch.setattr(os, 'geteuid', lambda: os.stat(tmp_path).st_uid + 1)
     else:
-        (tmp_path / 'shared').chmod(0o777)
+        (tmp_path / 'shared').chmod(0o777 if owned_by == 'others may write' else 0o770)
     workdir.use_compile_cache(config)
     assert 'only you can write' in capsys.readouterr().out
     compiled('once')

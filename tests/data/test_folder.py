@@ -143,6 +143,7 @@ def test_links_are_followed_except_to_a_folder_above_them(tmp_path):
     (root / 'b').symlink_to(tmp_path / 'elsewhere')
     (root / 'a' / 'up').symlink_to(root)  # a loop
     (root / 'a' / 'self').symlink_to(root / 'a' / 'self')
+    (tmp_path / 'elsewhere' / 'deeper' / 'up').symlink_to(tmp_path / 'elsewhere')  # another, not to the root
     (root / 'c').symlink_to(root / 'a')  # the same folder again: it may be another class, or another split
     (root / 'linked.png').symlink_to(root / 'a' / '1.png')
     assert names(root) == ['a/1.png', 'b/2.png', 'b/deeper/3.png', 'c/1.png', 'linked.png']

@@ -65,6 +65,12 @@ def test_features_are_read_as_tfds_writes_them(tmp_path):
     assert source.classes == ['a cat', 'a dog'] and source.label(0) == 1
 
 
+def test_labels_that_are_of_no_class_are_none(tmp_path):
+    write_tfds(tmp_path, 'mine', {'train': [(PNG[0], label) for label in (1, 2, -1)]}, classes=['a', 'b'])
+    source = open_source('tfds:mine', 'train', str(tmp_path))
+    assert [source.label(i) for i in range(3)] == [1, None, None]
+
+
 def test_the_newest_version_is_used(tmp_path):
     for version, image in (('1.9.0', 0), ('1.10.0', 1), ('1.2.0', 2)):
         write_tfds(tmp_path, 'mine', {'train': [(PNG[image], None)]}, version=version)
@@ -212,6 +218,13 @@ def test_whatever_array_record_writes_is_read(tmp_path, options):
     assert riegeli.largest_chunk(path, largest) == largest
     with pytest.raises(ValueError, match='records has'):
         riegeli.largest_chunk(path, largest - 1)
+
+
+@pytest.mark.parametrize('count', [1000, 100_000])
+def test_a_chunk_takes_a_byte_for_each_record(tmp_path, count):
+    """Also one of empty records, which are compressed to far less."""
+    path = write_records(tmp_path / 'records', [b''] * count, 'group_size:100000')
+    assert riegeli.largest_chunk(path, 2**20) < 1000
 
 
 @pytest.mark.parametrize('options', ['zstd', 'brotli:1', 'snappy', 'group_size:8,zstd'])

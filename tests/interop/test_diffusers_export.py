@@ -52,6 +52,7 @@ ADM = dict(network='adm', scale_shift_norm=True, resblock_updown=False, num_head
         ADM | {'scale_shift_norm': False, 'resblock_updown': True, 'updown_levels': 'all'},
         ADM | {'resblock_updown': True, 'updown_levels': 'attention', 'mid_attention': False},
         {'mid_attention': False},
+        {'attention_resolutions': (16,)},
         {'num_classes': 7},
         {'variance': 'learned'},
     ],

@@ -178,6 +178,29 @@ def test_the_config_of_the_google_ddpms():
     }  # fmt: skip
 
 
+def test_what_a_file_does_not_say_is_diffusers_default():
+    """As the signatures of UNet2DModel, DDPMScheduler and DDIMScheduler have it; files of old versions lack keys."""
+    network = diffusers.network_settings({'_class_name': 'UNet2DModel', 'sample_size': 32}, 'config.json')
+    assert network == {
+        'data': {'image_size': 32, 'channels': 3},
+        'model': {
+            'network': 'unet', 'num_classes': 0, 'level_scale': 1.0,
+            'channels': 224, 'multipliers': (1, 2, 3, 4), 'num_blocks': 2, 'attention_resolutions': (16, 8, 4),
+            'groups': 32, 'dropout': 0.0, 'first_level': 0, 'head_channels': 8, 'norm_epsilon': 1e-5,
+            'variance': 'fixed', 'mid_attention': True,
+            'downsample_padding': 1, 'embedding_order': 'cos_sin', 'embedding_shift': 0,
+        },
+    }  # fmt: skip
+    schedule = {'T': 1000, 'name': 'linear', 'beta_start': 1e-4, 'beta_end': 0.02, 'zero_terminal_snr': False}
+    schedule |= {'offset': 0.008, 'max_beta': 0.999}
+    for name, steps, eta in (('DDPMScheduler', 1000, 1), ('DDIMScheduler', 50, 0)):
+        assert diffusers.scheduler_settings({'_class_name': name}, 'scheduler_config.json') == {
+            'model': {'kind': 'eps'},
+            'schedule': schedule,
+            'sample': {'num_steps': steps, 'eta': eta, 'variance': 'small', 'clip': True, 'spacing': 'leading'},
+        }
+
+
 def test_twice_as_many_outputs_are_a_learned_variance(tmp_path):
     folder = fixture.changed(tmp_path, fixture.NETWORK, out_channels=2)
     with pytest.raises(ValueError, match=r"variance_type is 'fixed_large', but the network .* 'learned_range'"):

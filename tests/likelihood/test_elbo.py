@@ -266,6 +266,17 @@ def test_some_levels_have_the_expectation_of_all(form, levels):
     assert 0.45 < np.std(means, ddof=1) / error < 1.7  # of χ² with 19 degrees of freedom, at 4.5 standard deviations
 
 
+def test_each_stratum_draws_its_level_by_itself(monkeypatch):
+    indices = FORMS['posterior']._replace(consistency=lambda key, chain, x0, i: i.astype(jnp.float32))
+    monkeypatch.setitem(FORMS, 'indices', indices)
+    x0 = jnp.zeros((2000, 1))
+    how = dict(kind='x0', decoder='gaussian', form='indices', levels=2)  # of 4 terms each
+    drawn = elbo(KEY, schedule.linear(9), lambda x_t, t: x_t, x0, **how).consistency / 4
+    np.testing.assert_array_equal(np.unique(drawn[:, 0]), [0, 1, 2, 3])
+    np.testing.assert_array_equal(np.unique(drawn[:, 1]), [4, 5, 6, 7])
+    assert np.abs(np.corrcoef(drawn.T)[0, 1]) < 0.1
+
+
 def test_more_strata_are_less_noise():
     stds = [np.asarray(some_terms('posterior', levels).consistency).sum(axis=1).std() for levels in (1, 5, 11)]
     assert stds[0] > stds[1] > stds[2]

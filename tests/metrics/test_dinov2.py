@@ -28,6 +28,19 @@ def test_constant_position_embeddings_stay_constant():
     np.testing.assert_allclose(positions[1:], 3, rtol=1e-6)
 
 
+def test_position_embeddings_are_resized_as_in_their_code():
+    """By a ratio of 16.1/37; bicubic with a = −¾, where the border is repeated beyond it."""
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in dinov2.shapes(width=64, depth=1).items()}
+    rows = np.random.default_rng(0).normal(size=37)
+    tensors['pos_embed'][0, 1:] = np.repeat(rows, 37)[:, None]
+    found = dinov2.convert(tensors, '', width=64, depth=1)['pos_embed'][1:].reshape(16, 16, 64)
+    distances = np.abs((np.arange(16)[:, None] + 0.5) * 37 / 16.1 - 0.5 - np.arange(-3, 40))
+    near, far = np.polyval([1.25, -2.25, 0, 1], distances), -0.75 * np.polyval([1, -5, 8, -4], distances)
+    weights = np.where(distances < 1, near, np.where(distances < 2, far, 0))
+    expected = weights @ rows[np.arange(-3, 40).clip(0, 36)]
+    np.testing.assert_allclose(found, np.broadcast_to(expected[:, None, None], found.shape), atol=1e-5)
+
+
 @pytest.mark.parametrize('dialect', FEATURES['dinov2'].dialects)
 def test_each_image_has_features_of_its_own(dialect):
     rng = np.random.default_rng(0)

@@ -257,6 +257,17 @@ def test_the_extrapolated_distance_has_no_bias_and_an_honest_error():
     assert 178 <= sum(abs(limit.value - true) < 1.96 * limit.standard_error for limit in limits) <= 199
 
 
+def test_the_error_of_the_extrapolated_distance_from_a_point_is_that_of_its_combination():
+    """2·d(N) − d(N/2) from a point, where the influence is the squared distance less the mean: of all, of a half."""
+    vectors, point = np.random.default_rng(0).normal(size=(12, 3)), (np.array([1.0, 2.0, 3.0]), np.zeros((3, 3)))
+    own = frechet.moments([vectors])
+    influences = frechet.influence(vectors, own, point)
+    ours = frechet.extrapolate(vectors, own, point, frechet.distance(own, point), influences)
+    squares = np.sum((vectors - point[0]) ** 2, axis=1).reshape(6, 2)  # a column for each half
+    combined = 2 * (squares - squares.mean()) - (squares - squares.mean(axis=0))
+    assert ours.standard_error == pytest.approx(combined.std(ddof=1) / np.sqrt(12))
+
+
 def test_too_few_vectors_have_no_extrapolation():
     vectors = np.random.default_rng(0).normal(size=(19, 8))
     own = frechet.moments([vectors])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion.metrics import inception_score
+from diffusion.metrics.tables import METRICS, Comparison
 
 
 def test_certain_and_balanced_classes_have_the_score_of_their_number():
@@ -38,3 +39,10 @@ def test_the_standard_error_covers_the_mean_over_repetitions():
 def test_fewer_images_than_parts_are_refused():
     with pytest.raises(ValueError, match='at least 10 images, but there are 9'):
         inception_score.torch_fidelity(np.zeros((9, 3)))
+
+
+def test_each_dialect_has_its_definition():
+    logits = np.random.default_rng(0).normal(size=(25, 6))
+    for dialect, definition in (('adm', inception_score.adm), ('torch-fidelity', inception_score.torch_fidelity)):
+        found = METRICS['inception-score'].compute(Comparison(logits, None, None, dialect))
+        assert found == definition(logits)._asdict()

@@ -45,6 +45,15 @@ def test_the_same_distribution_has_a_distance_around_0():
     assert min(values) < 0 < max(values)
 
 
+def test_the_error_is_that_of_the_samples_alone_where_the_whole_reference_is_taken():
+    """The reference, of ten vectors, is fixed: its own noise is none of the value's over new samples."""
+    rng = np.random.default_rng(3)
+    reference = rng.normal(size=(10, 16))
+    found = [kernel_distance(rng.normal(size=(10, 16)), reference) for _ in range(300)]
+    variance = np.mean([one.standard_error**2 for one in found])
+    assert variance == pytest.approx(np.var([one.value for one in found]), rel=0.3)
+
+
 def test_all_vectors_are_taken_where_there_are_too_few_for_a_subset():
     """The mean over pairs, by loops."""
     rng = np.random.default_rng(2)

@@ -50,6 +50,14 @@ def test_the_probabilities_are_uniform_below_the_edge():
     np.testing.assert_allclose(np.mean(below, axis=0), [0.2, 0.05, 0.01], rtol=0.2)
 
 
+def test_a_probability_by_hand():
+    """Of 9 held-out images 3 are below the edge, the fourth; a new image is with probability 4/10."""
+    null, distances = np.arange(1.0, 10.0), np.array([3.999999, 2.0, 0.0])
+    mean = np.log(4 / np.array([1, 2, 3])).mean()
+    expected = [0.4, 0.4 * (1 + np.log(2) / (3 * mean)) ** -3, 0]
+    np.testing.assert_allclose(memorization.tail_probabilities(distances, null), expected, rtol=1e-6)
+
+
 def test_without_held_out_images_nothing_is_called_a_copy(digits):
     _, training, _ = parts(digits, 0)
     found = memorization.report(training[:3], training, None)

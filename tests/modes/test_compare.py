@@ -42,7 +42,7 @@ def test_independent_errors_add_in_squares(tmp_path, capsys):
 
 
 def test_images_of_the_same_noise_are_paired(tmp_path, capsys):
-    """Equal influences leave no error; those of other seeds are not paired."""
+    """Equal influences leave no error; those of other seeds or first levels are not paired."""
     influences = np.random.default_rng(0).normal(size=200)
     noise = {'seed': 0, 'count': 200, 'first_level': 1000}
     a = write(tmp_path / 'a', [entry(5.0, 0.3)], influences, **noise)
@@ -50,9 +50,10 @@ def test_images_of_the_same_noise_are_paired(tmp_path, capsys):
     assert compare.run([a, b]) == 0
     error = float(re.search(r'\+0\.1000 ± ([\d.]+), p = .*, paired', capsys.readouterr().out)[1])
     assert error == pytest.approx(0.01 * influences.std() / 200**0.5, abs=1e-4)
-    c = write(tmp_path / 'c', [entry(4.9, 0.3)], influences, **noise | {'seed': 1})
-    assert compare.run([a, c]) == 0
-    assert 'not paired' in capsys.readouterr().out
+    for other in ({'seed': 1}, {'first_level': 500}):
+        c = write(tmp_path / str(other), [entry(4.9, 0.3)], influences, **noise | other)
+        assert compare.run([a, c]) == 0
+        assert 'not paired' in capsys.readouterr().out
     assert compare.run([a, a]) == 0
     assert '= +0.0000 ± 0.0000, p = 1, paired' in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion import build, data
-from diffusion.metrics import frechet, kernel, tables
+from diffusion.metrics import frechet, kernel, memorization, tables
 from diffusion.modes import evaluate, reference
 from diffusion.util import RunError
 from tests.runs import quick
@@ -262,6 +262,24 @@ def test_a_network_of_the_table_is_used_with_its_weights(npz, tmp_path, monkeypa
         means = [2 * part.mean(axis=(1, 2, 3)) for part in (file['arr_0'], build.load_images(quick())[:])]
     expected = (means[0].mean() - means[1].mean()) ** 2 + (means[0].std(ddof=1) - means[1].std(ddof=1)) ** 2
     assert entry['value'] == pytest.approx(expected, rel=1e-4) and len(entry['weights_sha256']) == 64
+
+
+def test_an_alarm_is_no_less_rare_with_several_networks(npz, tmp_path, monkeypatch):
+    monkeypatch.setitem(tables.FEATURES, 'others', tables.FEATURES['pixels'])
+    for name in ('FD', 'precision'):
+        row = tables.METRICS[f'{name}-pixels']._replace(features='others')
+        monkeypatch.setitem(tables.METRICS, f'{name}-others', row)
+    levels, report = [], memorization.report
+
+    def recorded(*vectors, level):
+        levels.append(level)
+        return report(*vectors, level=level)
+
+    monkeypatch.setattr(memorization, 'report', recorded)
+    config = asking(npz, ('FD-pixels', 'FD-others'))
+    config.metrics.memorization = True
+    measure(tmp_path, config)
+    assert levels == 2 * [memorization.LEVEL / 2]
 
 
 # Classes.

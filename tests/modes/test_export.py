@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from diffusion.configs import workdir as configs_workdir
 from diffusion.modes import export
+from diffusion.networks.unet import time_embedding
 from diffusion.util import RunError
 from tests.runs import make_run, quick, random_params, tiny
 
@@ -33,6 +34,17 @@ def test_a_folder_that_cannot_be_written_is_one_error(run, name):
         (run / 'export').write_text('not a folder')
     with pytest.raises(RunError, match=r'/export/step1-ema cannot be written .*--workdir'):
         export.run(tiny(), str(run))
+
+
+def test_the_timesteps_of_an_export_are_our_levels_less_one(run):
+    """What its network embeds of t is what ours embeds of t + 1."""
+    config = tiny()
+    assert export.run(config, str(run)) == 0
+    tensors = load_file(run / 'export' / 'step1-ema' / 'unet' / 'diffusion_pytorch_model.safetensors')
+    theirs, ours = tensors['time_embedding.linear_1.weight'].T, random_params(config, 1)['time1']['kernel']
+    how = len(ours), config.model.embedding_order, config.model.embedding_shift
+    t = np.arange(config.schedule.T)
+    np.testing.assert_allclose(time_embedding(t, *how) @ theirs, time_embedding(t + 1, *how) @ ours, atol=1e-5)
 
 
 def test_the_card_does_not_tell_where_pictures_lie(tmp_path):

@@ -145,6 +145,21 @@ def test_a_picture_that_cannot_be_read_any_more_is_replaced_by_one_of_its_class(
         assert labels[found] == labels[i]
 
 
+def test_pictures_of_the_class_are_tried_in_turn_until_there_were_enough():
+    asked = []
+
+    def read(i):
+        asked.append(i)
+        raise ValueError('is gone')
+
+    pictures = dataclasses.replace(sources.open_source('digits', 'train'), read=read)
+    labels = np.array([0, 1, 0, 1, 0], np.int32)
+    undecoded = images.Undecoded(pictures, cache.Preprocessing('', 8, 1), np.arange(5), labels)
+    with pytest.raises(ValueError, match='19 pictures before it failed as well'):
+        _ = undecoded[2]
+    assert asked == np.resize([2, 4, 0], 20).tolist()
+
+
 # Networks.
 
 

@@ -254,6 +254,7 @@ def test_stopped_and_resumed_gives_the_same(trained, monkeypatch, capsys):
         ({'num_images': -1}, 'num_images'),
         ({'split': 'valid'}, r"config\.likelihood\.split='valid': split is"),
         ({'quantities': ('elbo',)}, 'posterior, transition'),
+        ({'quantities': ()}, 'posterior, transition'),
         ({'samples': 0}, 'samples'),
         ({'levels': -1}, 'levels'),
         ({'levels': 99}, 'levels'),

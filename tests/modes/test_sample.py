@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import signal
@@ -258,6 +259,16 @@ def test_two_processes_do_not_draw_the_same_images_at_once(tmp_path):
     with pytest.raises(RunError, match='another process is drawing'):
         second.append(0, np.ones((2, 8, 8, 1), np.uint8))
     assert first.count() == 2 and not first.images().any()
+
+
+def test_images_are_on_disk_before_they_are_counted(tmp_path, monkeypatch):
+    """What a crash of the machine leaves is what the progress bar said."""
+    synced = []
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    drawn = sample.Drawn(str(tmp_path), (8, 8, 1), 'settings')
+    for start in (0, 2):
+        drawn.append(start, np.zeros((2, 8, 8, 1), np.uint8))
+    assert synced == [2 * 64, 4 * 64]
 
 
 def test_an_image_depends_on_its_seed_and_index_alone(trained, five):

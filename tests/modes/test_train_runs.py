@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -108,6 +109,8 @@ def test_sheets_of_samples_are_drawn_on_the_way_and_change_no_step(unbroken, tmp
     for path in paths:
         with Image.open(path) as picture:
             assert np.ptp(np.asarray(picture)) > 100
+            tiles = np.asarray(picture)[4:, 4:].reshape(8, 52, 8, 52).swapaxes(1, 2).reshape(train.PREVIEW_IMAGES, -1)
+            assert len(np.unique(tiles, axis=0)) == train.PREVIEW_IMAGES
 
 
 def test_the_first_sheets_come_early(tmp_path):
@@ -304,6 +307,27 @@ def test_a_workdir_that_another_run_has_taken_is_left_to_it(tmp_path, monkeypatc
         with pytest.raises(RunError, match=rf'{path} was removed or moved .*{os.getpid()}'):
             run(path, train__num_steps=FOREVER)
     assert [file.name for file in path.iterdir()] == ['.lock']
+
+
+def test_a_last_step_that_is_not_saved_is_an_error():
+    """Also right after a step that was."""
+
+    class Full:
+        directory = 'checkpoints'
+
+        def save(self, step, record, **trees):
+            raise OSError('no room')
+
+        def steps(self):
+            return [4]
+
+        def wait(self):
+            pass
+
+    unpacked = types.SimpleNamespace(unpacked=lambda state: types.SimpleNamespace(trees=dict))
+    saver = train.Saver(quick(), unpacked, '', {}, Full(), None, None, 4)
+    with pytest.raises(RunError, match=r'step 5 could not be saved in checkpoints; .* of step 4'):
+        saver.finish(5, None)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_reported_and_repeated(unbroken, tmp_path, monkeypatch, capsys):

@@ -88,6 +88,18 @@ def test_a_block_starts_as_what_it_does_to_the_size():
     np.testing.assert_array_equal(found['double'], np.kron(x, np.ones((1, 2, 2, 1))))
 
 
+def test_the_embedding_scales_and_shifts_what_is_normalized():
+    """Its first half is the scale: with −1 only the second half, the shift, is left."""
+    parts = dict(groups=4, norm_epsilon=1e-5, dropout=0.0, dtype=jnp.float32, scale_shift_norm=True)
+    graph, state = nnx.split(nnx.eval_shape(lambda: ResBlock(8, 8, 16, **parts, rngs=make_rngs(params=0))))
+    block = nnx.merge(graph, random_state(state))
+    block.time.kernel.set_value(jnp.zeros((16, 16)))
+    block.time.bias.set_value(jnp.repeat(jnp.array([-1.0, 0.7]), 8))
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
+    expected = x + block.conv2(jnp.full(x.shape, nnx.silu(0.7)))
+    np.testing.assert_allclose(block(x, jnp.ones((2, 16))), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize('settings, heads', [(dict(num_heads=4), {4}), (dict(head_channels=4), {2, 4}), ({}, {1})])
 def test_heads_by_their_number_or_their_channels(settings, heads):
     network = make(**SMALL | dict(attention_resolutions=(8, 4)) | settings)

@@ -159,6 +159,18 @@ def test_attention_is_that_of_its_equation(head_channels):
     np.testing.assert_allclose(layers(jnp.float32(x)), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize('padding', [0, 1])
+def test_downsampling_pads_one_pixel_below_and_to_the_right(padding):
+    """Output i is of the pixels 2i − padding … 2i − padding + 2; those outside of the image are 0."""
+    graph, state = nnx.split(abstract(**SMALL | dict(downsample_padding=padding)))
+    layer = nnx.merge(graph, random_state(state)).down[0].resample
+    x = np.random.default_rng(1).normal(size=(2, 8, 8, 8))
+    padded = np.pad(x, ((0, 0), (padding, 1), (padding, 1), (0, 0)))
+    taps = np.asarray(layer.kernel[...], np.float64)
+    expected = sum(padded[:, i : i + 7 : 2, j : j + 7 : 2] @ taps[i, j] for i in range(3) for j in range(3))
+    np.testing.assert_allclose(layer(jnp.float32(x)), expected + np.asarray(layer.bias[...]), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     'size, channels, multipliers', [(4, 5, (1, 1, 2)), (12, 2, (1, 2)), (7, 3, (2,)), (64, 1, (1, 1))]
 )

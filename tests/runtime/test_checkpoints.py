@@ -1,6 +1,7 @@
 """Checkpoints: what is saved is restored bit by bit, whatever the disk and the process do meanwhile."""
 
 import os
+import shutil
 import threading
 import time
 
@@ -107,6 +108,23 @@ def test_a_failure_in_the_background_is_raised_later(tmp_path, monkeypatch):
         checkpoints.save(3, params={'x': x})
         checkpoints.wait()
         assert checkpoints.steps() == [3, 1]
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_refused(tmp_path, monkeypatch):
+    """It takes up to 1.3 times the bytes of its arrays, and 2 MB."""
+    x, usage = jnp.zeros(1_000_000), shutil.disk_usage(tmp_path)
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
+        for free in (7_199_000, 7_201_000):
+            with monkeypatch.context() as patch:
+                patch.setattr(shutil, 'disk_usage', lambda path, free=free: usage._replace(free=free))
+                if free < 1.3 * x.nbytes + 2e6:
+                    with pytest.raises(OSError, match=r'takes 7\.2 MB'):
+                        checkpoints.save(1, params={'x': x})
+                    assert not checkpoints.steps()
+                else:
+                    checkpoints.save(1, params={'x': x})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1]
 
 
 # The process ends as soon as something of the second checkpoint is on the disk.

@@ -1,5 +1,6 @@
 """Damaged checkpoints: found, named, skipped, and put aside."""
 
+import os
 import shutil
 
 import jax
@@ -87,6 +88,13 @@ def test_exchanged_arrays_are_refused(folder, tmp_path):
     params = make_params(2)
     exchange(folder, write(tmp_path / 'other', {2: params | {'a': params['b'], 'b': params['a']}}), 2)
     with pytest.raises(DamagedError, match='2 arrays'):
+        restore(folder, 2)
+
+
+def test_a_pipe_is_refused_before_anything_is_read(folder):
+    """Reading it would block."""
+    os.mkfifo(folder / '2' / 'params' / 'pipe')
+    with pytest.raises(DamagedError, match='params/pipe is not a regular file'):
         restore(folder, 2)
 
 

@@ -128,6 +128,19 @@ def test_a_request_is_announced_at_once_and_a_second_signal_ends_the_process():
             process.kill()
 
 
+def test_a_copy_of_a_signal_may_come_a_little_later():
+    with listening('interrupt.DUPLICATE = 60\nwith interrupt.Interrupt("part"):\n    block()\n') as process:
+        try:
+            assert process.stdout.readline() == 'begins\n'
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr.readline() == '\n' and process.stderr.readline().startswith('SIGTERM: stopping')
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.6)
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
 def test_after_a_request_the_process_ends_only_when_it_wants():
     done = python(
         'import os, signal, time\n'
