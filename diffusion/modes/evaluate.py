@@ -245,12 +245,13 @@ def measure(
     Returns:
         {'metrics': [{'name', 'features', 'dialect', 'value', 'standard_error', 'n', 'reference', …}],
         'left_out': {metric: why}, 'memorization': [{'features', 'copies', …}], 'influences': {'metric|dialect': (N,)},
-        where a metric of a class has the key 'metric|dialect|label'}.
+        where a metric of a class has the key 'metric|dialect|label', 'no_reference': {network: why there is none}}.
     """
     metrics: list[dict[str, Any]] = []
     copies: list[dict[str, Any]] = []
     left_out = dict(plan.left_out)
     influences: dict[str, np.ndarray] = {}
+    no_reference: dict[str, str] = {}
     for network in plan.networks:
         rows = {
             name: row
@@ -261,6 +262,8 @@ def measure(
         compared: Reference | str = 'it has no reference'
         if any(row.needs for row in rows.values()):
             compared = plan.statistics.get(str(network)) or _data(config, plan, network, devices, trained_on)
+            if isinstance(compared, str):
+                no_reference[str(network)] = compared
         outputs = tuple(dict.fromkeys(row.output for row in rows.values()))
         nearest_in = None
         if config.metrics.memorization and network.features not in {entry['features'] for entry in copies}:
@@ -308,6 +311,7 @@ def measure(
         'left_out': left_out,
         'memorization': copies,
         'influences': influences,
+        'no_reference': no_reference,
     }
 
 
@@ -397,6 +401,7 @@ def write_found(folder: str, before: dict[str, Any], found: dict[str, Any], afte
     """
     os.makedirs(folder, exist_ok=True)
     influences = found.pop('influences')
+    found.pop('no_reference', None)  # `left_out` says so
     with replacing(os.path.join(folder, 'influences.npz')) as file:
         np.savez(file, **influences)
     write_json(os.path.join(folder, 'record.json'), before | found | after)

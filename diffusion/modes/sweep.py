@@ -194,11 +194,11 @@ def compute(
 ) -> dict[str, Any] | None:
     """Draw and measure the images of one cell, or read what was found before; None if a signal came.
 
-    A cell is computed again if it lacks a metric that may be had now.
+    A cell that had no reference is computed again, because there may be one now.
     """
     result = cell_path(folder, cell, 'json')
     known = read_json(result) if hosts.is_first() and os.path.exists(result) else None
-    if hosts.from_first(np.array(known is not None and known['left_out'].keys() <= plan.left_out.keys())):
+    if hosts.from_first(np.array(known is not None and not known.get('no_reference'))):
         return known or {}
     asked = config.sample
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
