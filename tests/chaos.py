@@ -133,6 +133,8 @@ def kills(table, folder, reference, number, rng):
 
 def outcome(what, status, output):
     """(outcome, whether it is right, details) of a process that was asked to stop."""
+    if status == -what and ('record.json' in output or 'complete: ' in output):  # Python was ending
+        return 'it was complete', True, output
     if not output or 'Fatal Python error: init' in output:  # Python was starting, and nothing of ours listens yet
         return 'ended at once', status in (-what, 1, 75), f'{status} {output}'
     if 'interrupted:' in output:
