@@ -46,6 +46,7 @@ def test_loops_branches_and_recomputation():
 
 
 def test_all_devices_count_together():
-    mesh, spec = jax.sharding.AbstractMesh((4,), ('x',)), jax.sharding.PartitionSpec('x')
+    mesh = jax.sharding.AbstractMesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec('x')
     product = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=spec, out_specs=spec)
     assert count(product, jax.ShapeDtypeStruct((8, 6), jnp.float32)) == 4 * (2 * 2 * 2 * 6)
