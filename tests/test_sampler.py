@@ -41,9 +41,14 @@ def sample(net, levels, kind, eta, sch=SCH, **how):
         return draw(keys())
 
 
+def padded(steps, length):
+    """The steps, followed by as many zeros as make each array so long."""
+    return jax.tree.map(lambda values: np.pad(values, (0, length - len(values))), steps)
+
+
 @functools.cache
 def compiled(kind, eta):
-    """draw(levels), as `sample` without clipping, of which one program draws chains of any number of steps."""
+    """Return draw(levels), which samples without clipping. One program serves chains of any number of steps."""
 
     def follow(keys, steps, num_steps):
         x_T = sampler.noise(keys, steps.t[0], SHAPE)
@@ -54,9 +59,7 @@ def compiled(kind, eta):
 
     def draw(levels):
         steps = sampler.make_steps(SCH, levels, kind=kind, eta=eta)
-        num_steps = len(steps.t)
-        padded = jax.tree.map(lambda values: np.pad(values, (0, T - num_steps)), steps)
-        return program(keys(), padded, num_steps)
+        return program(keys(), padded(steps, T), len(steps.t))
 
     return draw
 
@@ -217,10 +220,10 @@ def test_one_program_serves_chains_of_any_number_of_steps(eta, variance):
     for num_steps in (3, 6):
         levels = timesteps(T, num_steps)
         steps = sampler.make_steps(SCH, levels, variance=variance, **how)
-        padded = jax.tree.map(lambda values: np.pad(values, (0, 6 - len(values))), steps)
         expected = sample(DATA.net('eps'), levels, x_T=noise(), variance=variance, **how)
-        program = program or jax.jit(draw).lower(padded, num_steps).compile()
-        np.testing.assert_allclose(program(padded, num_steps), expected, rtol=0, atol=1e-5)
+        longest = padded(steps, 6)
+        program = program or jax.jit(draw).lower(longest, num_steps).compile()
+        np.testing.assert_allclose(program(longest, num_steps), expected, rtol=0, atol=1e-5)
 
 
 def test_an_image_depends_on_its_key_alone():
