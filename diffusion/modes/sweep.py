@@ -160,8 +160,10 @@ def check_cells(config: ConfigDict, exp: Experiment, cells: list[Cell]) -> None:
 
 def require_one_reference(results: list[dict[str, Any]], folder: str) -> None:
     """Raise RunError if cells were compared with different images, because the data changed between two commands."""
-    for entries in zip(*(found['metrics'] for found in results), strict=False):
-        if any(entry.get('reference') != entries[0].get('reference') for entry in entries):
+    references: dict[tuple[str, str], Any] = {}
+    for entry in itertools.chain.from_iterable(found['metrics'] for found in results):
+        reference = entry.get('reference')
+        if references.setdefault((entry['name'], entry['dialect']), reference) != reference:
             raise RunError(
                 f'the cells in {folder} were compared with different images, because those of config.data have '
                 'changed: remove that folder, and type the same command'
