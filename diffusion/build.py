@@ -304,7 +304,13 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     return optax.chain(clip, optax.adam(learning_rate)), learning_rate
 
 
-def load_images(config: ConfigDict, split: str = '', key: str = '', labelled: bool = False) -> data.Images:
+def load_images(
+    config: ConfigDict,
+    split: str = '',
+    key: str = '',
+    labelled: bool = False,
+    shards: Sequence[int] | None = None,
+) -> data.Images:
     """Load one split of the images that config.data describes.
 
     Args:
@@ -312,6 +318,7 @@ def load_images(config: ConfigDict, split: str = '', key: str = '', labelled: bo
         split: '' is config.data.split, the training images.
         key: the key of the config that names the split, for errors.
         labelled: whether all images must have one of config.model.num_classes classes.
+        shards: which of config.data.shards parts are loaded; None means all.
 
     Returns:
         The images, uint8 (N, image_size, image_size, channels).
@@ -322,11 +329,14 @@ def load_images(config: ConfigDict, split: str = '', key: str = '', labelled: bo
     keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction', 'max_pixels')
     asked = f'config.{key}={split!r}' if key else f'config.data, split {split!r}' if split else 'config.data'
     with naming(asked):
-        images = data.load(config.data.source, split or config.data.split, **{key: config.data[key] for key in keys})
+        arguments = {key: config.data[key] for key in keys} | {'num_shards': config.data.shards, 'shards': shards}
+        images = data.load(config.data.source, split or config.data.split, **arguments)
         return data.labelled(images, config.model.num_classes) if labelled else images
 
 
-def load_same_images(config: ConfigDict, split: str = '', key: str = '', labelled: bool = False) -> data.Images:
+def load_same_images(
+    config: ConfigDict, split: str = '', key: str = '', labelled: bool = False, *, own: bool = False
+) -> data.Images:
     """Load one split of the images on all hosts, and check that all hosts have the same images.
 
     Args:
@@ -334,24 +344,34 @@ def load_same_images(config: ConfigDict, split: str = '', key: str = '', labelle
         split: as in `load_images`.
         key: as in `load_images`.
         labelled: as in `load_images`.
+        own: load only this host's part of config.data.shards. The hosts then compare names and sizes of the pictures.
 
     Returns:
-        The images, as in `load_images`.
+        The images, as in `load_images`. Their record describes those of all hosts.
 
     Raises:
         RunError: the images differ, or a host has none; raised on all hosts.
     """
-    failure = None
+    shards = data.own_shards(config.data.shards, jax.process_index(), jax.process_count()) if own else None
+    divided = own and config.data.shards > 1
+    failure, records = None, []
     try:
-        images = load_images(config, split, key, labelled)
-        found = f'{len(images)} images with SHA-256 {images.record["sha256"]}'
-        if labelled:
-            found += f' and their labels with {images.record["labels_sha256"]}'
+        images = load_images(config, split, key, labelled, shards)
+        if divided:
+            found = f'pictures whose names and sizes have SHA-256 {images.record["pictures_sha256"]}'
+            records = [shard.record for shard in images.shards]
+        else:
+            found = f'{len(images)} images with SHA-256 {images.record["sha256"]}'
+            if labelled:
+                found += f' and their labels with {images.record["labels_sha256"]}'
     except RunError as error:
         failure, found = error, str(error)
     require_same({'config.data.source': found}, 'Give each host the same images: all of them, and nothing else.')
     if failure:  # only now, because the other hosts wait in `require_same`
         raise failure
+    if divided:
+        records = [record for of_host in hosts.gather(records) for record in of_host]
+        images = dataclasses.replace(images, record=images.record | data.join_records(records))
     return images
 
 

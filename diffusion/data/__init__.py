@@ -4,9 +4,9 @@ A *picture* is what a source contains, of any size. An *image* is a preprocessed
 images of a data set have the same shape.
 """
 
-from diffusion.data.images import Images, labelled, labels_sha256
+from diffusion.data.images import Images, join_records, labelled, labels_sha256
 from diffusion.data.load import load
-from diffusion.data.order import Order
+from diffusion.data.order import Order, own_shards
 from diffusion.data.pixels import to_float, to_uint8
 from diffusion.data.prefetch import prefetch
 from diffusion.data.survey import Survey, survey
@@ -15,9 +15,11 @@ __all__ = [
     'Images',
     'Order',
     'Survey',
+    'join_records',
     'labelled',
     'labels_sha256',
     'load',
+    'own_shards',
     'prefetch',
     'survey',
     'to_float',

@@ -23,11 +23,13 @@ class Images:
         labels: (N,) int32 indices into record['classes'], or None if the source has no labels.
         record: a description as JSON: count, classes, preprocessing, fingerprint, channel_means, sha256; and
             labels_sha256 if it comes from `labelled`.
+        shards: the parts that they were joined from; () if they are one array.
     """
 
     images: Any
     labels: Int32[np.ndarray, 'N'] | None
     record: dict[str, Any]
+    shards: Sequence['Images'] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -49,6 +51,9 @@ def labelled(images: Images, num_classes: int) -> Images:
     Raises:
         ValueError: there are no labels, an image has none, or there are more or fewer classes.
     """
+    if images.shards:
+        joined = join([labelled(shard, num_classes) for shard in images.shards])
+        return dataclasses.replace(joined, record=images.record | joined.record)
     classes, labels = images.record['classes'], images.labels
     if labels is None:
         raise ValueError('these images have no classes, but data.labels=True: use images with classes, or labels=False')
@@ -63,6 +68,49 @@ def labelled(images: Images, num_classes: int) -> Images:
 def labels_sha256(classes: Sequence[str], labels: Int32[np.ndarray, 'N']) -> str:
     """Return a SHA-256 of the names of the classes and the label of each image."""
     return hashlib.sha256(json.dumps(list(classes)).encode() + labels.astype('<i4').tobytes()).hexdigest()
+
+
+def join(shards: Sequence[Images]) -> Images:
+    """Return the images of several shards, one shard after the other."""
+    labels = [shard.labels for shard in shards if shard.labels is not None]
+    record = join_records([shard.record for shard in shards])
+    return Images(_Joined(shards), np.concatenate(labels) if labels else None, record, tuple(shards))
+
+
+def join_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of all images of several shards. Its digests are digests of those of the shards."""
+    counts = [record['count'] for record in records]
+    joined = records[0] | {
+        'count': sum(counts),
+        'channel_means': np.average([record['channel_means'] for record in records], 0, counts).tolist(),
+    }
+    for key in ('sha256', 'labels_sha256'):
+        if key in joined:
+            joined[key] = hashlib.sha256(json.dumps([record[key] for record in records]).encode()).hexdigest()
+    return joined
+
+
+class _Joined:
+    """The images of several shards, indexed like one array."""
+
+    def __init__(self, shards: Sequence[Images]):
+        self._shards = shards
+        self._starts = np.cumsum([0, *map(len, shards)])
+        self.shape = (int(self._starts[-1]), *shards[0].images.shape[1:])
+        self.dtype = np.dtype(np.uint8)
+        self.nbytes = int(np.prod(self.shape))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: Any) -> UInt8[np.ndarray, '*batch H W C']:
+        rows = np.arange(len(self))[indices]
+        images = np.empty((*np.shape(rows), *self.shape[1:]), np.uint8)
+        of_shard = np.searchsorted(self._starts, rows, side='right') - 1
+        for shard in np.unique(of_shard):
+            here = of_shard == shard
+            images[here] = self._shards[shard][rows[here] - self._starts[shard]]
+        return images
 
 
 class Undecoded:

@@ -1,11 +1,14 @@
 """Load the images of one split."""
 
+import dataclasses
 import os
+from collections.abc import Sequence
 
 from diffusion.data.cache import decoded
-from diffusion.data.images import Images
+from diffusion.data.images import Images, join
 from diffusion.data.pictures import MAX_PIXELS, Preprocessing
 from diffusion.data.sources import open_source
+from diffusion.data.sources.source import shard
 from diffusion.util import cache_folder, say
 
 
@@ -21,8 +24,10 @@ def load(
     cache_dir: str = '',
     max_bad_fraction: float = 0.01,
     max_pixels: int = MAX_PIXELS,
+    num_shards: int = 1,
+    shards: Sequence[int] | None = None,
 ) -> Images:
-    """Load the images of one split; pictures are decoded once, into a file that later runs read.
+    """Load the images of one split; pictures are decoded once, into files that later runs read: one for each shard.
 
     It prints what the source found and left out.
 
@@ -37,9 +42,12 @@ def load(
         cache_dir: the folder of decoded images; '' is $XDG_CACHE_HOME/diffusion.
         max_bad_fraction: pictures that cannot be used are left out; a larger fraction of them is an error.
         max_pixels: larger pictures cannot be used.
+        num_shards: number of parts that the pictures are divided into.
+        shards: which of these parts are loaded, from 0; None means all.
 
     Returns:
-        The images, uint8 (N, image_size, image_size, channels), with their labels.
+        The images, uint8 (N, image_size, image_size, channels), with their labels. If there are several parts, the
+        record also has 'pictures_sha256', a digest of the names and sizes of all pictures of the split.
 
     Raises:
         ValueError: there are no such images, or an argument is invalid. The message names what was not found and how
@@ -52,7 +60,15 @@ def load(
     for line in pictures.about:
         say(line)
     directory = os.path.expanduser(cache_dir) or cache_folder()
-    images = decoded(pictures, preprocess, directory=directory, max_bad_fraction=max_bad_fraction, keep=cache)
-    if not len(images):
-        raise ValueError(f'there are no images in {source!r}')
-    return images
+    loaded = []
+    for i in range(num_shards) if shards is None else shards:
+        part = shard(pictures, i, num_shards)
+        images = decoded(part, preprocess, directory=directory, max_bad_fraction=max_bad_fraction, keep=cache)
+        if not len(images):
+            where = f', part {i} of data.shards={num_shards}: use fewer' if num_shards > 1 else ''
+            raise ValueError(f'there are no images in {source!r}{where}')
+        loaded.append(images)
+    if num_shards == 1:
+        return loaded[0]
+    joined = join(loaded)
+    return dataclasses.replace(joined, record=joined.record | {'pictures_sha256': pictures.sha256_everywhere})

@@ -10,6 +10,8 @@ from jaxtyping import UInt8
 from diffusion.data.images import Images
 from diffusion.data.order import Order
 
+BATCHES_AHEAD = 16
+
 
 def prefetch(images: Images, order: Order, start: int, stop: int) -> Iterator[UInt8[np.ndarray, 'B H W C']]:
     """Iterate over the batches `images[order[k]]` for start ≤ k < stop, gathered ahead by Grain's threads.
@@ -27,7 +29,7 @@ def prefetch(images: Images, order: Order, start: int, stop: int) -> Iterator[UI
 
     batches = grain.MapDataset.source(_Batches(images, order, start, stop))
     threads = min(16, 2 * (os.cpu_count() or 1))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16)))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=BATCHES_AHEAD)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion import build, conditions, workdir
 from diffusion.build import Experiment
+from diffusion.data.prefetch import BATCHES_AHEAD
 from diffusion.modes import likelihood, sample, train
 from diffusion.networks import Program
 from diffusion.runtime import hlo, memory, mesh, targets
@@ -65,7 +66,8 @@ def run(config: ConfigDict, path: str) -> int:
         'alternatives': others,
         'largest_batch': largest,
         'model': config.model.to_dict(),
-        'data': {key: config.data[key] for key in ('image_size', 'channels')},
+        'data': {key: config.data[key] for key in ('image_size', 'channels', 'shards')},
+        'host': on_each_host(config, len({device.process_index for device in devices})),
         'train': {key: config.train[key] for key in ('batch_size', 'accumulate', 'loss')},
         'versions': versions(),
     }
@@ -278,6 +280,16 @@ def state_bytes(exp: Experiment) -> dict[str, int]:
     return {name: train.held_by_device(part) for name, part in parts.items()}
 
 
+def on_each_host(config: ConfigDict, count: int) -> dict[str, int]:
+    """Return what the images take on each of `count` hosts: disk for decoded ones, memory for batches that wait."""
+    nbytes = config.data.image_size**2 * config.data.channels
+    divided = count if config.data.shards > 1 else 1
+    return {
+        'disk_bytes_of_a_million_images': 10**6 * nbytes // divided if config.data.cache else 0,
+        'memory_bytes_of_batches': BATCHES_AHEAD * config.train.batch_size // count * nbytes,
+    }
+
+
 def describe_card(card: Card) -> dict[str, Any]:
     """Return what the record says of a device."""
     return {
@@ -313,13 +325,16 @@ def markdown(record: dict[str, Any]) -> str:
         limit = found['bound']
         least, rate = ('?' if limit[key] is None else f'{factor * limit[key]:,.3g}' for key, factor in SHOWN.items())
         count = sum(kind['count'] for kind in found['collectives'].values())
+        fits = {True: 'yes', False: 'no', None: '?'}[found['fits']]
         lines.append(
-            f'| {name} | {found["images"]} | {memory.size(found["peak_bytes"])} | {"yes" if found["fits"] else "no"} '
+            f'| {name} | {found["images"]} | {memory.size(found["peak_bytes"])} | {fits} '
             f'| {found["flops_per_image"] / 1e9:,.4g} | {found["kernels"]} | {count} '
             f'| {memory.size(found["collective_bytes"])} | {least} | {rate} | {found["compile_seconds"]:.0f} |'
         )
     if record['largest_batch'] is not None:
         lines += ['', f'The largest train.batch_size that fits, to an eighth: {record["largest_batch"]}.']
+    disk, waiting = (memory.size(nbytes) for nbytes in record['host'].values())
+    lines += ['', f'Each host keeps {disk} of every million decoded images, and up to {waiting} of batches in memory.']
     lines += ['', NOTE]
     return '\n'.join(lines) + '\n'
 

@@ -62,7 +62,8 @@ def run(config: ConfigDict, path: str) -> int:
     require_loss(config)
     require_memory(config, exp)
     workdir.check_config(config, path)  # before the images are decoded
-    images = build.load_same_images(config, labelled=config.data.labels)
+    require_shards(config)
+    images = build.load_same_images(config, labelled=config.data.labels, own=True)
     require_enough(config, images)
 
     with workdir.lock(path) as lock, contextlib.ExitStack() as stack:
@@ -83,7 +84,7 @@ def run(config: ConfigDict, path: str) -> int:
             leaves('the same command continues from the last checkpoint')
 
         classes = f' in {config.model.num_classes} classes' if config.data.labels else ''
-        say(f'{len(images)} images of {config.data.source}{classes}; step {start} of {num_steps}')
+        say(f'{images.record["count"]} images of {config.data.source}{classes}; step {start} of {num_steps}')
         if not start and not os.path.exists(os.path.join(path, 'data')):
             say('the same command with --mode=data shows what the network will see')
         checkpoints.reserve(**state.trees())
@@ -374,11 +375,12 @@ def feed(
     With data.labels, their labels follow.
 
     With data.placement 'device' all images are kept on the devices and only indices are sent; with 'host' batches are
-    sent, gathered ahead of the step that needs them; 'auto' keeps the images on the devices if they fit. A batch that
-    does not come, because a file system hangs, is not waited for once `stop()`: the batches end.
+    sent, gathered ahead of the step that needs them; 'auto' keeps the images on the devices if they fit and each host
+    has all of them. A batch that does not come, because a file system hangs, is not waited for once `stop()`: the
+    batches end.
 
     Raises:
-        RunError: data.placement is 'device', but the decoded images are not kept.
+        RunError: data.placement is 'device', but the decoded images are not kept, or not all on each host.
     """
     placement, end = config.data.placement, config.train.num_steps
     if placement == 'device' and not config.data.cache:
@@ -386,14 +388,20 @@ def feed(
             "config.data.placement is 'device', but config.data.cache=False decodes images anew for each batch: "
             "use placement 'host', or cache=True"
         )
-    order = data.Order(
-        len(images), config.train.batch_size, config.seed, host=jax.process_index(), hosts=jax.process_count()
-    )
+    index, count, shards = jax.process_index(), jax.process_count(), config.data.shards
+    divided = count > 1 and shards > 1
+    if placement == 'device' and divided:
+        raise RunError(
+            f"config.data.placement is 'device', but with data.shards={shards} each of {count} hosts has only its own "
+            "images: use placement 'host', or shards=1"
+        )
+    sizes = [len(shard) for shard in images.shards] if shards > 1 else len(images)
+    order = data.Order(sizes, config.train.batch_size, config.seed, host=index, hosts=count, shards=shards)
     sharding = mesh.split_batch(exp.mesh)
-    fits = config.data.cache and mesh.fits(exp.mesh, images.images.nbytes)
+    fits = config.data.cache and not divided and mesh.fits(exp.mesh, images.images.nbytes)
     labels = [np.asarray(images.labels)] if config.data.labels else []
     if placement == 'device' or (placement == 'auto' and fits):
-        everything = [mesh.put(array, mesh.replicated(exp.mesh)) for array in (images.images, *labels)]
+        everything = [mesh.put(array, mesh.replicated(exp.mesh)) for array in (images[:], *labels)]
         return ((everything[0], mesh.put(order[step], sharding), *everything[1:]) for step in range(start, end))
     batches = until(stop, data.prefetch(images, order, start, end))
     return (
@@ -409,6 +417,21 @@ def require_equal_parts(config: ConfigDict, exp: Experiment) -> None:
         raise RunError(
             f'config.train.batch_size is {config.train.batch_size}, which {exp.mesh.size} devices with '
             f'train.accumulate={config.train.accumulate} cannot divide evenly: use a multiple of {unit}'
+        )
+
+
+def require_shards(config: ConfigDict) -> None:
+    """Raise RunError unless hosts divide data.shards evenly, and these the batch."""
+    shards, count = config.data.shards, jax.process_count()
+    if shards > 1 and shards % count:
+        raise RunError(
+            f'config.data.shards is {shards}, which {count} hosts cannot divide evenly: use a multiple of {count}, or '
+            'shards=1, with which each host decodes and keeps all images'
+        )
+    if config.train.batch_size % shards:
+        raise RunError(
+            f'config.train.batch_size is {config.train.batch_size}, which data.shards={shards} cannot divide evenly: '
+            f'use a multiple of {shards}'
         )
 
 
@@ -449,9 +472,10 @@ def held_by_device(state: TrainState) -> int:
 
 def require_enough(config: ConfigDict, images: data.Images) -> None:
     """Raise RunError if a batch is larger than the data set."""
-    if config.train.batch_size > len(images):
+    count = images.record['count']
+    if config.train.batch_size > count:
         raise RunError(
-            f'config.train.batch_size is {config.train.batch_size}, but there are only {len(images)} images: '
+            f'config.train.batch_size is {config.train.batch_size}, but there are only {count} images: '
             'use a smaller batch, or add pictures'
         )
 

@@ -222,6 +222,16 @@ def from_first(array: np.ndarray) -> np.ndarray:
     return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
 
 
+def gather(value: Any) -> list[Any]:
+    """Return the JSON value of each host. All hosts must call it, and wait for each other."""
+    text = json.dumps(value).encode()
+    if jax.process_count() == 1:
+        return [json.loads(text)]
+    longest = multihost_utils.process_allgather(np.uint32(len(text))).max()
+    padded = text.ljust(longest)  # JSON ignores trailing spaces
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))]
+
+
 def differences(values: Mapping[str, str]) -> dict[str, str]:
     """Compare named texts between hosts. All hosts must call it, wait for each other, and get the same answer.
 
@@ -233,13 +243,11 @@ def differences(values: Mapping[str, str]) -> dict[str, str]:
     """
     if jax.process_count() == 1:
         return {}
-    text = json.dumps(values, sort_keys=True).encode()
-    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
-    heads = multihost_utils.process_allgather(np.append(digest, np.uint32(len(text))))
-    if (heads == heads[0]).all():
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
+    if (digests == digests[0]).all():
         return {}
-    padded = text.ljust(heads[:, -1].max())  # JSON ignores trailing spaces
-    hosts = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))]
+    hosts = gather(values)
     found = {}
     for name in sorted(set().union(*hosts)):
         texts = [host.get(name, 'nothing') for host in hosts]

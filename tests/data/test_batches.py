@@ -79,6 +79,63 @@ def test_a_batch_that_hosts_cannot_divide_is_an_error():
         data.Order(40, 6, 0, host=0, hosts=4)
 
 
+# Shards.
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.integers(1, 30), min_size=4, max_size=4),
+    st.integers(1, 8),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 50),
+)
+def test_a_batch_of_shards_is_the_same_for_any_number_of_hosts(sizes, size, seed, step):
+    """And a host needs only its own shards. Indices count the images of a host's shards."""
+    whole = data.Order(sizes, 4 * size, seed, shards=4)[step]
+    starts = np.cumsum([0, *sizes])
+    for hosts in (2, 4):
+        share = 4 // hosts
+        for host in range(hosts):
+            mine = range(host * share, (host + 1) * share)
+            assert data.own_shards(4, host, hosts) == mine
+            order = data.Order(sizes[mine.start : mine.stop], 4 * size, seed, host=host, hosts=hosts, shards=4)
+            part = order[step] + starts[mine.start]
+            np.testing.assert_array_equal(part, whole[host * share * size : (host + 1) * share * size])
+
+
+def test_each_shard_gives_its_images_once_in_each_of_its_epochs():
+    sizes = (5, 12, 7)
+    order = data.Order(sizes, 6, seed=3, shards=3)
+    rows = np.stack([order[k] for k in range(30)])  # two of each shard in each step
+    for shard, start in enumerate((0, 5, 17)):
+        seen = rows[:, 2 * shard : 2 * shard + 2].ravel() - start
+        for epoch in range(60 // sizes[shard]):
+            part = seen[epoch * sizes[shard] : (epoch + 1) * sizes[shard]]
+            np.testing.assert_array_equal(np.sort(part), np.arange(sizes[shard]))
+
+
+def test_shards_have_orders_of_their_own():
+    """One shard is the order without shards; others share no random numbers with it or with each other."""
+    rows = data.Order((100, 100, 100), 300, seed=0, shards=3)[0]
+    orders = [tuple(part - 100 * i) for i, part in enumerate(np.split(rows, 3))]
+    assert len({*orders, *epochs(0), *epochs(1)}) == 10  # the first is that of a data set of one shard
+    assert orders[0] == epochs(0)[0]
+    np.testing.assert_array_equal(data.Order([100], 32, seed=5)[9], data.Order(100, 32, seed=5)[9])
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'changes', 'words'),
+    [
+        ((9, 9, 9), {'shards': 3}, 'a batch of 8 images cannot be divided evenly among 3 shards'),
+        ((9,), {'shards': 4, 'hosts': 8}, '4 shards cannot be divided evenly among 8 hosts'),
+        ((9, 9), {'shards': 4}, 'num_images has 2 sizes, but this host has 4 shards'),
+    ],
+)
+def test_shards_that_cannot_be_divided_are_an_error(sizes, changes, words):
+    with pytest.raises(ValueError, match=words):
+        data.Order(sizes, 8, 0, **changes)
+
+
 # Batches gathered ahead.
 
 

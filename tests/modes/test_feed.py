@@ -55,6 +55,50 @@ def test_a_step_gets_the_images_of_its_order(pictures, monkeypatch, placement, f
         np.testing.assert_array_equal(shown, IMAGES[IN_ORDER][order[k]])
 
 
+@pytest.mark.parametrize('placement', ['device', 'host'])
+def test_a_step_gets_images_of_each_shard(pictures, placement):
+    config = config_of(pictures, data__placement=placement, data__shards=4, train__num_steps=3)
+    images = build.load_same_images(config, own=True)
+    assert images.record['count'] == 40
+    order = data.Order((10, 10, 10, 10), 16, 0, shards=4)
+    for k, (batch, indices) in enumerate(train.feed(config, build.build(config), images, 0)):
+        shown = np.asarray(batch if indices is None else batch[indices])
+        np.testing.assert_array_equal(shown, IMAGES[IN_ORDER][order[k]])
+        for shard, part in enumerate(np.split(shown, 4)):
+            assert {image.tobytes() for image in part} <= {
+                image.tobytes() for image in IMAGES[IN_ORDER][10 * shard : 10 * shard + 10]
+            }
+
+
+@pytest.mark.parametrize(
+    ('changes', 'hosts', 'words'),
+    [
+        (dict(data__shards=3), 2, 'config.data.shards is 3, which 2 hosts cannot divide evenly: use a multiple of 2'),
+        (dict(data__shards=3), 1, 'config.train.batch_size is 16, which data.shards=3 cannot divide evenly'),
+    ],
+)
+def test_shards_that_hosts_or_batches_cannot_share_are_refused(pictures, monkeypatch, changes, hosts, words):
+    monkeypatch.setattr(jax, 'process_count', lambda: hosts)
+    with pytest.raises(RunError, match=re.escape(words)):
+        train.require_shards(config_of(pictures, **changes))
+
+
+def test_a_host_that_has_only_its_own_images_cannot_put_all_on_the_devices(pictures, monkeypatch):
+    config = config_of(pictures, data__placement='device', data__shards=2)
+    exp, images = build.build(config), build.load_images(config, shards=[0])
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    with pytest.raises(RunError, match=r'data.shards=2 each of 2 hosts has only its own images'):
+        train.feed(config, exp, images, 0)
+
+
+def test_the_number_of_shards_belongs_to_a_run(pictures, tmp_path):
+    """It decides which images are in a batch."""
+    config = config_of(pictures, data__shards=2)
+    workdir.write_config(config, str(tmp_path / 'run'), build.load_images(config))
+    with pytest.raises(RunError, match=r'config.data.shards: 2 there, 4 asked'):
+        workdir.check_config(config_of(pictures, data__shards=4), str(tmp_path / 'run'))
+
+
 def test_invalid_placements_are_named(pictures):
     for changes, words in [
         (dict(data__placement='gpu'), "config.data.placement is 'gpu'"),

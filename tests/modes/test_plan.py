@@ -10,7 +10,7 @@ import pytest
 from diffusion.modes import plan
 from diffusion.runtime import targets
 from diffusion.util import RunError
-from tests.runs import CONFIG, QUICK, ROOT, flags, main
+from tests.runs import CONFIG, QUICK, ROOT, flags, main, tiny
 
 TINY = (
     '--config.model.channels=8',
@@ -48,6 +48,15 @@ def test_a_plan_of_this_machine(tmp_path):
     for found in record['programs'].values():
         assert found['fits'] and found['collectives'] == {} and found['bound']['seconds'] is None
         assert found['kernels'] > 0 and found['peak_bytes'] >= sum(found['memory'].values()) - 1
+
+
+@pytest.mark.parametrize(('shards', 'cache', 'disk'), [(1, True, 49.152e9), (64, True, 6.144e9), (64, False, 0)])
+def test_what_images_take_on_each_host(shards, cache, disk):
+    """Of a million images of 128×128×3 on eight hosts; and 16 batches of 256 wait in memory, an eighth on each."""
+    config = tiny({'data.image_size': 128, 'data.channels': 3, 'data.shards': shards, 'data.cache': cache})
+    config.train.batch_size = 256
+    found = plan.on_each_host(config, 8)
+    assert found == {'disk_bytes_of_a_million_images': disk, 'memory_bytes_of_batches': 16 * 32 * 128 * 128 * 3}
 
 
 @pytest.mark.parametrize(

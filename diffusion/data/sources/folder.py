@@ -78,6 +78,7 @@ def open_folder(place: str, split: str, data_dir: str = '', max_pixels: int = pi
         classes=classes,
         encoded=lambda i: found.encoded(chosen[i], max_pixels),
         about=about,
+        everywhere=[max_pixels, [file[:2] for file in chosen]],
     )
 
 

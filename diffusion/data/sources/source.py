@@ -1,6 +1,9 @@
 """What every source of pictures provides."""
 
 import dataclasses
+import functools
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +32,8 @@ class Source:
         classes: the names of the labels; None if there are no labels.
         encoded: returns the bytes of the picture's file, for sources that have files. Raises ValueError as `read`.
         about: lines for the user that describe what was found and left out.
+        everywhere: `identity` without what differs between two copies of the same pictures, such as times of
+            modification; None if nothing does.
     """
 
     names: Sequence[str]
@@ -38,6 +43,46 @@ class Source:
     classes: Sequence[str] | None = None
     encoded: Callable[[int], bytes] | None = None
     about: Sequence[str] = ()
+    everywhere: Any = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """A digest of `identity` and `classes`."""
+        return _sha256([self.identity, self.classes])
+
+    @functools.cached_property
+    def sha256_everywhere(self) -> str:
+        """The same of `everywhere`: equal on two hosts if they seem to have the same pictures."""
+        return _sha256([self.identity if self.everywhere is None else self.everywhere, self.classes])
+
+
+def shard(source: Source, number: int, count: int) -> Source:
+    """Return one of `count` parts of a source of N pictures: those from ⌊number·N/count⌋ to ⌊(number+1)·N/count⌋ − 1.
+
+    Consecutive pictures are mostly in the same files, which only the hosts of this part read.
+
+    Args:
+        source: the pictures.
+        number: of the part, from 0.
+        count: number of parts. If it is 1, the source itself is returned.
+    """
+    if count == 1:
+        return source
+    start, stop = (i * len(source) // count for i in (number, number + 1))
+    encoded = source.encoded
+    return dataclasses.replace(
+        source,
+        names=source.names[start:stop],
+        read=lambda i: source.read(start + i),
+        identity=[source.sha256, number, count],
+        label=lambda i: source.label(start + i),
+        encoded=(lambda i: encoded(start + i)) if encoded else None,
+        everywhere=[source.sha256_everywhere, number, count],
+    )
+
+
+def _sha256(described: Any) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

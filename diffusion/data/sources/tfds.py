@@ -31,14 +31,15 @@ class _Shard(NamedTuple):
 class _Names(Sequence):
     """The names of the examples; a data set may have billions."""
 
-    def __init__(self, start: str, count: int):
-        self._start, self._count = start, count
+    def __init__(self, start: str, numbers: range):
+        self._start, self._numbers = start, numbers
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._numbers)
 
-    def __getitem__(self, i: Any) -> str:
-        return f'{self._start} {range(self._count)[i]}'
+    def __getitem__(self, i: Any) -> Any:
+        found = self._numbers[i]
+        return _Names(self._start, found) if isinstance(found, range) else f'{self._start} {found}'
 
 
 def open_tfds(place: str, split: str, data_dir: str = '', max_pixels: int = pictures.MAX_PIXELS) -> Source:
@@ -92,14 +93,16 @@ def open_tfds(place: str, split: str, data_dir: str = '', max_pixels: int = pict
         values = example(i)['label'].int64_list.value
         return int(values[0]) if len(values) == 1 and 0 <= values[0] < len(classes or ()) else None
 
+    described = [name, os.path.basename(folder), found, max_pixels, [shard.take for shard in shards]]
     return Source(
-        names=_Names(f'{name}, {found}, example', count),
+        names=_Names(f'{name}, {found}, example', range(count)),
         read=lambda i: pictures.decode(encoded(i), max_pixels),
-        identity=[name, os.path.basename(folder), found, max_pixels, [shard.take for shard in shards], files],
+        identity=[*described, files],
         label=label if classes else unlabelled,
         classes=classes,
         encoded=encoded,
         about=[f'splits of {folder}: {counts} pictures'],
+        everywhere=[*described, [file[:2] for file in files]],
     )
 
 
