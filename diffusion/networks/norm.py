@@ -21,15 +21,20 @@ class GroupNorm(unet.GroupNorm):
         factor, offset = self.affine(x)
         return x * factor + offset
 
-    def affine(self, x: Images) -> tuple[Float[Array, 'B 1 1 C'], Float[Array, 'B 1 1 C']]:
-        """Return (factor, offset), with which the normalized x is x·factor + offset; x is float32."""
+    def affine(
+        self, x: Images, shift: Float[Array, 'B C'] | None = None
+    ) -> tuple[Float[Array, 'B 1 1 C'], Float[Array, 'B 1 1 C']]:
+        """Return (factor, offset), with which the normalized x + shift is x·factor + offset; all are float32."""
         assert self.scale is not None and self.bias is not None
         batch, height, width, channels = x.shape
-        size = channels // self.num_groups
+        pixels, size = height * width, channels // self.num_groups
         # What is computed alike is stacked, so that GPUs do it, and its derivative, in one kernel.
         sums = jnp.stack([x.sum((1, 2)), (x * x).sum((1, 2))])
+        if shift is not None:  # the sums of x + shift, which itself is not computed
+            sums = sums + jnp.stack([pixels * shift, shift * (2 * sums[0] + pixels * shift)])
         groups = sums.reshape(2, batch, self.num_groups, size).sum(3)
-        first, second = jnp.repeat(groups / (height * width * size), size, axis=2)  # moments, (B, C)
+        first, second = jnp.repeat(groups / (pixels * size), size, axis=2)  # moments, (B, C)
         scale, bias = jnp.broadcast_to(jnp.stack([self.scale[...], self.bias[...]])[:, None], (2, batch, channels))
         factor = jax.lax.rsqrt(jnp.maximum(second - first * first, 0) + self.epsilon) * scale
-        return factor[:, None, None], (bias - first * factor)[:, None, None]
+        center = first if shift is None else first - shift
+        return factor[:, None, None], (bias - center * factor)[:, None, None]

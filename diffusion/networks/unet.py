@@ -146,11 +146,12 @@ class Attention(nnx.Module):
     def __call__(self, x: Images) -> Images:
         batch, height, width, channels = x.shape
         heads = (batch, height * width, self.heads, channels // self.heads)
-        query, key, value = (part.reshape(heads) for part in self.project(self.norm(x)))
+        query, key, value = (part.reshape(heads) for part in self.project(x))
         return x + self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
 
-    def project(self, h: Images) -> Sequence[Images]:
-        """Return the queries, keys and values."""
+    def project(self, x: Images) -> Sequence[Images]:
+        """Return the queries, keys and values of normalized activations."""
+        h = self.norm(x)
         return [layer(h) for layer in (self.query, self.key, self.value)]
 
 

@@ -1,4 +1,8 @@
-"""The U-Net for GPUs: fewer kernels, which read and write less."""
+"""The U-Net for GPUs: fewer kernels, which read and write less, and less that is kept for the backward pass.
+
+Normalized inputs of convolutions and products are not kept. The backward pass computes them again, from the activations
+before the norm, which it reads for their gradient anyway.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,28 +18,36 @@ from diffusion.networks.norm import GroupNorm
 from diffusion.networks.unet import DropoutKey, Embedding, Images
 
 
-def _activated(norm, x):
-    """silu(norm(x)). The backward pass computes it again from x and keeps nothing in float32."""
-    factor, offset = norm.affine(x.astype(jnp.float32))
+def _convolve(layer, norm, x, *, shift=None, mask=None, keep=1.0):
+    """Return the convolution, of stride 1 and without its bias, of dropout(silu(norm(x + shift))).
 
-    def run(x, factor, offset):
-        return nnx.silu(x.astype(jnp.float32) * factor + offset)
+    x + shift is never computed, because that, and its gradient, would be passes over all activations.
 
-    return jax.checkpoint(run, prevent_cse=False)(x, factor, offset)
+    Args:
+        layer: the convolution.
+        norm: the norm.
+        x: (B, H, W, C).
+        shift: (B, C), or None.
+        mask: (B, H, W, C) bool, what dropout keeps; None for no dropout.
+        keep: the fraction that it keeps.
+    """
+    factor, offset = norm.affine(x.astype(jnp.float32), None if shift is None else shift.astype(jnp.float32))
+
+    def run(x, factor, offset, kernel, mask):
+        h = nnx.silu(x.astype(jnp.float32) * factor + offset)
+        if mask is not None:
+            h = jnp.where(mask, h / keep, 0)
+        h = h.astype(kernel.dtype)
+        return jax.lax.conv_general_dilated(h, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+    return jax.checkpoint(run)(x, factor, offset, layer.kernel[...].astype(layer.dtype), mask)
 
 
-def _side_by_side(layers: Sequence[nnx.Linear], x: jax.Array) -> jax.Array:
-    """Return the outputs of linear layers of one input, concatenated: one matrix product instead of many."""
+def _side_by_side(layers: Sequence[nnx.Linear]) -> tuple[jax.Array, jax.Array]:
+    """Return the kernels of linear layers of one input, concatenated, and their biases: one product instead of many."""
     kernels, biases = zip(*((layer.kernel[...], layer.bias[...]) for layer in layers), strict=True)  # type: ignore[index]
     dtype = layers[0].dtype
-    x, kernel, bias = (a.astype(dtype) for a in (x, jnp.concatenate(kernels, axis=1), jnp.concatenate(biases)))
-    return x @ kernel + bias
-
-
-def _convolve(layer: nnx.Conv, x: Images) -> Images:
-    """Apply a convolution of stride 1 without its bias, whose gradient would be one more pass over the activations."""
-    x, kernel = (a.astype(layer.dtype) for a in (x, layer.kernel[...]))
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    return jnp.concatenate(kernels, axis=1).astype(dtype), jnp.concatenate(biases).astype(dtype)
 
 
 class ResBlock(unet.ResBlock):
@@ -45,10 +57,12 @@ class ResBlock(unet.ResBlock):
     start: int  # index of this block's first channel in `emb`
 
     def __call__(self, x: Images, emb: Embedding, dropout_key: DropoutKey = None) -> Images:
-        h = _convolve(self.conv1, _activated(self.norm1, x))
-        h += emb[:, None, None, self.start : self.start + self.time.out_features]
-        h = self.dropout(_activated(self.norm2, h), deterministic=dropout_key is None, rngs=dropout_key)
-        h = self.conv2(h)
+        h = _convolve(self.conv1, self.norm1, x)
+        shift, keep, mask = emb[:, self.start : self.start + self.time.out_features], 1 - self.dropout.rate, None
+        if dropout_key is not None and keep < 1:
+            mask = jax.random.bernoulli(dropout_key, keep, h.shape)
+        h = _convolve(self.conv2, self.norm2, h, shift=shift, mask=mask, keep=keep)
+        h += self.conv2.bias[...].astype(h.dtype)  # type: ignore[index]
         return (x if self.shortcut is None else self.shortcut(x)) + h
 
 
@@ -57,8 +71,14 @@ class Attention(unet.Attention):
 
     GroupNorm = GroupNorm
 
-    def project(self, h: Images) -> Sequence[Images]:
-        return jnp.split(_side_by_side([self.query, self.key, self.value], h), 3, axis=-1)
+    def project(self, x: Images) -> Sequence[Images]:
+        factor, offset = self.norm.affine(x.astype(jnp.float32))  # type: ignore[attr-defined]
+        kernel, bias = _side_by_side([self.query, self.key, self.value])
+
+        def run(x, factor, offset, kernel):
+            return (x.astype(jnp.float32) * factor + offset).astype(kernel.dtype) @ kernel
+
+        return jnp.split(jax.checkpoint(run)(x, factor, offset, kernel) + bias, 3, axis=-1)
 
 
 class UNet(unet.UNet):
@@ -80,7 +100,8 @@ class UNet(unet.UNet):
     def embed(self, t: Num[Array, 'B'], labels: Int[Array, 'B'] | None) -> Embedding:
         """Return what each residual block adds after its first convolution, its bias included; side by side."""
         blocks = self._blocks()
-        shifts = _side_by_side([block.time for block in blocks], nnx.silu(super().embed(t, labels)))
+        kernel, bias = _side_by_side([block.time for block in blocks])
+        shifts = nnx.silu(super().embed(t, labels)).astype(kernel.dtype) @ kernel + bias
         return shifts + jnp.concatenate([block.conv1.bias[...] for block in blocks]).astype(shifts.dtype)
 
     def dropout_keys(self, rngs: nnx.Rngs) -> Callable[[], DropoutKey]:
