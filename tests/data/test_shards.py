@@ -10,7 +10,7 @@ import pytest
 
 from diffusion import data
 from diffusion.data.sources.files import Files
-from tests.galleries import encoded, fill, noise, write_tfds
+from tests.galleries import encoded, fill, noise, write_tfds, zipped
 
 COUNT = 23
 PICTURES = noise(COUNT, 8, 8, 3)
@@ -93,6 +93,19 @@ def test_the_digest_of_the_pictures_ignores_times_and_notices_sizes(pictures, tm
     assert digest() == first
     picture.write_bytes(encoded(PICTURES[0]) + b'more')
     assert digest() != first
+
+
+def test_the_digest_of_a_zip_file_has_the_checksums_of_its_pictures(tmp_path):
+    """Of equally long contents."""
+
+    def digest(name, content):
+        path = zipped(
+            tmp_path / f'{name}.zip', {f'{i}.png': encoded(PICTURES[0]) for i in range(3)} | {'3.png': content}
+        )
+        return load(path, tmp_path / 'cache', num_shards=2, max_bad_fraction=0.5).record['pictures_sha256']
+
+    picture = encoded(PICTURES[0])
+    assert digest('one', picture) == digest('two', picture) != digest('three', picture[:-1] + b'x')
 
 
 def test_shards_of_a_tfds_dataset(tmp_path):

@@ -78,7 +78,7 @@ def open_folder(place: str, split: str, data_dir: str = '', max_pixels: int = pi
         classes=classes,
         encoded=lambda i: found.encoded(chosen[i], max_pixels),
         about=about,
-        everywhere=[max_pixels, [file[:2] for file in chosen]],
+        everywhere=[max_pixels, [file[: 2 if os.path.isdir(path) else 3] for file in chosen]],  # checksums stay
     )
 
 

@@ -32,7 +32,7 @@ class Source:
         classes: the names of the labels; None if there are no labels.
         encoded: returns the bytes of the picture's file, for sources that have files. Raises ValueError as `read`.
         about: lines for the user that describe what was found and left out.
-        everywhere: `identity` without what differs between two copies of the same pictures, such as times of
+        everywhere: `identity` without what differs between copies of the same pictures on two hosts, such as times of
             modification; None if nothing does.
     """
 
