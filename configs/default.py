@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.data.max_pixels = 89_478_485  # pixels; larger pictures are left out, since decoding takes much memory
     config.data.cache = True  # keep the decoded images on disk; False decodes them for each batch
     config.data.cache_dir = ''  # folder of the decoded images; '' is $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion
-    config.data.shards = 1  # parts of the images; with several, each host decodes and keeps only its own
+    config.data.shards = 1  # parts of the training images; with several, each host trains on its own ones alone
     config.data.placement = 'auto'  # where training images are kept: device memory, or the host; auto: where they fit
 
     config.model = ConfigDict()

@@ -5,7 +5,7 @@ import functools
 import importlib.metadata
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,16 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diffusion import data, gaussian, schedule, workdir
+from diffusion.data.pictures import Preprocessing
 from diffusion.loss import WEIGHTINGS, History, init_history
 from diffusion.networks import IMPLEMENTATIONS, NETWORKS, make_rngs, round_parameters
 from diffusion.runtime import devices as runtime_devices
 from diffusion.runtime import hosts, mesh
 from diffusion.util import RunError, naming, say, signature, warn
+
+Result = TypeVar('Result')
+
+SAME_IMAGES = 'Give each host the same images: all of them, and nothing else.'
 
 # What may differ between the hosts of a run: the host's number, and where it finds and keeps files.
 PER_HOST = (
@@ -304,13 +309,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     return optax.chain(clip, optax.adam(learning_rate)), learning_rate
 
 
-def load_images(
-    config: ConfigDict,
-    split: str = '',
-    key: str = '',
-    labelled: bool = False,
-    shards: Sequence[int] | None = None,
-) -> data.Images:
+def load_images(config: ConfigDict, split: str = '', key: str = '', labelled: bool = False) -> data.Images:
     """Load one split of the images that config.data describes.
 
     Args:
@@ -318,7 +317,6 @@ def load_images(
         split: '' is config.data.split, the training images.
         key: the key of the config that names the split, for errors.
         labelled: whether all images must have one of config.model.num_classes classes.
-        shards: which of config.data.shards parts are loaded; None means all.
 
     Returns:
         The images, uint8 (N, image_size, image_size, channels).
@@ -328,15 +326,14 @@ def load_images(
     """
     keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction', 'max_pixels')
     asked = f'config.{key}={split!r}' if key else f'config.data, split {split!r}' if split else 'config.data'
+    num_shards = config.data.shards if split in ('', config.data.split) else 1  # only what is trained on is divided
     with naming(asked):
-        arguments = {key: config.data[key] for key in keys} | {'num_shards': config.data.shards, 'shards': shards}
+        arguments = {key: config.data[key] for key in keys} | {'num_shards': num_shards}
         images = data.load(config.data.source, split or config.data.split, **arguments)
         return data.labelled(images, config.model.num_classes) if labelled else images
 
 
-def load_same_images(
-    config: ConfigDict, split: str = '', key: str = '', labelled: bool = False, *, own: bool = False
-) -> data.Images:
+def load_same_images(config: ConfigDict, split: str = '', key: str = '', labelled: bool = False) -> data.Images:
     """Load one split of the images on all hosts, and check that all hosts have the same images.
 
     Args:
@@ -344,35 +341,76 @@ def load_same_images(
         split: as in `load_images`.
         key: as in `load_images`.
         labelled: as in `load_images`.
-        own: load only this host's part of config.data.shards. The hosts then compare names and sizes of the pictures.
 
     Returns:
-        The images, as in `load_images`. Their record describes those of all hosts.
+        The images, as in `load_images`.
 
     Raises:
         RunError: the images differ, or a host has none; raised on all hosts.
     """
-    shards = data.own_shards(config.data.shards, jax.process_index(), jax.process_count()) if own else None
-    divided = own and config.data.shards > 1
-    failure, records = None, []
-    try:
-        images = load_images(config, split, key, labelled, shards)
-        if divided:
-            found = f'pictures whose names and sizes have SHA-256 {images.record["pictures_sha256"]}'
-            records = [shard.record for shard in images.shards]
-        else:
-            found = f'{len(images)} images with SHA-256 {images.record["sha256"]}'
-            if labelled:
-                found += f' and their labels with {images.record["labels_sha256"]}'
-    except RunError as error:
-        failure, found = error, str(error)
-    require_same({'config.data.source': found}, 'Give each host the same images: all of them, and nothing else.')
-    if failure:  # only now, because the other hosts wait in `require_same`
-        raise failure
-    if divided:
-        records = [record for of_host in hosts.gather(records) for record in of_host]
-        images = dataclasses.replace(images, record=images.record | data.join_records(records))
+    images = _on_all_hosts(lambda: load_images(config, split, key, labelled))
+    found = f'{len(images)} images with SHA-256 {images.record["sha256"]}'
+    if labelled:
+        found += f' and their labels with {images.record["labels_sha256"]}'
+    require_same({'config.data.source': found}, SAME_IMAGES)
     return images
+
+
+def load_training_images(config: ConfigDict) -> data.Images:
+    """Load the images that this host trains on: all of them, or its part of config.data.shards.
+
+    In the second case the hosts compare the names and sizes of all pictures, before any is decoded.
+
+    Args:
+        config: the whole config.
+
+    Returns:
+        The images of this host, with labels if config.data.labels. Their record is that of the images of all hosts.
+
+    Raises:
+        RunError: the images differ, or a host cannot load its own; raised on all hosts.
+    """
+    asked = config.data
+    if asked.shards == 1:
+        return load_same_images(config, labelled=asked.labels)
+
+    def open_pictures():
+        with naming('config.data'):
+            preprocess = Preprocessing(asked.crop, asked.image_size, asked.channels)
+            return data.open_pictures(asked.source, asked.split, asked.data_dir, asked.max_pixels), preprocess
+
+    def decode():
+        how = {key: asked[key] for key in ('cache', 'cache_dir', 'max_bad_fraction')}
+        shards = data.own_shards(asked.shards, jax.process_index(), jax.process_count())
+        with naming('config.data'):
+            images = data.decode(pictures, preprocess, **how, num_shards=asked.shards, shards=shards)
+            return data.labelled(images, config.model.num_classes) if asked.labels else images
+
+    pictures, preprocess = _on_all_hosts(open_pictures)
+    found = f'{len(pictures)} pictures whose names and sizes have SHA-256 {pictures.sha256_everywhere}'
+    require_same({'config.data.source': found, 'the preprocessing': str(preprocess.record())}, SAME_IMAGES)
+    images = _on_all_hosts(decode)
+    records = hosts.gather([shard.record for shard in images.shards])
+    record = data.join_records([record for of_host in records for record in of_host])
+    with naming('config.data'):
+        data.require_usable(record['count'], len(pictures), asked.max_bad_fraction)
+    return dataclasses.replace(images, record=record)
+
+
+def _on_all_hosts(function: Callable[[], Result]) -> Result:
+    """Call a function on each host. If it raises RunError on one, raise RunError on all."""
+    failure = result = None
+    try:
+        result = function()
+    except RunError as error:
+        failure = error
+    failures = hosts.gather(failure and str(failure))
+    if failure and len(set(failures)) == 1:
+        raise failure
+    for i, reason in enumerate(failures):
+        if reason:
+            raise RunError(f'process {i}: {reason}')
+    return result  # type: ignore[return-value]
 
 
 def join_hosts(config: ConfigDict, mode: str) -> None:

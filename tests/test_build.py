@@ -171,6 +171,7 @@ def test_images_are_loaded_as_config_data_asks(monkeypatch):
         'cache_dir': '/x',
         'max_bad_fraction': 0.5,
         'max_pixels': config.data.max_pixels,
+        'num_shards': 1,
     }
 
 

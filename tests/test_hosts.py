@@ -353,14 +353,18 @@ def test_one_difference_is_named_as_one(monkeypatch):
     ('case', 'second'),
     [
         ('one picture', 'process 1 has 20 images with SHA-256'),
-        ('all pictures', 'process 1 has config.data: there is no folder'),
-        ('one picture of a shard', 'process 1 has pictures whose names and sizes have SHA-256'),
+        ('one picture of a shard', 'process 1 has 20 pictures whose names and sizes have SHA-256'),
     ],
 )
 def test_other_images_are_refused_by_all_hosts(refusals, case, second):
     for output in refusals[case].result():
         assert 'config.data.source is not the same on all hosts' in output
-        assert re.search(r'process 0 has .*SHA-256', output) and second in output
+        assert re.search(r'process 0 has 20 .*SHA-256', output) and second in output
+
+
+def test_what_one_host_cannot_load_is_told_by_all(refusals):
+    for output in refusals['all pictures'].result():
+        assert re.search(r'error: process 1: config.data: there is no folder .*/1/pictures', output)
 
 
 def assert_tries_again(found, *words):

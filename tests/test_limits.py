@@ -61,6 +61,7 @@ def test_any_value_is_accepted_or_refused_by_its_key(tmp_path_factory, key, draw
     config.update_from_flattened_dict({key: value})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, 'load_images', begins)
+        patch.setattr(build.data, 'open_pictures', begins)
         patch.setattr(workdir, 'load_params', lambda *_: (1, {}))
         patch.setattr(sample, 'make_sampler', begins)
         patch.setattr(data, 'survey', begins)

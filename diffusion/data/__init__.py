@@ -5,7 +5,7 @@ images of a data set have the same shape.
 """
 
 from diffusion.data.images import Images, join_records, labelled, labels_sha256
-from diffusion.data.load import load
+from diffusion.data.load import decode, load, open_pictures, require_usable
 from diffusion.data.order import Order, own_shards
 from diffusion.data.pixels import to_float, to_uint8
 from diffusion.data.prefetch import prefetch
@@ -15,12 +15,15 @@ __all__ = [
     'Images',
     'Order',
     'Survey',
+    'decode',
     'join_records',
     'labelled',
     'labels_sha256',
     'load',
+    'open_pictures',
     'own_shards',
     'prefetch',
+    'require_usable',
     'survey',
     'to_float',
     'to_uint8',

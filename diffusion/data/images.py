@@ -52,8 +52,7 @@ def labelled(images: Images, num_classes: int) -> Images:
         ValueError: there are no labels, an image has none, or there are more or fewer classes.
     """
     if images.shards:
-        joined = join([labelled(shard, num_classes) for shard in images.shards])
-        return dataclasses.replace(joined, record=images.record | joined.record)
+        return join([labelled(shard, num_classes) for shard in images.shards])
     classes, labels = images.record['classes'], images.labels
     if labels is None:
         raise ValueError('these images have no classes, but data.labels=True: use images with classes, or labels=False')
@@ -78,10 +77,14 @@ def join(shards: Sequence[Images]) -> Images:
 
 
 def join_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the record of all images of several shards. Its digests are digests of those of the shards."""
+    """Return the record of all images of several shards.
+
+    Its digests are digests of those of the shards; 'counts' are their numbers of images.
+    """
     counts = [record['count'] for record in records]
     joined = records[0] | {
         'count': sum(counts),
+        'counts': counts,
         'channel_means': np.average([record['channel_means'] for record in records], 0, counts).tolist(),
     }
     for key in ('sha256', 'labels_sha256'):
@@ -104,7 +107,10 @@ class _Joined:
         return self.shape[0]
 
     def __getitem__(self, indices: Any) -> UInt8[np.ndarray, '*batch H W C']:
-        rows = np.arange(len(self))[indices]
+        if isinstance(indices, np.ndarray) and indices.dtype != bool:
+            rows = np.where(indices < 0, indices + len(self), indices)
+        else:
+            rows = np.arange(len(self))[indices]
         images = np.empty((*np.shape(rows), *self.shape[1:]), np.uint8)
         of_shard = np.searchsorted(self._starts, rows, side='right') - 1
         for shard in np.unique(of_shard):

@@ -1,5 +1,6 @@
 """--mode=plan: what fits on accelerators that need not be here, and what it costs, from programs compiled for them."""
 
+import math
 import os
 import re
 import time
@@ -43,7 +44,9 @@ def run(config: ConfigDict, path: str) -> int:
     devices = targets.devices(asked.target)
     card = targets.describe_here() if asked.target == targets.HERE else targets.parse(asked.target)[0]
     exp = build.build(config, devices)
+    num_hosts = len({device.process_index for device in devices})
     train.require_equal_parts(config, exp)
+    train.require_shards(config, num_hosts)
     folder = workdir.output_folder(config, path, 'plan', 'plan')
 
     # Compute.
@@ -57,7 +60,7 @@ def run(config: ConfigDict, path: str) -> int:
     record = {
         'target': asked.target,
         'devices': len(devices),
-        'hosts': len({device.process_index for device in devices}),
+        'hosts': num_hosts,
         'device': describe_card(card),
         'mesh': dict(exp.mesh.shape),
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(exp.abstract_state().params)),
@@ -67,7 +70,7 @@ def run(config: ConfigDict, path: str) -> int:
         'largest_batch': largest,
         'model': config.model.to_dict(),
         'data': {key: config.data[key] for key in ('image_size', 'channels', 'shards')},
-        'host': on_each_host(config, len({device.process_index for device in devices})),
+        'host': on_each_host(config, num_hosts),
         'train': {key: config.train[key] for key in ('batch_size', 'accumulate', 'loss')},
         'versions': versions(),
     }
@@ -253,7 +256,7 @@ def alternatives(config: ConfigDict, devices: list[Any], card: Card) -> list[dic
 
 def largest_batch(config: ConfigDict, exp: Experiment, card: Card) -> int:
     """Return the largest train.batch_size that fits, found by bisection to an eighth; 0 if not even one image does."""
-    unit = exp.mesh.size * config.train.accumulate
+    unit = math.lcm(exp.mesh.size * config.train.accumulate, config.data.shards)
 
     def fits(units: int) -> bool:
         changed = config.copy_and_resolve_references()
@@ -280,13 +283,13 @@ def state_bytes(exp: Experiment) -> dict[str, int]:
     return {name: train.held_by_device(part) for name, part in parts.items()}
 
 
-def on_each_host(config: ConfigDict, count: int) -> dict[str, int]:
-    """Return what the images take on each of `count` hosts: disk for decoded ones, memory for batches that wait."""
+def on_each_host(config: ConfigDict, num_hosts: int) -> dict[str, int]:
+    """Return what the images take on each of `num_hosts` hosts: disk for decoded ones, memory for batches that wait."""
     nbytes = config.data.image_size**2 * config.data.channels
-    divided = count if config.data.shards > 1 else 1
+    divided = num_hosts if config.data.shards > 1 else 1
     return {
         'disk_bytes_of_a_million_images': 10**6 * nbytes // divided if config.data.cache else 0,
-        'memory_bytes_of_batches': BATCHES_AHEAD * config.train.batch_size // count * nbytes,
+        'memory_bytes_of_batches': BATCHES_AHEAD * config.train.batch_size // num_hosts * nbytes,
     }
 
 

@@ -62,8 +62,8 @@ def run(config: ConfigDict, path: str) -> int:
     require_loss(config)
     require_memory(config, exp)
     workdir.check_config(config, path)  # before the images are decoded
-    require_shards(config)
-    images = build.load_same_images(config, labelled=config.data.labels, own=True)
+    require_shards(config, jax.process_count())
+    images = build.load_training_images(config)
     require_enough(config, images)
 
     with workdir.lock(path) as lock, contextlib.ExitStack() as stack:
@@ -420,18 +420,18 @@ def require_equal_parts(config: ConfigDict, exp: Experiment) -> None:
         )
 
 
-def require_shards(config: ConfigDict) -> None:
+def require_shards(config: ConfigDict, num_hosts: int) -> None:
     """Raise RunError unless hosts divide data.shards evenly, and these the batch."""
-    shards, count = config.data.shards, jax.process_count()
-    if shards > 1 and shards % count:
+    shards = config.data.shards
+    if shards > 1 and shards % num_hosts:
         raise RunError(
-            f'config.data.shards is {shards}, which {count} hosts cannot divide evenly: use a multiple of {count}, or '
-            'shards=1, with which each host decodes and keeps all images'
+            f'config.data.shards is {shards}, which {num_hosts} hosts cannot divide evenly: use another number of '
+            f'hosts, or for a new run a multiple of {num_hosts}'
         )
     if config.train.batch_size % shards:
         raise RunError(
             f'config.train.batch_size is {config.train.batch_size}, which data.shards={shards} cannot divide evenly: '
-            f'use a multiple of {shards}'
+            f'use a multiple of {shards}, or for a new run fewer shards'
         )
 
 
@@ -471,12 +471,18 @@ def held_by_device(state: TrainState) -> int:
 
 
 def require_enough(config: ConfigDict, images: data.Images) -> None:
-    """Raise RunError if a batch is larger than the data set."""
-    count = images.record['count']
-    if config.train.batch_size > count:
+    """Raise RunError if a batch has more images of the data set, or of one of its shards, than there are."""
+    record, batch = images.record, config.train.batch_size
+    if batch > record['count']:
         raise RunError(
-            f'config.train.batch_size is {config.train.batch_size}, but there are only {count} images: '
-            'use a smaller batch, or add pictures'
+            f'config.train.batch_size is {batch}, but there are only {record["count"]} images: use a smaller batch, or '
+            'add pictures'
+        )
+    fewest = min(record.get('counts', [record['count']]))
+    if batch // config.data.shards > fewest:
+        raise RunError(
+            f'config.train.batch_size is {batch}, so {batch // config.data.shards} images from each of data.shards='
+            f'{config.data.shards}, but one has only {fewest}: use a smaller batch, or for a new run fewer shards'
         )
 
 

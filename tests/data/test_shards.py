@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion import data
+from diffusion.data.pictures import Preprocessing
 from diffusion.data.sources.files import Files
 from tests.galleries import encoded, fill, noise, write_tfds, zipped
 
@@ -53,7 +54,7 @@ def test_the_record_describes_all_shards(pictures, tmp_path):
     bounds = (0, 5, 11, 17, 23)
     digests = [hashlib.sha256(shards[i:j].tobytes()).hexdigest() for i, j in itertools.pairwise(bounds)]
     assert record['sha256'] == hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    assert data.join_records([shard.record for shard in shards.shards])['sha256'] == record['sha256']
+    assert record['counts'] == [5, 6, 6, 6]
 
 
 def test_a_host_reads_and_keeps_only_its_own_pictures(pictures, tmp_path, monkeypatch):
@@ -65,7 +66,9 @@ def test_a_host_reads_and_keeps_only_its_own_pictures(pictures, tmp_path, monkey
 
     monkeypatch.setattr(Files, 'picture', counted)
     names = sorted(os.path.join(at, name) for at, _, files in os.walk(pictures) for name in files)
-    own = load(pictures, tmp_path / 'cache', num_shards=4, shards=range(2, 4))
+    preprocess = Preprocessing('', 8, 3)
+    opened = data.open_pictures(f'folder:{pictures}', 'train')
+    own = data.decode(opened, preprocess, cache_dir=str(tmp_path / 'cache'), num_shards=4, shards=range(2, 4))
     assert read == {name[-6:-4] for name in names[11:]}
     assert sum(file.stat().st_size for file in (tmp_path / 'cache').glob('*/images.bin')) == 12 * 8 * 8 * 3
     np.testing.assert_array_equal(own[:], load(pictures, tmp_path / 'other')[11:])
@@ -78,14 +81,13 @@ def test_labels_have_a_digest_of_all_shards(pictures, tmp_path):
     shards = data.labelled(load(pictures, tmp_path / 'cache', num_shards=2), 2)
     digests = [data.labels_sha256(['a', 'b'], part) for part in (shards.labels[:11], shards.labels[11:])]
     assert shards.record['labels_sha256'] == hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    assert shards.record['pictures_sha256']
 
 
 def test_the_digest_of_the_pictures_ignores_times_and_notices_sizes(pictures, tmp_path):
     """Copies on two hosts have other times of modification."""
 
     def digest():
-        return load(pictures, tmp_path / 'cache', num_shards=2).record['pictures_sha256']
+        return data.open_pictures(f'folder:{pictures}', 'train').sha256_everywhere
 
     first = digest()
     picture = pictures / 'a' / '00.png'
@@ -99,10 +101,9 @@ def test_the_digest_of_a_zip_file_has_the_checksums_of_its_pictures(tmp_path):
     """Of equally long contents."""
 
     def digest(name, content):
-        path = zipped(
-            tmp_path / f'{name}.zip', {f'{i}.png': encoded(PICTURES[0]) for i in range(3)} | {'3.png': content}
-        )
-        return load(path, tmp_path / 'cache', num_shards=2, max_bad_fraction=0.5).record['pictures_sha256']
+        files = {f'{i}.png': encoded(PICTURES[0]) for i in range(3)} | {'3.png': content}
+        path = zipped(tmp_path / f'{name}.zip', files)
+        return data.open_pictures(f'folder:{path}', 'train').sha256_everywhere
 
     picture = encoded(PICTURES[0])
     assert digest('one', picture) == digest('two', picture) != digest('three', picture[:-1] + b'x')
@@ -127,6 +128,14 @@ def test_names_of_pictures_in_a_later_shard_are_right(pictures, tmp_path, capsys
     assert '1 of 12 pictures cannot be used' in capsys.readouterr().out
 
 
+def test_unusable_pictures_are_counted_over_all_shards(pictures, tmp_path):
+    """One of 23 is more than 4 %, but less than 5 %, wherever it is."""
+    (pictures / 'b' / '21.png').write_bytes(b'no picture')
+    assert len(load(pictures, tmp_path / 'cache', num_shards=5, max_bad_fraction=0.05)) == COUNT - 1
+    with pytest.raises(ValueError, match=r'1 of 23 .* data.max_bad_fraction=0.04: .* --config.*max_bad_fraction=0.044'):
+        load(pictures, tmp_path / 'cache', num_shards=5, max_bad_fraction=0.04)
+
+
 def test_more_shards_than_pictures_are_an_error(pictures, tmp_path):
-    with pytest.raises(ValueError, match=r'there are no images in .*, part 0 of data.shards=24: use fewer'):
+    with pytest.raises(ValueError, match=r'^23 pictures cannot be divided into data.shards=24: use fewer shards'):
         load(pictures, tmp_path / 'cache', num_shards=24)

@@ -58,7 +58,7 @@ def test_a_step_gets_the_images_of_its_order(pictures, monkeypatch, placement, f
 @pytest.mark.parametrize('placement', ['device', 'host'])
 def test_a_step_gets_images_of_each_shard(pictures, placement):
     config = config_of(pictures, data__placement=placement, data__shards=4, train__num_steps=3)
-    images = build.load_same_images(config, own=True)
+    images = build.load_training_images(config)
     assert images.record['count'] == 40
     order = data.Order((10, 10, 10, 10), 16, 0, shards=4)
     for k, (batch, indices) in enumerate(train.feed(config, build.build(config), images, 0)):
@@ -73,22 +73,42 @@ def test_a_step_gets_images_of_each_shard(pictures, placement):
 @pytest.mark.parametrize(
     ('changes', 'hosts', 'words'),
     [
-        (dict(data__shards=3), 2, 'config.data.shards is 3, which 2 hosts cannot divide evenly: use a multiple of 2'),
+        (
+            dict(data__shards=3),
+            2,
+            'config.data.shards is 3, which 2 hosts cannot divide evenly: use another number of hosts, or for',
+        ),
         (dict(data__shards=3), 1, 'config.train.batch_size is 16, which data.shards=3 cannot divide evenly'),
     ],
 )
-def test_shards_that_hosts_or_batches_cannot_share_are_refused(pictures, monkeypatch, changes, hosts, words):
-    monkeypatch.setattr(jax, 'process_count', lambda: hosts)
+def test_shards_that_hosts_or_batches_cannot_share_are_refused(pictures, changes, hosts, words):
     with pytest.raises(RunError, match=re.escape(words)):
-        train.require_shards(config_of(pictures, **changes))
+        train.require_shards(config_of(pictures, **changes), hosts)
 
 
 def test_a_host_that_has_only_its_own_images_cannot_put_all_on_the_devices(pictures, monkeypatch):
     config = config_of(pictures, data__placement='device', data__shards=2)
-    exp, images = build.build(config), build.load_images(config, shards=[0])
+    exp, images = build.build(config), build.load_images(config)
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     with pytest.raises(RunError, match=r'data.shards=2 each of 2 hosts has only its own images'):
         train.feed(config, exp, images, 0)
+
+
+def test_a_part_of_a_batch_larger_than_a_shard_is_an_error(pictures):
+    """Otherwise a batch would have an image twice."""
+    config = config_of(pictures, data__shards=2, train__batch_size=32)
+    images = build.load_images(config)
+    train.require_enough(config, images)
+    fewer = dataclasses.replace(images, record=images.record | {'counts': [24, 15], 'count': 39})
+    with pytest.raises(RunError, match=r'16 images from each of data.shards=2, but one has only 15'):
+        train.require_enough(config, fewer)
+
+
+def test_only_the_split_that_is_trained_on_is_divided(tmp_path):
+    """A held-out split may have fewer pictures than there are shards."""
+    files = {f'train/{i:02d}.png': PNG[i] for i in range(20)} | {f'test/{i}.png': PNG[i] for i in range(3)}
+    config = config_of(fill(tmp_path / 'split', files), data__shards=4)
+    assert [len(build.load_images(config, split).shards) for split in ('', 'train', 'test')] == [4, 4, 0]
 
 
 def test_the_number_of_shards_belongs_to_a_run(pictures, tmp_path):
