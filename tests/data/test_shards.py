@@ -1,4 +1,4 @@
-"""Images in shards, of which a host needs only its own."""
+"""Images that are divided into shards. A host loads only some of them."""
 
 import hashlib
 import itertools
