@@ -291,13 +291,18 @@ def _check_bad(bad: int, source: Source, listed: str, max_bad_fraction: float) -
     if bad > max_bad_fraction * len(source) or 0 < bad == len(source):
         with open(listed, encoding='utf-8') as file:
             first = ''.join(f'\n    {line.rstrip()}' for line in itertools.islice(file, 5))
-        enough = math.ceil(1000 * bad / len(source)) / 1000
-        allow = (
-            f'. This is more than data.max_bad_fraction={max_bad_fraction:g}: remove or repair them, or allow as many '
-            f'by --config.data.max_bad_fraction={enough}'
-        )
+        allow = f'. {too_many(bad, len(source), max_bad_fraction)}'
         # If most cannot be used, it is rarely the pictures that are wrong.
         raise ValueError(f'{_summary(bad, source, listed)}{allow if 2 * bad <= len(source) else ""}. The first:{first}')
+
+
+def too_many(bad: int, count: int, max_bad_fraction: float) -> str:
+    """Return what the user can do if more than a fraction of `count` pictures cannot be used."""
+    enough = math.ceil(1000 * bad / count) / 1000
+    return (
+        f'This is more than data.max_bad_fraction={max_bad_fraction:g}: remove or repair them, or allow as many '
+        f'by --config.data.max_bad_fraction={enough}'
+    )
 
 
 def _damaged(entry: str, error: Exception) -> ValueError:

@@ -1,10 +1,9 @@
 """Load the images of one split."""
 
-import math
 import os
 from collections.abc import Sequence
 
-from diffusion.data.cache import decoded
+from diffusion.data.cache import decoded, too_many
 from diffusion.data.images import Images, join
 from diffusion.data.pictures import MAX_PIXELS, Preprocessing
 from diffusion.data.sources import Source, open_source
@@ -116,8 +115,5 @@ def require_usable(usable: int, count: int, max_bad_fraction: float) -> None:
     """Raise ValueError if more than a fraction of `count` pictures, divided into shards, cannot be used."""
     bad = count - usable
     if bad > max_bad_fraction * count:
-        raise ValueError(
-            f'{bad} of {count} pictures cannot be used, as the warnings above say. This is more than '
-            f'data.max_bad_fraction={max_bad_fraction:g}: remove or repair them, or allow as many by '
-            f'--config.data.max_bad_fraction={math.ceil(1000 * bad / count) / 1000}'
-        )
+        advice = too_many(bad, count, max_bad_fraction)
+        raise ValueError(f'{bad} of {count} pictures cannot be used, as the warnings above say. {advice}')
