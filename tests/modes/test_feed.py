@@ -11,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL
 import pytest
 
 from diffusion import build, data, workdir
@@ -102,6 +103,22 @@ def test_a_part_of_a_batch_larger_than_a_shard_is_an_error(pictures):
     fewer = dataclasses.replace(images, record=images.record | {'counts': [24, 15], 'count': 39})
     with pytest.raises(RunError, match=r'16 images from each of data.shards=2, but one has only 15'):
         train.require_enough(config, fewer)
+
+
+def test_hosts_compare_pictures_and_preprocessing_before_they_decode(pictures, monkeypatch):
+    compared = {}
+
+    def differ(values, advice):
+        compared.update(values)
+        raise RunError('the hosts differ')
+
+    monkeypatch.setattr(build, 'require_same', differ)
+    monkeypatch.setattr(data, 'decode', lambda *_, **__: pytest.fail('pictures are decoded'))
+    with pytest.raises(RunError, match='the hosts differ'):
+        build.load_training_images(config_of(pictures, data__shards=2))
+    digest = data.open_pictures(f'folder:{pictures}', 'train').sha256_everywhere
+    assert compared['config.data.source'] == f'40 pictures whose names and sizes have SHA-256 {digest}'
+    assert PIL.__version__ in compared['the preprocessing']
 
 
 def test_only_the_split_that_is_trained_on_is_divided(tmp_path):
