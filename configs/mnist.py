@@ -7,7 +7,7 @@ reads a folder or a zip file of the pictures, with train/ and test/. Without one
     make prepare DATASET=mnist
     diffusion --config=mnist --workdir=runs/mnist
 
-4,000 steps of 32 images take about 20 minutes on two CPU cores.
+4,000 steps of 32 images take 20 minutes to an hour on two CPU cores.
 """
 
 from diffusion.configs import default

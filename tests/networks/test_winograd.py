@@ -159,7 +159,7 @@ def primitives(f, *args):
     return {equation.primitive.name for equation in jax.make_jaxpr(f)(*args).eqns}
 
 
-@pytest.mark.parametrize('doubled, channels, size', [(False, 128, 8), (False, 32, 4), (True, 32, 8)])
+@pytest.mark.parametrize('doubled, channels, size', [(False, 128, 8), (False, 32, 14), (False, 32, 4), (True, 32, 8)])
 def test_large_convolutions_are_winograds(doubled, channels, size):
     x, kernel, *_ = (jnp.float32(a) for a in arrays(channels, channels, size, size))
 
@@ -185,6 +185,8 @@ def test_large_convolutions_are_winograds(doubled, channels, size):
         {'outputs': 3},
         {'inputs': 64},
         {'outputs': 64},
+        {'height': 14, 'width': 14, 'inputs': 24},
+        {'height': 15, 'width': 15},
         {'inputs': 24, 'doubled': True},
         {'outputs': 24, 'doubled': True},
         {'width': 2, 'height': 2, 'doubled': True},

@@ -120,7 +120,9 @@ def _fastest(x, kernel, strides, padding, doubled):
         return 'doubled' if fewest >= 32 and height * width >= 16 else None
     if height == width == 4:
         return 'whole' if fewest >= 32 and most <= 128 else None
-    return 'same' if fewest >= 128 and height % 2 == width % 2 == 0 and height * width >= 64 else None
+    # The fewer the channels, the more pixels it takes to outweigh the transforms.
+    worth = height * width >= (64 if fewest >= 128 else 196) and fewest >= 32
+    return 'same' if worth and height % 2 == width % 2 == 0 else None
 
 
 def winograd(x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C O'], *, algorithm: str) -> Float[Array, 'B ...']:
