@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-NETWORKS = {'cifar10': 'CIFAR-10 network (35.7M)', 'digits': 'digits network'}
+NETWORKS = {'cifar10': 'CIFAR-10 network (35.7M)', 'digits': 'digits network', 'mnist': 'MNIST network'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Task:
 
     def build(self) -> ConfigDict:
         """Return the config of the task."""
-        from diffusion.configs import cifar10, digits
+        from diffusion.configs import cifar10, digits, mnist
 
-        config = {'cifar10': cifar10, 'digits': digits}[self.config].get_config()
+        config = {'cifar10': cifar10, 'digits': digits, 'mnist': mnist}[self.config].get_config()
         config.train.batch_size = self.batch
         config.model.dtype = self.dtype
         if self.tiny:
@@ -73,6 +73,7 @@ TASKS = {  # for each benchmark
         Task('cifar10', 16, num_steps=50, targets={'eager': 1.0}),
         Task('digits', 32, times=50, targets={'eager': 0.7}),
         Task('digits', 250, num_steps=50, targets={'eager': 0.7}),
+        Task('mnist', 32, times=5, targets={'eager': 1.0}),
     ],
     'gpu': [
         Task('cifar10', 128, dtype='bfloat16', times=20, targets={'compiled': 0.75}),
