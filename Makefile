@@ -1,7 +1,7 @@
 # make demo         train on handwritten digits, sample with DDIM and DDPM, compute the likelihood, name the pictures
-# make test         the tests, in minutes
+# make test         the tests for every commit, in minutes
 # make lint         style, format and types
-# make test-slow    tests that take longer: the demo's quality, likelihoods of a trained run, lost hosts
+# make test-slow    the other tests: the demo's quality, real hosts, killed processes, other settings
 # make chaos        kill a run at random moments, damage its checkpoints, fill its disk; KILLS=100 for the long form
 # make peers        comparisons with other projects, in an environment of their own
 # make test-plan    programs compiled for a GPU and a TPU that are not here, in an environment of their own

@@ -113,6 +113,7 @@ def test_a_checkout_s_path_of_a_config_is_found_from_any_folder(tmp_path, monkey
     assert cli.find_config(['--config=configs/digits.py'])[1] == 'configs/digits.py'  # one's own
 
 
+@pytest.mark.slow
 def test_a_workdir_with_a_run_needs_no_config(tmp_path):
     """Its data, network and schedule are the run's, in any folder; the mode's settings may be given beside it."""
     config = tiny()
@@ -131,6 +132,7 @@ def test_the_names_of_configs_are_those_of_the_files():
     assert set(cli.config_names()) == {path.stem for path in (ROOT / 'configs').glob('*.py')} - {'__init__'}
 
 
+@pytest.mark.slow
 def test_a_run_of_another_network_is_refused_in_a_few_lines(tmp_path):
     config = digits.get_config()
     (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
@@ -203,6 +205,7 @@ def test_help_lists_the_keys_of_the_tables_without_importing_jax(monkeypatch):
             assert f'({limit})' in text  # str(limit) imports the table
 
 
+@pytest.mark.slow
 def test_a_path_of_the_user_is_understood(tmp_path):
     """~ is the home folder, here one without a run."""
     assert_refused(main(CONFIG, '--workdir=~/run', '--mode=sample', HOME=str(tmp_path)), str(tmp_path / 'run'), 'train')

@@ -38,6 +38,7 @@ def density(x, t, scale):
     return (1 - scale) * DATA.log_density(x, t) + scale * of_class
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(SCALES, INTERVALS)
 def test_the_guided_noise_is_the_gradient_of_the_sharpened_density(scale, interval):

@@ -94,6 +94,7 @@ def copy(workdir, target):
     return target
 
 
+@pytest.mark.slow
 def test_two_hosts_stop_together_and_resume_as_one(stopped, tmp_path, aside):
     """Two processes with two devices, then one with four; compared with one process with one device."""
     workdir, step = stopped
@@ -326,6 +327,7 @@ def refusals(tmp_path_factory, aside):
 REFUSING, LONELY = (f'127.0.0.1:{free_port()}' for _ in range(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'words',
     [
@@ -349,6 +351,7 @@ def test_one_difference_is_named_as_one(monkeypatch):
         build.require_same({'--mode': 'train'}, 'Do that.')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('case', 'digest'),
     [
@@ -362,6 +365,7 @@ def test_other_images_are_refused_by_all_hosts(refusals, case, digest):
         assert f'process 0 has {digest}' in output and f'process 1 has {digest}' in output
 
 
+@pytest.mark.slow
 def test_what_one_host_cannot_load_is_told_by_all(refusals):
     for output in refusals['all pictures'].result():
         assert re.search(r'error: process 1: config.data: there is no folder .*/1/pictures', output)
@@ -377,6 +381,7 @@ def assert_tries_again(found, *words):
     assert 'Traceback' not in output and 'stack trace' not in output, output
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_does_not_answer_is_named(refusals):
     found = refusals['coordinator'].result()
     assert f'process 1: waiting for 2 processes at {REFUSING}' in found[1]
@@ -391,16 +396,19 @@ def test_a_coordinator_whose_name_is_unknown_is_named(monkeypatch, capsys):
     assert f'process 1: waiting for 2 processes at {address}' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_host_that_does_not_come_is_missed(refusals):
     found = refusals['peer'].result()
     assert f'process 0: waiting for 2 processes at {LONELY}' in found[1]
     assert_tries_again(found, f'config.distributed.coordinator={LONELY}', 'config.distributed.num_processes', '3 s')
 
 
+@pytest.mark.slow
 def test_a_host_that_slurm_announces_is_missed(refusals):
     assert_tries_again(refusals['slurm'].result(), 'not met', 'config.distributed.detect=False')
 
 
+@pytest.mark.slow
 def test_pods_whose_names_are_not_known_yet_try_again(refusals):
     assert_tries_again(refusals['pods'].result(), 'do not meet', 'config.distributed.detect=False')
 
@@ -433,6 +441,7 @@ def test_settings_that_contradict_each_other_are_named(changes, words, monkeypat
         assert word in str(error.value)
 
 
+@pytest.mark.slow
 def test_they_are_refused_on_the_command_line(tmp_path):
     asked = [f'--config.distributed.{change}' for change in ('coordinator=127.0.0.1:1', 'num_processes=2')]
     assert_refused(main(*flags(tmp_path / 'run'), *asked), 'config.distributed', 'process_id=-1')

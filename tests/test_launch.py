@@ -133,6 +133,7 @@ def test_tpus_that_are_stopped_are_not_started_again(tmp_path):
     assert sum('main.py' in call for call in called(bin_)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('status', [EXIT_STATUS, 134])
 def test_tpus_that_always_fail_are_given_up(tmp_path, status):
     """Hosts that never meet end with 75, as a stop does."""
@@ -190,6 +191,7 @@ def worker(tmp_path):
 VENV = 'mkdir -p .venv/bin && echo exit > .venv/bin/python && chmod +x .venv/bin/python'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('recent', 'whole', 'share', 'asked'),
     [

@@ -196,6 +196,7 @@ assert not hidden, hidden
 """
 
 
+@pytest.mark.slow
 def test_the_library_leaves_the_process_as_it_was(tmp_path):
     """Importing all of it, training, resuming from a damaged checkpoint and sampling replace nothing."""
     done = subprocess.run(

@@ -52,6 +52,7 @@ def begins(*args, **kwargs):
     raise Reached
 
 
+@pytest.mark.slow
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(FLAT)), st.data())
 def test_any_value_is_accepted_or_refused_by_its_key(tmp_path_factory, key, drawn):

@@ -83,6 +83,7 @@ def names(config):
     }
 
 
+@pytest.mark.slow
 def test_the_config_trains_and_samples_at_the_command_line(mine, tmp_path):
     """In processes that know nothing of it but --config; what it adds is in the checkpoint and in the records.
 
@@ -151,6 +152,7 @@ def test_every_entry_that_the_config_adds_is_called(mine, tmp_path, monkeypatch)
     assert {'SCHEDULES', 'NETWORKS'} <= set(calls) <= {'SCHEDULES', 'NETWORKS', 'SOURCES'}
 
 
+@pytest.mark.slow
 def test_a_key_of_its_own_is_changed_on_the_command_line_and_belongs_to_the_run(mine, tmp_path):
     config = load(mine).get_config()
     config.update_from_flattened_dict(SHORT | {'train.num_steps': 1})

@@ -89,6 +89,7 @@ def test_help_is_quick_and_imports_no_jax(site, tmp_path):
     assert not {'jax', 'numpy', 'flax', 'tensorflow'} & set(imported.split())
 
 
+@pytest.mark.slow
 def test_the_command_runs_in_any_folder(site, tmp_path):
     command = [sys.executable, site / 'bin' / 'diffusion', '--config=digits', '--workdir=runs/x', '--mode=data']
     assert 'images of shape [8, 8, 1]' in run(site, tmp_path, *command)

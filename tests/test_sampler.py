@@ -108,7 +108,7 @@ def test_large_variance_adds_its_noise_at_the_end_if_asked():
     assert_moments(samples, mean, var + 1 - ALPHA_BAR[levels[-2]])
 
 
-@pytest.mark.parametrize('eta', [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize('eta', [0.0, *(pytest.param(eta, marks=pytest.mark.slow) for eta in (0.2, 0.5, 0.8)), 1.0])
 def test_samples_of_gaussian_data_have_its_width(eta):
     """All 1,000 levels, as a config whose variance is 'auto' samples: N(0, 0.5²) comes out within 2 %."""
     alpha_bar = np.cumprod(np.append(1.0, 1 - np.linspace(1e-4, 0.02, 1000)))

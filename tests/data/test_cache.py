@@ -412,6 +412,7 @@ def sha256(tmp_path_factory):
     return Counted(PNG).decoded(tmp_path_factory.mktemp('cache')).record['sha256']
 
 
+@pytest.mark.slow
 def test_a_killed_build_starts_over(tmp_path, sha256):
     """What it left is ignored and removed. Of two processes that find it, one decodes."""
     directory, logs = tmp_path / 'cache', [tmp_path / str(i) for i in range(3)]
@@ -431,6 +432,7 @@ def test_a_killed_build_starts_over(tmp_path, sha256):
     assert len(entries(directory)) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_ends_soon_and_leaves_nothing(tmp_path):
     """It does not wait for the rest of each chunk."""
     process = start(tmp_path / 'cache', tmp_path / 'log', 0.25)

@@ -206,6 +206,7 @@ def import_to(path, given, **asked):
     return import_weights.run(tiny(changes), str(path / 'run'))
 
 
+@pytest.mark.slow
 def test_a_conditional_workdir_has_no_unconditional_model(tmp_path):
     """No training used the row of no class, which their networks do not have. It may have a learned variance."""
     assert import_to(tmp_path, tensors(num_classes=10, resblock_updown=True, out_channels=2)) == 0

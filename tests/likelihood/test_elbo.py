@@ -141,14 +141,16 @@ def pixels(shape):
     'T, levels, kind, eta, variance, shape',
     [
         (10, None, 'v', 1.0, 'small', ()),
-        (10, None, 'eps', 0.4, [0.9, 0.5, 0.3, 0.2, 0.2, 0.1, 0.05, 0.04, 0.02, 0.03], (1,)),
+        pytest.param(
+            10, None, 'eps', 0.4, [0.9, 0.5, 0.3, 0.2, 0.2, 0.1, 0.05, 0.04, 0.02, 0.03], (1,), marks=pytest.mark.slow
+        ),
         (10, [9, 6, 2, 1, 0], 'eps', 1.0, 'large', (2, 2, 2)),
-        (10, [10, 0], 'v', 0.5, 'small', (8,)),
-        (1000, None, 'v', 1.0, 'small', (8,)),
+        pytest.param(10, [10, 0], 'v', 0.5, 'small', (8,), marks=pytest.mark.slow),
+        pytest.param(1000, None, 'v', 1.0, 'small', (8,), marks=pytest.mark.slow),
         (1000, None, 'x0', 0.5, 'small', ()),
-        (1000, timesteps(1000, 28, 'quad'), 'v', 1.0, 'large', (8,)),
-        (1000, timesteps(1000, 28, 'quad'), 'v', 0.3, 'small', (8,)),
-        (1000, timesteps(1000, 7, 'leading'), 'eps', 0.8, 'small', (2, 2, 2)),
+        pytest.param(1000, timesteps(1000, 28, 'quad'), 'v', 1.0, 'large', (8,), marks=pytest.mark.slow),
+        pytest.param(1000, timesteps(1000, 28, 'quad'), 'v', 0.3, 'small', (8,), marks=pytest.mark.slow),
+        pytest.param(1000, timesteps(1000, 7, 'leading'), 'eps', 0.8, 'small', (2, 2, 2), marks=pytest.mark.slow),
     ],
 )
 def test_every_term_of_gaussian_data(monkeypatch, T, levels, kind, eta, variance, shape):
@@ -216,6 +218,7 @@ weights = st.integers(0, 2**31).map(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(weights, st.integers(0, 2**31))
 def test_two_forms_have_one_expectation(weights, seed):
@@ -248,7 +251,7 @@ def some_terms(form, levels):
 
 
 @pytest.mark.parametrize('form', ['posterior', 'transition'])
-@pytest.mark.parametrize('levels', [1, 5, 11])
+@pytest.mark.parametrize('levels', [1, pytest.param(5, marks=pytest.mark.slow), 11])
 def test_some_levels_have_the_expectation_of_all(form, levels):
     exact = Chains(FAR_NET, np.arange(12, -1, -1), 1.0).elbo(-0.3, form)[2]
     found = np.asarray(some_terms(form, levels).consistency, np.float64)

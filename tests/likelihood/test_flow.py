@@ -88,6 +88,7 @@ def coupled_density(key, x, probes):
     return log_density(key, schedule.cosine(20), coupled, x, kind='eps', probes=probes)
 
 
+@pytest.mark.slow
 def test_probes_are_unbiased_for_the_exact_divergence():
     x = jnp.broadcast_to(jnp.array([0.5, -1.0, 0.1, 1.3]), (2000, 4))
     exact = coupled_density(KEY, x[:2], 0)

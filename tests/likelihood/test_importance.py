@@ -33,6 +33,7 @@ def small_bound(key, sch, x0, samples):
     return importance_bound(key, sch, line(NET.output('eps')), x0, **how)
 
 
+@pytest.mark.slow
 def test_it_rises_to_the_evidence():
     """It starts at the ELBO for K = 1; in expectation it is below log p(x_0), by about var(w)/(2K·p²)."""
     log_p = CHAINS.log_p(X0)
@@ -54,11 +55,11 @@ def test_it_rises_to_the_evidence():
 @pytest.mark.parametrize(
     'levels, eta, variance, shape',
     [
-        (None, 1.0, 'small', (8,)),
+        pytest.param(None, 1.0, 'small', (8,), marks=pytest.mark.slow),
         ([12, 7, 4, 3, 1, 0], 1.0, 'large', (2, 2, 2)),
         ([12, 7, 4, 3, 1, 0], 0.6, 'small', (2, 2, 2)),
-        ([11, 6, 0], 0.3, 'small', ()),
-        ([12, 0], 0.5, [0.7], (1,)),
+        pytest.param([11, 6, 0], 0.3, 'small', (), marks=pytest.mark.slow),
+        pytest.param([12, 0], 0.5, [0.7], (1,), marks=pytest.mark.slow),
     ],
 )
 def test_one_trajectory_is_the_elbo_and_unbiased_for_the_evidence(levels, eta, variance, shape):
@@ -88,6 +89,7 @@ def tiny_bound(key, sch, weights, x0, samples):
     return importance_bound(key, sch, net, x0, **how)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.integers(0, 2**31))
 def test_it_does_not_fall_as_the_samples_double(seed):

@@ -20,6 +20,7 @@ def parts(digits, seed):
     return digits[order[:150]], digits[order[150:850]], digits[order[850:1250]]
 
 
+@pytest.mark.slow
 def test_independent_images_raise_an_alarm_in_at_most_5_of_100_draws(digits):
     alarms = sum(bool(memorization.report(*parts(digits, seed)).copies) for seed in range(100))
     assert alarms <= 5

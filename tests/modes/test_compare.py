@@ -117,6 +117,7 @@ def test_unlike_records_are_refused_with_the_keys_that_differ(tmp_path, changes,
         compare.run(paths)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_two_records(tmp_path):
     paths = [write(tmp_path / 'a', [entry(5.0, 0.3)]), write(tmp_path / 'b', [entry(4.0, 0.4)])]
     done = main('--mode=compare', *paths)

@@ -141,11 +141,13 @@ def test_the_digits(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir() if path.name != 'cache'] == ['data']
 
 
+@pytest.mark.slow
 def test_the_mode_at_the_command_line(tmp_path):
     done = main(CONFIG, f'--workdir={tmp_path}', '--mode=data')
     assert done.returncode == 0 and str(tmp_path / 'data' / 'grid.png') in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_source_that_is_left_open_is_asked_for(tmp_path):
     done = main('--config=configs/folder.py', f'--workdir={tmp_path}', '--mode=data')
     assert_refused(done, '--config.data.source=folder:/path/to/pictures')

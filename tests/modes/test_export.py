@@ -25,6 +25,7 @@ def run(tmp_path):
     return run_of(tmp_path / 'run', tiny())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['', 'step1-ema/unet/diffusion_pytorch_model.safetensors', 'step1-ema/README.md'])
 def test_a_folder_that_cannot_be_written_is_one_error(run, name):
     """A file stands where a folder is needed, or a folder where a file is needed."""

@@ -156,6 +156,7 @@ class Affine:
         return lambda x_t, t: params['scale'] * x_t + params['shift'] + 0.1 * jax.random.normal(dropout_key, x_t.shape)
 
 
+@pytest.mark.slow
 def test_training_does_not_depend_on_the_placement(pictures):
     """Bit by bit: images on the device; on the host, from the cache; decoded for each batch, and resumed."""
     ends, step_fns = [], {}
@@ -254,6 +255,7 @@ def test_celeba_trains_from_tfds_without_tensorflow(tmp_path):
     assert saved(tmp_path / 'run') == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_while_decoding_ends_in_one_line(pictures, tmp_path, number):
     """With status 75, without a traceback, and without files of an unfinished cache.
@@ -296,6 +298,7 @@ def test_an_interrupt_while_decoding_ends_in_one_line(pictures, tmp_path, number
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_missing_dataset_is_an_error_in_a_few_lines(tmp_path):
     done = main('--config=configs/celeba.py', f'--workdir={tmp_path / "run"}', f'--config.data.data_dir={tmp_path}')
     assert_refused(done, f'{tmp_path}/celeb_a', 'make prepare DATASET=celeb_a', '--config.data.source=folder:')

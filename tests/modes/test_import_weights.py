@@ -93,6 +93,7 @@ def test_the_images_are_theirs(exp_and_net, expected):
 # A workdir as any other
 
 
+@pytest.mark.slow
 def test_it_can_be_sampled_and_exported_as_it_came(tmp_path, imported):
     path = shutil.copytree(imported, tmp_path / 'run')
     config = config_of(path, sample__num_images=2, sample__num_steps=4, sample__compat='diffusers')
@@ -157,6 +158,7 @@ def test_on_several_hosts(tmp_path):
     assert back.keys() == there.keys() and all((back[name] == there[name]).all() for name in there)
 
 
+@pytest.mark.slow
 def test_the_flags_that_are_printed_are_those_of_the_other_modes(tmp_path, capsys):
     import_to(tmp_path / 'run', f'diffusers:{PIPELINE}')
     flags = [word for word in capsys.readouterr().out.split() if word.startswith('--')]
@@ -194,6 +196,7 @@ def test_checkpoints_without_a_config_are_left_alone(began_with_an_import, tmp_p
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_an_unfinished_import_is_repeated(tmp_path, imported, monkeypatch):
     """It has no config.json, which is written last: here after a crash, and then because the disk was full."""
     path = shutil.copytree(imported, tmp_path / 'run')

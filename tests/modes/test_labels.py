@@ -116,6 +116,7 @@ def test_a_run_takes_the_number_of_classes_from_the_source_and_records_the_label
     assert_bitwise(checkpoint(unbroken, 4), arrays)
 
 
+@pytest.mark.slow
 def test_images_in_other_classes_are_other_images(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     png = [encoded(image) for image in noise(20, 8, 8, 1)]
@@ -163,7 +164,9 @@ def test_pictures_of_the_class_are_tried_in_turn_until_there_were_enough():
 # Networks.
 
 
-@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[] if name == 'cpu' else pytest.mark.slow) for name in IMPLEMENTATIONS]
+)
 def test_an_unconditional_network_is_the_conditional_one_without_its_labels(name):
     """It has the same initial parameters, and a row of zeros makes the conditional one compute the same."""
     networks = NETWORKS | IMPLEMENTATIONS[name].NETWORKS
@@ -243,6 +246,7 @@ def test_samples_are_measured_by_class(trained):
         assert entry['standard_error'] > 0 and entry['reference']['labels_sha256'] == real.record['labels_sha256']
 
 
+@pytest.mark.slow
 def test_guidance_of_scale_1_changes_no_bit_and_others_have_folders_of_their_own(trained):
     ask = [
         {},
@@ -260,6 +264,7 @@ def test_guidance_of_scale_1_changes_no_bit_and_others_have_folders_of_their_own
     assert names[0] == names[1] and len(set(names)) == 4
 
 
+@pytest.mark.slow
 def test_a_weaker_checkpoint_guides(trained, tmp_path):
     """Also a narrower and unconditional one. The same checkpoint changes nothing: nothing is weaker."""
     itself = conditional(sample__guidance=3.0, sample__guide=str(trained))
@@ -326,6 +331,7 @@ def test_a_run_from_before_there_were_labels_is_used_as_before(tmp_path):
 # Likelihoods.
 
 
+@pytest.mark.slow
 def test_likelihoods_are_given_the_class_of_each_image_and_listed_by_class(trained):
     ask = {'num_images': 60, 'batch_size': 25, 'samples': 2, 'quantities': ('posterior', 'importance')}
     config = conditional(**{f'likelihood__{key}': value for key, value in ask.items()})

@@ -198,6 +198,7 @@ def test_a_sweep_has_a_row_of_the_learned_variance():
         assert (steps.widening is not None) == (cell.variance == 'learned')
 
 
+@pytest.mark.slow
 def test_likelihoods_have_the_learned_variance(model, tmp_path):
     how = dict(likelihood__num_images=2, likelihood__quantities=('posterior',), likelihood__batch_size=2)
     assert likelihood.run(learned(**how, likelihood__folder=str(tmp_path)), str(model)) == 0
@@ -282,6 +283,7 @@ def test_a_run_from_before_there_was_a_variance_goes_on(tmp_path):
         workdir.check_config(learned(), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_imported_again(tmp_path):
     """diffusers' DDPMPipeline with 'learned_range'; its DDIMPipeline cannot use it, and the model card says so."""
     config = tiny(LEARNED)

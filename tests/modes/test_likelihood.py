@@ -78,6 +78,7 @@ def test_the_files_and_the_rows_of_the_ledger(whole):
         assert error == pytest.approx(np.linalg.norm(np.float64(errors)) / 11)
 
 
+@pytest.mark.slow
 def test_a_few_levels_estimate_the_sum_over_all(trained, whole, monkeypatch):
     """Two of three consistency terms are drawn: another sum, within its errors of the whole; they are plotted."""
     plotted = []
@@ -108,6 +109,7 @@ def test_the_plot_shows_the_mean_and_the_spread_of_the_terms(tmp_path, monkeypat
         assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((scale * 1.2, scale * 19))
 
 
+@pytest.mark.slow
 def test_every_image_is_counted_once(trained, monkeypatch):
     """If the decoder returns the sum over the image, the ledger has the mean of that over the 11 images."""
     monkeypatch.setattr('diffusion.likelihood.chain.log_likelihood', lambda x0, *_, **__: decoder.per_image(x0))
@@ -166,6 +168,7 @@ def test_each_trajectory_of_each_image_has_noise_of_its_own(trained, monkeypatch
     assert len(parts) == 2 * 3 and len(draws) == len(set(draws)) == 2 * 11
 
 
+@pytest.mark.slow
 def test_the_estimate_of_an_image_does_not_depend_on_its_batch(trained, whole):
     """Batches of 11 instead of 4, the last of which is filled up: the same draws of levels and noise for each image."""
     folders = [whole[0], compute(trained, asking(quantities=('posterior', 'importance'), batch_size=11))[0]]
@@ -294,6 +297,7 @@ def test_a_workdir_in_which_no_ledger_can_be_written_is_refused_before_it_is_com
         likelihood.run(asking(), str(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['ledger.json.new', 'ledger.md', 'terms.png', 'parts/posterior-0-00000000.npz.new'])
 def test_a_failed_write_is_reported_in_one_line(trained, tmp_path, name):
     """As on a disk that fills up: here a folder has the name of the file."""

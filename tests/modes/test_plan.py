@@ -40,6 +40,7 @@ def needs_compiler(target):
         pytest.skip('its compiler is not installed: make test-plan')
 
 
+@pytest.mark.slow
 def test_a_plan_of_this_machine(tmp_path):
     """Arithmetic, memory and kernels of all programs; no messages, and no rate, as that of a CPU is not known."""
     keys = flags(tmp_path, QUICK, sample__num_steps=4)[2:]

@@ -207,6 +207,7 @@ def test_reading_parameters_does_not_move_the_compile_cache(trained):
     assert jax.config.jax_compilation_cache_dir == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_while_images_are_drawn_keeps_them_and_the_same_command_resumes(
     trained, number, tmp_path, monkeypatch
@@ -346,6 +347,7 @@ def test_the_weights_that_are_asked_for_are_used(tmp_path):
     assert folders[0] != folders[1]  # neither overwrites the other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('key', 'value'), [('eta', 0.0), ('clip', False), ('variance', 'large'), ('spacing', 'leading')]
 )

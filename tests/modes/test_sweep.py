@@ -108,6 +108,7 @@ def test_every_cell_starts_from_the_same_noise(monkeypatch):
     assert len(np.unique(two)) == two.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('key', 'value'), [('clip', False), ('spacing', 'linspace')])
 def test_another_setting_is_another_sweep(trained, swept, tmp_path, key, value):
     """Finished cells of one are not taken for those of the other."""

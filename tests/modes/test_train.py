@@ -134,7 +134,11 @@ def run_by_hand(*, grad_clip, warmup_steps, bad=(), learning_rate=1e-2):
 
 @pytest.mark.parametrize(
     ('grad_clip', 'warmup_steps', 'bad'),
-    [(0.1, 4, ()), (0.1, 4, (0, 2, 3)), (0.0, 0, ())],
+    [
+        pytest.param(0.1, 4, (), marks=pytest.mark.slow),
+        (0.1, 4, (0, 2, 3)),
+        pytest.param(0.0, 0, (), marks=pytest.mark.slow),
+    ],
     ids=['clip and warm-up', 'clip, warm-up and skipped steps', 'neither'],
 )
 def test_a_step_is_adam_after_clipping_and_a_skipped_step_is_no_update(grad_clip, warmup_steps, bad):
@@ -207,6 +211,7 @@ def test_a_step_draws_from_seed_and_step_alone():
     assert len(set(losses)) == 6
 
 
+@pytest.mark.slow
 def test_a_step_uses_no_key_twice():
     """Flips, levels, noise and dropout are drawn from different keys."""
     exp = experiment_of(Affine())

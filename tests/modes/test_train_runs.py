@@ -240,6 +240,7 @@ def await_step(path, step, process):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_as_if_it_had_not_been(unbroken, tmp_path, capsys):
     """In a process that compiles for itself; a sheet of samples at each step leaves time for the signal to arrive."""
     path = tmp_path / 'run'
@@ -262,6 +263,7 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(unbroken, tmp_path, ca
     assert metrics(path) == metrics(unbroken)
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_output(unbroken, tmp_path):
     """The disk of the log is full, and who read the errors is gone."""
     read_end, write_end = os.pipe()
@@ -273,6 +275,7 @@ def test_training_goes_on_without_output(unbroken, tmp_path):
     assert_bitwise(checkpoint(tmp_path, 4), checkpoint(unbroken, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('complete', [True, False], ids=['after a checkpoint', 'while one is written'])
 def test_a_workdir_that_is_moved_during_the_run_is_created_again(unbroken, tmp_path, monkeypatch, capsys, complete):
     path, moved = tmp_path / 'run', tmp_path / 'moved'

@@ -112,10 +112,10 @@ def expected(name, dropout):
         pytest.param('cpu', 'digits', 0.3, True, marks=pytest.mark.slow),
         pytest.param('cpu', 'cifar10', None, False, marks=pytest.mark.slow),
         pytest.param('cpu', 'cifar10', 0.3, True, marks=pytest.mark.slow),
-        ('cpu', 'odd', None, True),
+        pytest.param('cpu', 'odd', None, True, marks=pytest.mark.slow),
         ('cpu', 'odd', 0.3, False),
         pytest.param('gpu', 'cifar10', 0.3, True, marks=pytest.mark.slow),
-        ('gpu', 'odd', None, True),
+        pytest.param('gpu', 'odd', None, True, marks=pytest.mark.slow),
         pytest.param('gpu', 'odd', 0.3, False, marks=pytest.mark.slow),
     ],
 )
@@ -131,6 +131,7 @@ def test_outputs_and_derivatives_are_those_of_the_plain_network(monkeypatch, imp
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(np.abs(other).max()) + floor, err_msg=path)
 
 
+@pytest.mark.slow
 def test_every_path_is_compared(monkeypatch):
     """Of the comparison above: each of Winograd's algorithms, direct convolutions, recomputation and its opposite."""
     monkeypatch.setattr(cpu_unet, 'LARGE', LARGE)

@@ -10,6 +10,7 @@ from tests.jaxprs import equations
 from tests.runs import random_params, tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_the_outputs_are_those_of_layers_that_round(dtype):
     config = tiny({'model.dtype': dtype, 'model.attention_resolutions': (8,), 'model.implementation': 'plain'})

@@ -232,6 +232,7 @@ def test_each_block_has_a_dropout_key_of_its_own(monkeypatch):
     assert len(np.unique(found, axis=0)) == len(found) == 2 * (2 * 2 + 2 + 2 * 3)  # encoder, middle, decoder
 
 
+@pytest.mark.slow
 def test_remat_keeps_only_the_inputs_of_each_block_and_changes_nothing():
     t = jnp.array([3, 700])
     graph, state = nnx.split(abstract(**SMALL | dict(dropout=0.5)))

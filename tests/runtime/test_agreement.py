@@ -73,6 +73,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('failing', [0, 1])
 def test_a_host_that_would_fail_again_ends_all(failing):
     """With status 1, after which no launcher starts them again, whether the coordinator fails or another."""

@@ -69,6 +69,7 @@ def test_nothing_is_said_where_the_cpu_is_all_there_is_or_is_wanted(machine, mon
     assert devices.unused() is None
 
 
+@pytest.mark.slow
 def test_a_platform_that_does_not_exist_is_one_line(tmp_path):
     done = main(CONFIG, f'--workdir={tmp_path / "run"}', JAX_PLATFORMS='cdua')
     assert_refused(done, 'JAX_PLATFORMS=cdua', 'unset JAX_PLATFORMS')

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from tests.runtime.common import python
 
 PROGRAM = """
@@ -18,6 +20,7 @@ print(len(before), len([name for name in os.listdir(sys.argv[1] + '/programs') i
 """
 
 
+@pytest.mark.slow
 def test_programs_are_kept_and_found_again(tmp_path):
     """One that was cut short, by a process that ended while it wrote, is written again: JAX would never do that."""
 
