@@ -119,6 +119,7 @@ def test_the_config_trains_and_samples_at_the_command_line(mine, tmp_path):
         assert np.ptp(np.asarray(picture)) > 0
 
 
+@pytest.mark.slow
 def test_every_entry_that_the_config_adds_is_called(mine, tmp_path, monkeypatch):
     """By the modes that need it: the loss and the source by training alone, schedule and network by both."""
     before = [set(table) for table in (schedule.SCHEDULES, loss.WEIGHTINGS, networks.NETWORKS, sources.SOURCES)]

@@ -206,6 +206,7 @@ def test_the_program_does_not_grow_with_the_number_of_steps():
     assert size(T) == size(10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('eta', 'variance'), [(0.5, 'small'), (1.0, 'large')])
 def test_one_program_serves_chains_of_any_number_of_steps(eta, variance):
     """It is given the longest chain and how many steps to take."""

@@ -95,6 +95,7 @@ def network(name):
     return dict(image_size=64, image_channels=3, multipliers=(1, 2, 3, 4), num_blocks=3, out_channels=6) | settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_names_and_shapes_of_the_published_checkpoints(name):
     """Ours are all of theirs, and tell the network again."""

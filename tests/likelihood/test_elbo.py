@@ -269,6 +269,7 @@ def test_some_levels_have_the_expectation_of_all(form, levels):
     assert 0.45 < np.std(means, ddof=1) / error < 1.7  # of χ² with 19 degrees of freedom, at 4.5 standard deviations
 
 
+@pytest.mark.slow
 def test_each_stratum_draws_its_level_by_itself(monkeypatch):
     indices = FORMS['posterior']._replace(consistency=lambda key, chain, x0, i: i.astype(jnp.float32))
     monkeypatch.setitem(FORMS, 'indices', indices)
@@ -313,6 +314,7 @@ def test_the_standard_error_of_independent_terms(levels):
     assert_mean(errors**2, sum(stds[i] ** 2 + stds[j] ** 2 + (means[i] - means[j]) ** 2 for i, j in pairs))
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_the_levels():
     def size(T, form, levels=None):
         def program(x0):

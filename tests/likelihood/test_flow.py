@@ -108,6 +108,7 @@ def test_probes_are_unbiased_for_the_exact_divergence():
     assert np.std(coupled_density(jax.random.key(1), x, 3).nats - coupled_density(KEY, x, 3).nats) > 0.01
 
 
+@pytest.mark.slow
 def test_the_probes_of_an_image_do_not_depend_on_the_size_of_its_batch():
     """Batches are padded to a multiple of the number of devices."""
     x = jnp.linspace(-1, 1, 20).reshape(5, 4)
@@ -133,6 +134,7 @@ def test_the_divergence_is_exact_to_16_dimensions_and_estimated_beyond():
     assert len(set(densities(17))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['eps', 'v'])
 def test_the_density_integrates_to_one(kind):
     """For any network: a divergence with a wrong sign or factor would not conserve probability."""

@@ -169,6 +169,7 @@ def test_the_ledger_combines_trajectories_as_the_bound_does():
         assert 1 <= bounds[k][1][0] <= k
 
 
+@pytest.mark.slow
 def test_the_program_grows_neither_with_samples_nor_with_levels():
     def size(T, samples):
         def program(x0):

@@ -41,6 +41,7 @@ def test_position_embeddings_are_resized_as_in_their_code():
     np.testing.assert_allclose(found, np.broadcast_to(expected[:, None, None], found.shape), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dialect', FEATURES['dinov2'].dialects)
 def test_each_image_has_features_of_its_own(dialect):
     rng = np.random.default_rng(0)

@@ -218,6 +218,7 @@ def draw(path, config):
         return arrays['arr_0'], labels, np.asarray(grid), json.loads((folder / 'record.json').read_text()), folder
 
 
+@pytest.mark.slow
 def test_images_are_of_all_classes_in_turn_in_a_row_each(trained):
     many, labels, grid, _, _ = draw(trained, conditional(sample__num_images=20))
     np.testing.assert_array_equal(labels, np.arange(20) % 10)

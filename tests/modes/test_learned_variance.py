@@ -88,6 +88,7 @@ def test_a_step_draws_by_the_history_and_takes_up_its_losses(five_steps):
     np.testing.assert_allclose(losses[0], first.mean(), rtol=1e-5)  # uniform: the weights are 1
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_have_the_losses_of_the_whole(five_steps):
     states, losses = steps(5, accumulate=4)
     np.testing.assert_allclose(losses, five_steps[1], rtol=1e-5)
@@ -206,6 +207,7 @@ def test_likelihoods_have_the_learned_variance(model, tmp_path):
     assert json.loads((folder / 'ledger.json').read_text())['settings']['variance'] == 'learned'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('variance', 'asked', 'chosen'),
     [

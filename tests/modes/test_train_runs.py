@@ -101,6 +101,7 @@ def test_two_steps_and_two_more_are_four(tmp_path, config, capsys):
     assert metrics(halves) == metrics(whole)
 
 
+@pytest.mark.slow
 def test_sheets_of_samples_are_drawn_on_the_way_and_change_no_step(unbroken, tmp_path):
     assert run(tmp_path, train__num_steps=4, train__sample_every=2) == 0
     assert_bitwise(checkpoint(tmp_path, 4), checkpoint(unbroken, 4))

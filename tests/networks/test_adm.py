@@ -36,6 +36,7 @@ def make(**settings):
 
 # Counted over the names and shapes in the checkpoints, as tests/peers/openai_network.py lists them. They are the 296M
 # of arXiv:2105.05233 and the 120M of arXiv:2102.09672.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'settings, parameters',
     [

@@ -106,6 +106,7 @@ def shuffled(x):
     return np.concatenate([np.concatenate(list(cut[:, 3 * i : 3 * i + 3].swapaxes(0, 1)), axis=2) for i in range(3)], 1)
 
 
+@pytest.mark.slow
 def test_patches_are_a_set_but_for_their_position_embeddings(evaluate):
     """Shuffled together with these, they give the shuffled output; shuffled alone, another."""
     output = evaluate()['output']

@@ -106,6 +106,7 @@ def test_the_advanced_layer_returns_at_t_what_the_layer_returns_at_the_next_leve
     assert np.abs(time_embedding(t, 64, *how) @ kernel - later).max() > 0.1
 
 
+@pytest.mark.slow
 def test_an_initial_network_returns_zero():
     fresh = jit(lambda key: UNet(**SMALL, rngs=make_rngs(default=key))(X, jnp.array([1, 2])))
     np.testing.assert_array_equal(fresh(jax.random.key(0, impl='unsafe_rbg')), 0)  # quick to compile

@@ -87,6 +87,7 @@ def test_values_and_derivatives_are_those_of_the_convolution(algorithm):
     close(found, (value, direct_vjp(x, kernel, algorithm, gradient), forward))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('algorithm', ALGORITHMS)
 @pytest.mark.parametrize('which', [0, 1])
 def test_each_argument_alone_vectorized_and_twice(algorithm, which):
