@@ -120,9 +120,10 @@ def _fastest(x, kernel, strides, padding, doubled):
         return 'doubled' if fewest >= 32 and height * width >= 16 else None
     if height == width == 4:
         return 'whole' if fewest >= 32 and most <= 128 else None
-    # The fewer the channels, the more pixels it takes to outweigh the transforms.
-    worth = height * width >= (64 if fewest >= 128 else 196) and fewest >= 32
-    return 'same' if worth and height % 2 == width % 2 == 0 else None
+    if fewest < 32 or height % 2 or width % 2:
+        return None
+    least = 64 if fewest >= 128 else 196  # pixels; with fewer channels, it takes more to outweigh the transforms
+    return 'same' if height * width >= least else None
 
 
 def winograd(x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C O'], *, algorithm: str) -> Float[Array, 'B ...']:
