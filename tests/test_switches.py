@@ -65,7 +65,6 @@ def test_every_result_is_float32_whatever_the_default_is(name):
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, jax.eval_shape((CALLS | FLOW)[name]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     'name', [name if name in ('predict', 'schedule') else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
 )
