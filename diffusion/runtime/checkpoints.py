@@ -3,6 +3,8 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import stat
@@ -33,8 +35,8 @@ class Checkpoints:
     """Context manager for the checkpoints below one folder; on exit it waits for the last write.
 
     Orbax's own checks miss some damage, such as a flipped bit in an array that is stored uncompressed, or two swapped
-    files. Therefore a checkpoint also holds its step, and the shape and a checksum of each array; `restore` verifies
-    them.
+    files. Therefore a checkpoint also holds its step, the shape and a checksum of each array, and a digest of all this;
+    `restore` verifies them.
     """
 
     def __init__(
@@ -164,6 +166,7 @@ class Checkpoints:
         sums = {name: checksums(tree) for name, tree in trees.items()}
         shapes = {name: _shapes(tree) for name, tree in trees.items()}
         about = {'step': int(step), 'checksums': sums, 'shapes': shapes, 'record': record or {}}
+        about['sha256'] = _sha256(about)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         with self._on_all_hosts():
             self._manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
@@ -343,13 +346,22 @@ def read_about(checkpoint: str) -> dict[str, Any]:
 
     Raises:
         OSError: there is no such file.
-        ValueError: it holds something else.
+        ValueError: it holds something else, or was changed since it was written.
     """
     about = read_json(os.path.join(checkpoint, 'about', 'metadata'))  # where Orbax's JsonSave puts it
     described = isinstance(about, dict) and isinstance(about.get('record'), dict)
     if not described or not all(isinstance(part, dict) for part in about.get('shapes', {}).values()):
         raise ValueError('its folder about/ does not describe a checkpoint')
+    written = about.pop('sha256', None)
+    if written is not None and written != _sha256(about):  # checkpoints of earlier versions have no digest
+        raise ValueError('the description in its folder about/ was changed')
     return about
+
+
+def _sha256(about: dict[str, Any]) -> str:
+    """Return the SHA-256 of a description, which is the same before it is written as JSON and after it is read."""
+    as_read = json.loads(json.dumps(about))  # its keys are strings
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def require_regular(folder: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.runtime.checkpoints import Checkpoints, DamagedError, checksums
+from diffusion.runtime.checkpoints import Checkpoints, DamagedError, checksums, read_about
 from tests.runtime.common import assert_same, describe, python
 
 STEPS = (1, 2, 3)
@@ -75,6 +75,28 @@ def test_arrays_with_other_values_are_refused(folder, others):
         restore(folder, 2)
     assert str(folder / '2') in str(error.value)
     assert_same(restore(folder, 3), make_params(3))
+
+
+def test_no_flipped_bit_of_the_description_passes(folder):
+    """One in the name of an array would otherwise make it look like a checkpoint of another network."""
+    file = folder / '2' / 'about' / 'metadata'
+    written, intact = file.read_bytes(), read_about(folder / '2')
+    for place in range(len(written)):
+        flipped = bytearray(written)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        try:
+            about = read_about(folder / '2')
+        except ValueError:
+            continue
+        # The flipped bit is in the name of the digest, without which a description is taken as it is.
+        assert {key: about.get(key) for key in intact} == intact and len(about) == len(intact) + 1
+
+
+def test_a_description_may_have_keys_that_json_makes_strings(tmp_path):
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
+        checkpoints.save(1, {'model': {key: key for key in range(12)}}, params=make_params(1))
+    assert_same(restore(tmp_path, 1), make_params(1))
 
 
 def test_one_array_with_other_values_is_refused_by_its_name(folder, tmp_path):
