@@ -523,6 +523,11 @@ def extract_all(
     return found
 
 
+def in_full(name: str, entry: dict[str, Any]) -> str:
+    """Return the name of a metric with the features and the dialect of an entry."""
+    return f'{name} ({entry["features"]}, {entry["dialect"]})'
+
+
 def tell(found: dict[str, Any]) -> None:
     """Print what `measure` found, one line a metric, and what is left out."""
     for entry in found['metrics']:

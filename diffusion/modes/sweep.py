@@ -74,6 +74,9 @@ def run(config: ConfigDict, path: str) -> int:
     params_sha256 = workdir.digest(params)
     trained_on = (workdir.read_config(path) or {}).get('images')
     config.sample.num_images = config.sweep.num_images or config.sample.num_images
+    if config.metrics.memorization:
+        say('metrics.memorization: a sweep does not look for copies of training images, but --mode=sample does')
+        config.metrics.memorization = False
     settings = {
         'checkpoint_step': step,
         'params_sha256': params_sha256,
@@ -124,7 +127,7 @@ def run(config: ConfigDict, path: str) -> int:
     require_one_reference(results, folder)
     table = markdown(rows)
     with workdir.writing(folder, key='sweep.folder'):
-        reference = {entry['name']: entry.get('reference') for entry in results[0]['metrics']}
+        reference = {evaluate.in_full(entry['name'], entry): entry.get('reference') for entry in results[0]['metrics']}
         left_out = results[0]['left_out']
         record = {'cells': rows, 'reference': reference, 'left_out': left_out, 'settings': settings}
         write_json(os.path.join(folder, 'sweep.json'), record)
@@ -276,23 +279,23 @@ def make_row_sampler(
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return one table for each metric: η by the number of steps, as in the DDIM paper's Table 1."""
     text = ''
-    for metric in dict.fromkeys(row['metric'] for row in rows):
-        mine = [row for row in rows if row['metric'] == metric]
-        columns = list(dict.fromkeys(row['num_steps'] for row in mine))
-        text += f'{metric} of {mine[0]["n"]} images ({mine[0]["features"]}, {mine[0]["dialect"]})\n\n'
+    for metric, named in curves(rows).items():
+        columns = dict.fromkeys(steps for points in named.values() for steps, _, _ in points)
+        text += f'{metric} of {rows[0]["n"]} images\n\n'
         text += '| | ' + ' | '.join(f'{count} steps' for count in columns) + ' |\n'
         text += '|---' * (1 + len(columns)) + '|\n'
-        for name, cells in curves(mine)[metric].items():
-            text += f'| {name} | ' + ' | '.join(f'{value:.4g} ± {error:.2g}' for _, value, error in cells) + ' |\n'
+        for name, points in named.items():
+            cells = {steps: f'{value:.4g} ± {error:.2g}' for steps, value, error in points}
+            text += f'| {name} | ' + ' | '.join(cells.get(count, '') for count in columns) + ' |\n'
         text += '\n'
     return text
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
-    """Return {metric: {row of the table: [(steps, value, standard error)]}}."""
+    """Return {metric (features, dialect): {row of the table: [(steps, value, standard error)]}}."""
     result: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
     for row in rows:
         name = Cell(row['eta'], row['variance'], row['num_steps']).row
         point = row['num_steps'], row['value'], row['standard_error']
-        result.setdefault(row['metric'], {}).setdefault(name, []).append(point)
+        result.setdefault(evaluate.in_full(row['metric'], row), {}).setdefault(name, []).append(point)
     return result

@@ -81,13 +81,25 @@ def test_a_cell_has_the_images_and_the_value_of_mode_sample(trained, swept, tmp_
 def test_the_table_the_plot_and_the_sheet_show_the_cells(swept):
     table = (swept / 'sweep.md').read_text(encoding='utf-8')
     lines = table.splitlines()
-    assert 'FD-pixels of 6 images' in lines[0] and lines[2] == '| | 1 steps | 3 steps |'
+    assert lines[0] == 'FD-pixels (pixels, [-1,1]) of 6 images' and lines[2] == '| | 1 steps | 3 steps |'
     assert [line.split(' | ')[0] for line in lines[4:6]] == ['| η = 0', '| σ̂']
     for cell in read(swept)['cells']:
         assert f'{cell["value"]:.4g} ± ' in table
     with Image.open(swept / 'contact.png') as picture, Image.open(swept / 'sweep.png') as plot:
         assert picture.size == (8 * 52 + 4, 2 * 52 + 4)  # 2 cells with 4 images in each of 2 rows
         assert np.ptp(np.asarray(plot)) > 0
+
+
+def test_each_dialect_has_a_table_of_its_own():
+    cell = {'eta': 0.0, 'variance': 'small', 'metric': 'FID', 'features': 'inception', 'standard_error': 1.0, 'n': 9}
+    rows = [
+        cell | {'num_steps': steps, 'dialect': dialect, 'value': value}
+        for steps, dialect, value in ((10, 'adm', 4.0), (10, 'clean-fid', 5.0), (20, 'adm', 3.0))
+    ]
+    first, second = sweep.markdown(rows).split('\n\nFID (inception, clean-fid) of 9 images\n\n')
+    assert first.splitlines()[2:] == ['| | 10 steps | 20 steps |', '|---|---|---|', '| η = 0 | 4 ± 1 | 3 ± 1 |']
+    assert second.splitlines() == ['| | 10 steps |', '|---|---|', '| η = 0 | 5 ± 1 |', '']
+    assert [*sweep.curves(rows)] == ['FID (inception, adm)', 'FID (inception, clean-fid)']
 
 
 def test_every_cell_starts_from_the_same_noise(monkeypatch):
