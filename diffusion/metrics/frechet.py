@@ -217,10 +217,17 @@ def standard_error(influences: Float64[np.ndarray, 'N']) -> float:
 
 
 class Extrapolated(NamedTuple):
-    """A distance without the bias due to the finite number of vectors."""
+    """A distance without the bias due to the finite number of vectors.
+
+    Attributes:
+        value: the distance.
+        standard_error: of the value.
+        influences: (N,), of each vector on the value.
+    """
 
     value: float
     standard_error: float
+    influences: Float64[np.ndarray, 'N']
 
 
 def extrapolate(
@@ -244,7 +251,7 @@ def extrapolate(
         influences: (N,), of the vectors on `distance12`.
 
     Returns:
-        The limit, and its standard error.
+        The limit, its standard error, and the influences.
 
     Raises:
         ValueError: there are too few vectors: half of them must exceed D by 2, or the distance is not linear in 1/N.
@@ -263,7 +270,7 @@ def extrapolate(
     step = np.mean(reciprocals) - 1 / count
     slope = (np.mean(distances) - distance12) / step
     combined = influences - (deviations - influences) / (step * count)
-    return Extrapolated(float(distance12 - slope / count), standard_error(combined))
+    return Extrapolated(float(distance12 - slope / count), standard_error(combined), combined)
 
 
 def _factor(covariance: Float[np.ndarray, 'D D']) -> Float64[np.ndarray, 'D rank']:

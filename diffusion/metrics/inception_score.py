@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 
 ADM_BLOCK = 5000  # images
 SPLITS = 10  # torch-fidelity's
@@ -18,11 +18,13 @@ class Score(NamedTuple):
         value: the mean over the parts.
         standard_error: of the value.
         spread: the standard deviation over the parts, which torch-fidelity prints.
+        influences: (N,), of each image on the value, in the order of the images.
     """
 
     value: float
     standard_error: float
     spread: float
+    influences: Float64[np.ndarray, 'N']
 
 
 def adm(logits: Float[np.ndarray, 'N classes']) -> Score:
@@ -52,29 +54,32 @@ def torch_fidelity(logits: Float[np.ndarray, 'N classes']) -> Score:
     count = len(logits)
     if count < SPLITS:
         raise ValueError(f'{SPLITS} parts need at least {SPLITS} images, but there are {count}')
-    logits = logits[np.random.RandomState(SEED).permutation(count)]
-    return score([logits[i * count // SPLITS : (i + 1) * count // SPLITS] for i in range(SPLITS)])
+    order = np.random.RandomState(SEED).permutation(count)
+    found = score([logits[order[i * count // SPLITS : (i + 1) * count // SPLITS]] for i in range(SPLITS)])
+    return found._replace(influences=found.influences[np.argsort(order)])
 
 
 def score(parts: list[Float[np.ndarray, '_ classes']]) -> Score:
     """Compute the mean over parts of exp E_x[KL(p(y|x) ‖ p(y))], where p(y) is the part's mean (arXiv:1606.03498, §4).
 
-    The variance of a part's score follows from the influence of each image on the logarithm of the score: the KL of the
-    image minus the mean KL. The parts are independent. The score of n images is biased downwards, by a term in 1/n.
+    The standard error follows from the influence of each image on the logarithm of its part's score, which is the KL of
+    the image minus the mean KL. The parts are independent. The score of n images is biased downwards, by a term in 1/n.
 
     Args:
         parts: the logits of each part, (n, classes).
 
     Returns:
-        The score.
+        The score; its influences are those of the images in the order of the parts.
     """
-    values, variances = [], []
+    values, influences = [], []
+    count = sum(map(len, parts))
     for logits in parts:
         log_p = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
         p = np.exp(log_p)
         # An outcome of probability 0 contributes 0.
         divergence = np.sum(p * (log_p - np.log(np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny))), axis=1)
         values.append(np.exp(divergence.mean()))
-        variances.append(values[-1] ** 2 * np.var(divergence) / len(divergence))
-    error = np.sqrt(np.sum(variances)) / len(parts)
-    return Score(float(np.mean(values)), float(error), float(np.std(values)))
+        weight = count / (len(parts) * len(divergence))  # of the mean over a part in the mean over all images
+        influences.append(weight * values[-1] * (divergence - divergence.mean()))
+    every = np.concatenate(influences)
+    return Score(float(np.mean(values)), float(np.std(every) / np.sqrt(count)), float(np.std(values)), every)

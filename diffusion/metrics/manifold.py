@@ -5,16 +5,25 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
-from diffusion.metrics.neighbours import BLOCK, nearest, squared_distances
+from diffusion.metrics.frechet import standard_error
+from diffusion.metrics.neighbours import nearest, squared_distances
 
 K = 3  # neighbours: ADM's choice for precision and recall
+ROWS = 512  # vectors of the reference whose distances to all samples are in memory at a time
 
 
 class Estimate(NamedTuple):
-    """A value, and its standard error over new samples; the reference is fixed."""
+    """A value, and its standard error over new samples; the reference is fixed.
+
+    Attributes:
+        value: the value.
+        standard_error: of the value.
+        influences: (N,), of each sample on the value.
+    """
 
     value: float
     standard_error: float
+    influences: Float64[np.ndarray, 'N']
 
 
 class Manifold(NamedTuple):
@@ -61,9 +70,10 @@ def manifold(samples: Float[np.ndarray, 'N D'], reference: Float[np.ndarray, 'M 
     recalled = np.empty(len(reference), bool)
     gains = np.zeros(len(samples))  # reference vectors that recall would gain without this sample, less those it loses
     balls[:] = 0
-    for start in range(0, len(reference), BLOCK):
-        rows = slice(start, start + BLOCK)
-        distances = _distances(reference[rows], samples)
+    exact = np.asarray(samples, np.float64)  # so that a vector at the border of a ball is inside
+    for start in range(0, len(reference), ROWS):
+        rows = slice(start, start + ROWS)
+        distances = np.sqrt(squared_distances(np.asarray(reference[rows], np.float64), exact))
         inside = distances <= radii[rows, None]
         balls += inside.sum(axis=0)
         covered[rows] = inside.any(axis=1)
@@ -72,15 +82,10 @@ def manifold(samples: Float[np.ndarray, 'N D'], reference: Float[np.ndarray, 'M 
         gains += _gains(distances, of_samples.distances, of_samples.indices, k)
     return Manifold(
         precision=_proportion(balls > 0),
-        recall=Estimate(float(recalled.mean()), _jackknife(gains / len(reference))),
-        density=Estimate(float(balls.mean() / k), float(np.std(balls / k) / np.sqrt(len(balls)))),
-        coverage=Estimate(float(covered.mean()), _jackknife(alone / len(reference))),
+        recall=_jackknife(recalled, gains / len(reference)),
+        density=Estimate(float(balls.mean() / k), float(np.std(balls / k) / np.sqrt(len(balls))), _centered(balls / k)),
+        coverage=_jackknife(covered, -alone / len(reference)),
     )
-
-
-def _distances(x, y):
-    """Euclidean distances in float64: a vector at the border of a ball is inside."""
-    return np.sqrt(squared_distances(np.asarray(x, np.float64), np.asarray(y, np.float64)))
 
 
 def _gains(
@@ -114,10 +119,15 @@ def _gains(
 def _proportion(inside: Bool[np.ndarray, 'N']) -> Estimate:
     """The fraction of true values. Its error counts one more success and failure, so that it is not 0 at 0 and 1."""
     smoothed = (inside.sum() + 1) / (len(inside) + 2)
-    return Estimate(float(inside.mean()), float(np.sqrt(smoothed * (1 - smoothed) / len(inside))))
+    error = float(np.sqrt(smoothed * (1 - smoothed) / len(inside)))
+    return Estimate(float(inside.mean()), error, _centered(inside))
 
 
-def _jackknife(changes: Float64[np.ndarray, 'N']) -> float:
-    """The jackknife's standard error of a statistic, from its change when each of N vectors is left out."""
-    count = len(changes)
-    return float(np.sqrt((count - 1) / count * np.sum((changes - changes.mean()) ** 2)))
+def _jackknife(inside: Bool[np.ndarray, 'M'], changes: Float64[np.ndarray, 'N']) -> Estimate:
+    """The fraction of true values, with the jackknife's error: from its change when each of N samples is left out."""
+    influences = (1 - len(changes)) * _centered(changes)
+    return Estimate(float(inside.mean()), standard_error(influences), influences)
+
+
+def _centered(values):
+    return values - values.mean()

@@ -46,8 +46,11 @@ def report(
 
         p = (k+1)/(H+1) · (1 + log(r/d)/(k·mean))^−k,
 
-    which accounts for the error of that mean. A sample is called a copy if N·p ≤ level. The probability that N
-    independent samples contain a supposed copy is then at most `level`.
+    which accounts for the error of that mean. If all k distances are equal, as those of images of few values may be,
+    the tail has no shape, and below all held-out images p = 1/(H+1).
+
+    A sample is called a copy if N·p ≤ level. The probability that N independent samples contain a supposed copy is then
+    at most `level`.
 
     Args:
         samples: (N, D).
@@ -83,12 +86,12 @@ def tail_probabilities(distances: Float64[np.ndarray, 'N'], null: Float64[np.nda
         return np.ones(len(distances))
     with np.errstate(divide='ignore'):
         excesses = np.log(edge / null[:count])
-        mean = excesses.mean()
         beyond = np.log(edge / distances)
+    mean = excesses.mean()
     empirical = (np.searchsorted(null, distances, side='right') + 1) / (len(null) + 1)
     if mean == 0:
-        tail = (beyond <= 0).astype(float)
-    else:  # an infinite mean, because held-out images are copies, makes nothing improbable
-        ratio = np.where(np.isinf(mean), 0, beyond / mean)
-        tail = (1 + np.maximum(ratio, 0) / count) ** -count
+        return empirical
+    # An infinite mean, because held-out images are copies, makes nothing improbable.
+    ratio = np.zeros(len(distances)) if np.isinf(mean) else beyond / mean
+    tail = (1 + np.maximum(ratio, 0) / count) ** -count
     return np.where(beyond > 0, (count + 1) / (len(null) + 1) * tail, empirical)

@@ -133,7 +133,7 @@ class Comparison:
 
     def _known(self) -> Moments:
         if self.reference_moments is None:
-            raise ValueError('there is no reference')
+            raise ValueError('the reference is a file that lacks the moments of these features')
         return self.reference_moments
 
 
@@ -177,7 +177,7 @@ def _kernel(c):
 
 def _inception_score(c):
     definition = inception_score.torch_fidelity if c.dialect == 'torch-fidelity' else inception_score.adm
-    return definition(c.samples)._asdict()
+    return definition(c.samples)._asdict() | {'bias': 'downwards, by a term in 1/n'}
 
 
 def _manifold(name):

@@ -36,6 +36,19 @@ def test_the_standard_error_covers_the_mean_over_repetitions():
     assert 178 <= np.sum(np.abs(values - values.mean()) < 1.96 * errors) <= 199
 
 
+def test_an_influence_is_what_the_score_loses_without_the_image():
+    """Of one block, where the change is nearly linear; and of parts, each of which has influences of mean 0."""
+    logits = 2 * np.random.default_rng(0).normal(size=(400, 5))
+    found = inception_score.adm(logits)
+    without = [inception_score.adm(np.delete(logits, i, axis=0)).value for i in range(400)]
+    np.testing.assert_allclose(399 * (found.value - np.array(without)), found.influences, atol=0.03)
+    assert np.std(found.influences) > 0.3
+    found = inception_score.torch_fidelity(logits)
+    parts = found.influences[np.random.RandomState(2020).permutation(400)].reshape(10, 40)
+    np.testing.assert_allclose(parts.mean(axis=1), 0, atol=1e-12)
+    assert found.standard_error == pytest.approx(np.std(parts) / 20)
+
+
 def test_fewer_images_than_parts_are_refused():
     with pytest.raises(ValueError, match='at least 10 images, but there are 9'):
         inception_score.torch_fidelity(np.zeros((9, 3)))
@@ -45,4 +58,7 @@ def test_each_dialect_has_its_definition():
     logits = np.random.default_rng(0).normal(size=(25, 6))
     for dialect, definition in (('adm', inception_score.adm), ('torch-fidelity', inception_score.torch_fidelity)):
         found = METRICS['inception-score'].compute(Comparison(logits, None, None, dialect))
-        assert found == definition(logits)._asdict()
+        expected = definition(logits)._asdict()
+        assert found.pop('bias').startswith('downwards') and found.keys() == expected.keys()
+        np.testing.assert_array_equal(found.pop('influences'), expected.pop('influences'))
+        assert found == expected

@@ -59,6 +59,15 @@ def test_a_probability_by_hand():
     np.testing.assert_allclose(memorization.tail_probabilities(distances, null), expected, rtol=1e-6)
 
 
+def test_equal_distances_have_no_tail():
+    """A new image is below all nine with probability 1/10, not 0; held-out copies at distance 0 warn of nothing."""
+    found = memorization.tail_probabilities(np.array([0.5, 1.0, 2.0]), np.ones(9))
+    np.testing.assert_allclose(found, [0.1, 1, 1])
+    with np.errstate(all='raise', divide='ignore'):
+        found = memorization.tail_probabilities(np.array([0.0, 0.5]), np.array([0.0, *np.arange(1.0, 9.0)]))
+    np.testing.assert_allclose(found, 0.4)
+
+
 def test_without_held_out_images_nothing_is_called_a_copy(digits):
     _, training, _ = parts(digits, 0)
     found = memorization.report(training[:3], training, None)
