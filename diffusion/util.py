@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 import io
 import json
+import math
 import os
 import platform
 import select
@@ -270,6 +271,12 @@ def file_of_config(workdir: str) -> str:
     checkpoints = os.path.join(workdir, 'checkpoints')
     copies = (os.path.join(checkpoints, str(step), 'about', 'metadata') for step in steps_in(checkpoints))
     return next(filter(os.path.lexists, copies), '')
+
+
+def rounded(value: float, error: float) -> tuple[str, str]:
+    """Return a value and its standard error with equally many decimals: four, or those of two digits of the error."""
+    decimals = min(1 - math.floor(math.log10(error)), 10) if 0 < error < 0.001 else 4
+    return f'{value:.{decimals}f}', f'{error:.{decimals}f}'
 
 
 def steps_in(checkpoints: str) -> list[int]:

@@ -8,11 +8,11 @@ import numpy as np
 import scipy.stats
 
 from diffusion.runtime.npz import read_npz
-from diffusion.util import RunError, read_json, say
+from diffusion.util import RunError, read_json, rounded, say
 
 # Keys in which two entries must agree, and keys in which their references must agree.
 SAME = ('features', 'dialect', 'weights_sha256', 'n')
-SAME_REFERENCE = ('images_sha256', 'file_sha256', 'flip', 'count', 'labels_sha256')
+SAME_REFERENCE = ('images_sha256', 'file_sha256', 'flip', 'count', 'vectors', 'labels_sha256')
 SAME_NOISE = ('seed', 'count', 'first_level')  # records that agree in these started from the same noise
 
 
@@ -39,10 +39,11 @@ def run(paths: list[str]) -> int:
     records = [_read(path) for path in paths]
     first, second = ({_key(entry): entry for entry in record['metrics']} for record in records)
     both = [key for key in first if key in second]
-    if not both:
+    unlike = differences([(first[key], second[key]) for key in both if 'label' not in first[key]])
+    unlike += other_dialects(*records)
+    if not both and not unlike:
         names = (', '.join(dict.fromkeys(name for name, *_ in entries)) or 'nothing' for entries in (first, second))
         raise RunError(f'the records have no number in common: {paths[0]} has {next(names)}, {paths[1]} {next(names)}')
-    unlike = differences([(first[key], second[key]) for key in both if 'label' not in first[key]])
     if unlike:
         lines = ''.join(f'\n    {line}' for line in unlike)
         raise RunError(f'{paths[0]} and {paths[1]} cannot be compared:{lines}')
@@ -61,7 +62,7 @@ def run(paths: list[str]) -> int:
             error, how = float(np.std(changes, ddof=1) / math.sqrt(len(changes))), 'paired'
         else:
             error, how = math.hypot(a['standard_error'], b['standard_error']), 'not paired'
-        values = f'{a["value"]:.4f} − {b["value"]:.4f} = {verdict(a, b, error)}'
+        values = f'{rounded(a["value"], error)[0]} − {rounded(b["value"], error)[0]} = {verdict(a, b, error)}'
         say(f'{_name(a)} ({a["features"]}, {a["dialect"]}): {values}, {how}')
     return 0
 
@@ -80,7 +81,8 @@ def verdict(a: dict[str, Any], b: dict[str, Any], error: float) -> str:
     """Return the difference of two values, its standard error, and the two-sided p-value of the normal test."""
     difference = a['value'] - b['value']
     p = 2 * scipy.stats.norm.sf(abs(difference) / error) if error else float(difference == 0)
-    return f'{difference:+.4f} ± {error:.4f}, p = {p:.2g}'
+    sign = '+' if difference >= 0 else ''
+    return f'{sign}{" ± ".join(rounded(difference, error))}, p = {p:.2g}'
 
 
 def differences(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
@@ -90,8 +92,25 @@ def differences(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]
         compared = {key: (a.get(key), b.get(key)) for key in SAME}
         references = (a.get('reference') or {}, b.get('reference') or {})
         compared |= {f'reference.{key}': (references[0].get(key), references[1].get(key)) for key in SAME_REFERENCE}
+        if all(
+            reference.get('images_sha256') for reference in references
+        ):  # a file of ours has the images' digest, too
+            del compared['reference.file_sha256']
         found += [f'{_name(a)}: {key} is {x!r} and {y!r}' for key, (x, y) in compared.items() if x != y]
     return found
+
+
+def other_dialects(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Return a line for each metric that two records have, but in no common dialect."""
+    dialects: list[dict[str, list[str]]] = [{}, {}]
+    for record, found in zip((first, second), dialects, strict=True):
+        for entry in record['metrics']:
+            found.setdefault(entry['name'], []).append(entry['dialect'])
+    return [
+        f'{name}: dialect is {", ".join(dict.fromkeys(dialects[0][name]))} and {", ".join(dict.fromkeys(others))}'
+        for name, others in dialects[1].items()
+        if name in dialects[0] and not set(others) & set(dialects[0][name])
+    ]
 
 
 def _read(path):

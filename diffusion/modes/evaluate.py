@@ -1,6 +1,7 @@
 """--mode=evaluate: metrics of images that were made elsewhere; and the functions of all modes that measure images."""
 
 import hashlib
+import json
 import math
 import os
 import zipfile
@@ -28,7 +29,18 @@ from diffusion.modes.reference import (
 from diffusion.report.grid import save_grid
 from diffusion.runtime import hosts
 from diffusion.runtime.npz import read_header, read_npz
-from diffusion.util import RunError, naming, numerics, progress, replacing, say, versions, write_json
+from diffusion.util import (
+    RunError,
+    naming,
+    numerics,
+    progress,
+    read_json,
+    replacing,
+    rounded,
+    say,
+    versions,
+    write_json,
+)
 
 CLOSEST = 10  # pairs of a sample and its nearest training image that are drawn
 SHOWN = 20  # classes whose metrics are printed
@@ -61,8 +73,13 @@ def run(config: ConfigDict, path: str) -> int:
 
     # Compute.
     digest = sha256(images)
-    folder = os.path.join(above, f'{os.path.splitext(os.path.basename(place))[0]}-{digest[:8]}')
-    found = measure(config, plan, images, len(images), devices, None, folder, labels)
+    described = hashlib.sha256(json.dumps(settings(config, plan), sort_keys=True).encode()).hexdigest()
+    name = f'{os.path.splitext(os.path.basename(place))[0]}-{digest[:8]}-{described[:8]}'
+    folder = os.path.join(above, name)
+    stored = workdir.read_config(path) or {}
+    same_data = all(stored.get('data', {}).get(key) == config.data[key] for key in ('source', 'crop'))
+    trained_on = stored.get('images') if same_data else None  # the command line may name other data
+    found = measure(config, plan, images, len(images), devices, trained_on, folder, labels)
     if not hosts.is_first():
         return 0
 
@@ -204,6 +221,11 @@ def prepare(config: ConfigDict, shape: tuple[int, ...]) -> Plan:
         RunError: a file that the config names is not what it should be.
     """
     found, left_out = networks(config, tuple(config.sample.metrics), shape)
+    if config.metrics.memorization and 'pixels' not in {network.features for network in found}:
+        pixels, why = networks(config, ('FD-pixels',), shape)
+        found += pixels
+        for reason in why.values():
+            left_out['copies of training images (pixels)'] = reason
     if not config.metrics.reference:
         return Plan(found, {}, left_out, {})
     with naming('config.metrics.reference'):
@@ -211,8 +233,24 @@ def prepare(config: ConfigDict, shape: tuple[int, ...]) -> Plan:
         mine = [network for network in found if network.features == file.features]
         if not mine:
             raise ValueError(f'{file.path} holds statistics of {file.features}, which no metric that can be had uses')
-        statistics = {str(network): file.reference(network, shape) for network in mine}
-        return Plan(found, statistics, left_out, {})
+        statistics = {str(network): file.reference(network, shape, config.data.crop) for network in mine}
+    if not file.record:
+        dialects = ', '.join(network.dialect for network in mine)
+        say(
+            f'{file.path} does not say how its images were resized, and is taken as {dialects}, by which samples are '
+            'resized. If pytorch-fid wrote it, set --config.metrics.dialects="(\'pytorch-fid\',)"'
+        )
+    return Plan(found, statistics, left_out, {})
+
+
+def settings(config: ConfigDict, plan: Plan) -> dict[str, Any]:
+    """Return what determines the metrics of images, as JSON."""
+    return {
+        'metrics': config.metrics.to_dict() | {'names': list(config.sample.metrics)},
+        'weights_sha256': {str(network): network.weights_sha256 for network in plan.networks},
+        'statistics': {network: statistics.record for network, statistics in plan.statistics.items()},
+        'data': {key: config.data[key] for key in ('source', 'split', 'image_size', 'channels', 'crop')},
+    }
 
 
 def measure(
@@ -295,7 +333,7 @@ def measure(
                     continue
                 entry = {'name': name, 'features': network.features, 'dialect': network.dialect, **value, 'n': count}
                 if row.needs and isinstance(compared, Reference):
-                    entry['reference'] = compared.record
+                    entry['reference'] = compared.record_for(row.needs, output)
                 metrics.append(entry | {'weights_sha256': network.weights_sha256})
             if not config.metrics.by_class or labels is None or not (labels >= 0).any() or isinstance(compared, str):
                 continue
@@ -407,6 +445,16 @@ def write_found(folder: str, before: dict[str, Any], found: dict[str, Any], afte
     write_json(os.path.join(folder, 'record.json'), before | found | after)
 
 
+def lost(folder: str, found: dict[str, Any]) -> list[str]:
+    """Return the metrics in the record of a folder that `found`, which will replace it, does not have."""
+    try:
+        before = read_json(os.path.join(folder, 'record.json'))['metrics']
+        names = [in_full(entry['name'], entry) for entry in before if 'label' not in entry]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if name not in {in_full(entry['name'], entry) for entry in found['metrics']}]
+
+
 def compare_features(samples: np.ndarray, compared: Reference | str, output: str, dialect: str) -> Comparison:
     """Return the comparison of the samples' features with a reference, or with none if a text says why."""
     if isinstance(compared, str):
@@ -475,6 +523,8 @@ def find_copies(
         save_grid(picture, pairs, columns=len(closest))
     return entry | {
         'copies': found.copies,
+        'training_images': len(training[0]),
+        'searched': len(vectors),
         'median_distance': found.medians[0],
         'median_distance_held_out': found.medians[1],
         'held_out': held_out if isinstance(held_out, str) else held_out[1].record,
@@ -535,22 +585,24 @@ def tell(found: dict[str, Any]) -> None:
             continue
         bias = f' (biased {entry["bias"]})' if 'bias' in entry else ''
         against = f', against {_name(entry["reference"])}' if 'reference' in entry else ''
-        say(
-            f'{entry["name"]} ({entry["features"]}, {entry["dialect"]}): {entry["value"]:.4f} ± '
-            f'{entry["standard_error"]:.4f}{bias}, n = {entry["n"]}{against}'
-        )
+        say(f'{in_full(entry["name"], entry)}: {_value(entry)}{bias}, n = {entry["n"]}{against}')
     of_classes: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for entry in found['metrics']:
         if 'label' in entry:
             of_classes.setdefault((entry['name'], entry['features'], entry['dialect']), []).append(entry)
     for (name, features, dialect), entries in of_classes.items():
-        values = [f'{e["class"]} {e["value"]:.4f} ± {e["standard_error"]:.4f} (n = {e["n"]})' for e in entries]
+        values = [f'{entry["class"]} {_value(entry)} (n = {entry["n"]})' for entry in entries]
         shown = ', '.join(values[:SHOWN]) + (', …' if len(values) > SHOWN else '')
         say(f'{name} by class ({features}, {dialect}): {shown}')
     for names, why in grouped(found['left_out']).items():
         say(f'{names}: left out, because {why}')
     for entry in found['memorization']:
         say(_about_copies(entry))
+
+
+def _value(entry):
+    """A value with its standard error."""
+    return ' ± '.join(rounded(entry['value'], entry['standard_error']))
 
 
 def _about_copies(entry):
@@ -565,6 +617,8 @@ def _about_copies(entry):
             f'({entry["held_out"]}); the median distance is {median:.4g}; {entry["picture"]}'
         )
     distances = f'median distance {median:.4g}, of held-out images {null:.4g}; {entry["picture"]}'
+    if entry['searched'] < entry['training_images']:
+        distances = f'only {entry["searched"]} of {entry["training_images"]} training images were searched; {distances}'
     if not copies:
         return f'copies of training images ({features}): none; {distances}'
     first = ', '.join(map(str, copies[:CLOSEST])) + (', …' if len(copies) > CLOSEST else '')
@@ -574,5 +628,7 @@ def _about_copies(entry):
 def _name(reference):
     """A reference in a few words."""
     count = '' if reference.get('count') is None else f'{reference["count"]} images of '
+    if 'vectors' in reference:
+        count = f'{reference["vectors"]} of the {count}'
     flips = ', mirrored ones included' if reference.get('flip') else ''
     return reference.get('file') or f'{count}{reference["source"]}, {reference["split"]} split{flips}'

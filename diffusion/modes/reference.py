@@ -1,5 +1,6 @@
 """--mode=reference: the features of the data, with which samples are compared, and their statistics."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -7,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,8 +28,9 @@ from diffusion.runtime.npz import read_npz
 from diffusion.util import RunError, cache_folder, naming, progress, say, unfinished, write_json
 
 MOST_VECTORS = 200_000  # images whose features are kept; of more, every second or every third …
+VERSION = 1  # of the features: to be raised by a change that alters them, so that cached ones are computed again
 # What has to agree between statistics in a file and what is asked.
-COMPARED = ('features', 'dialect', 'weights_sha256', 'image_size', 'channels')
+COMPARED = ('features', 'dialect', 'weights_sha256', 'image_size', 'channels', 'crop')
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -193,6 +195,11 @@ class Reference(NamedTuple):
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
 
+    def record_for(self, needs: str, output: str) -> dict[str, Any]:
+        """Return the record; for a metric that needs vectors of an output, with their number if some were not kept."""
+        kept = len(self.vectors[output]) if needs == 'vectors' and output in self.vectors else None
+        return self.record | ({} if kept in (None, self.record['count']) else {'vectors': kept})
+
     def path(self, output: str) -> str:
         """The file of the moments, which pytorch-fid reads as well."""
         return os.path.join(self.folder, f'{output}.npz')
@@ -228,19 +235,20 @@ def reference(
         'image_size': height,
         'channels': channels,
         'images_sha256': images.record['sha256'],
+        'crop': config.data.crop,
         'preprocessing': images.record['fingerprint'],
         'flip': flip,
+        'version': VERSION,
     }
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     cache = os.path.expanduser(config.data.cache_dir) or cache_folder()
     folder = os.path.join(cache, 'references', name)
-    with workdir.writing(cache):
-        if not hosts.from_first(np.array(os.path.exists(folder))):
-            where = {'source': config.data.source, 'split': split}
-            _compute(network, images, devices, folder, where | described, config.metrics.batch_size)
-        if not hosts.is_first():
-            return Reference({}, {}, described, folder)
-        found = _read(folder)
+    if not hosts.from_first(np.array(os.path.exists(folder))):
+        where = {'source': config.data.source, 'split': split}
+        _compute(network, images, devices, folder, where | described, config.metrics.batch_size)
+    if not hosts.is_first():
+        return Reference({}, {}, described, folder)
+    found = _read(folder)
     if images.labels is None:
         return found
     kept = np.arange(0, found.record['count'], _step(found.record['count']))
@@ -260,11 +268,14 @@ def _compute(network, images, devices, folder, described, batch_size):
     count = len(images) * (2 if described['flip'] else 1)
     step = _step(count)
     new = f'{folder}.{os.getpid()}.new'
-    files: dict[str, np.memmap] = {}
+    files: dict[str, IO[bytes]] = {}
     totals = {output: frechet.Accumulator() for output in outputs}
-    if hosts.is_first():
-        os.makedirs(new)
-    with unfinished(new):
+    with unfinished(new), contextlib.ExitStack() as opened:
+        if hosts.is_first():
+            with workdir.writing(folder, key='data.cache_dir'):
+                os.makedirs(new)
+                for output in [name for name, kept in outputs.items() if kept]:
+                    files[output] = opened.enter_context(open(os.path.join(new, f'{output}.npy'), 'wb'))
         doing = f'reference ({network})'
         with progress(total=count, doing=doing, unit='image', hidden=not hosts.is_first()) as bar:
             for start in range(0, count, size):
@@ -275,28 +286,29 @@ def _compute(network, images, devices, folder, described, batch_size):
                 bar.update(len(rows))
                 if not hosts.is_first():
                     continue
-                kept = rows % step == 0
                 for output, values in found.items():
                     totals[output].add(values)
-                    if outputs[output]:
-                        if output not in files:
+                with workdir.writing(folder, key='data.cache_dir'):
+                    for output, file in files.items():
+                        values = found[output]
+                        if start == 0:
                             shape = (math.ceil(count / step), values.shape[1])
-                            path = os.path.join(new, f'{output}.npy')
-                            files[output] = np.lib.format.open_memmap(path, 'w+', np.float32, shape)
-                        files[output][rows[kept] // step] = values[kept]
+                            header = {'descr': '<f4', 'fortran_order': False, 'shape': shape}
+                            np.lib.format.write_array_header_1_0(file, header)
+                        file.write(values[rows % step == 0].astype('<f4').tobytes())
         if hosts.is_first():
             record = described | {'count': count}
-            for output, total in totals.items():
-                mean, covariance = total.moments()
-                path = os.path.join(new, f'{output}.npz')
-                np.savez(path, mu=mean, sigma=covariance, record=json.dumps(record | {'output': output}))
-            for file in files.values():
-                file.flush()
-            write_json(os.path.join(new, 'record.json'), record)
-            if os.path.exists(folder):  # another process was faster
-                shutil.rmtree(new)
-            else:
-                os.rename(new, folder)
+            with workdir.writing(folder, key='data.cache_dir'):
+                for output, total in totals.items():
+                    mean, covariance = total.moments()
+                    path = os.path.join(new, f'{output}.npz')
+                    np.savez(path, mu=mean, sigma=covariance, record=json.dumps(record | {'output': output}))
+                opened.close()  # so that the last bytes are written
+                write_json(os.path.join(new, 'record.json'), record)
+                if os.path.exists(folder):  # another process was faster
+                    shutil.rmtree(new)
+                else:
+                    os.rename(new, folder)
 
 
 def _read(folder):
@@ -330,18 +342,19 @@ class Statistics(NamedTuple):
     arrays: dict[str, np.ndarray]
     record: dict[str, Any]
 
-    def reference(self, network: Network, shape: tuple[int, ...]) -> Reference:
+    def reference(self, network: Network, shape: tuple[int, ...], crop: str) -> Reference:
         """Return the moments as a reference.
 
         Args:
             network: with which the samples are compared.
             shape: of an image, (H, W, C).
+            crop: config.data.crop, by which images are preprocessed.
 
         Raises:
             ValueError: the moments are of another dialect, network, image size or kind of images; the message lists
                 the differences.
         """
-        asked = network._asdict() | {'image_size': shape[0], 'channels': shape[2]}
+        asked = network._asdict() | {'image_size': shape[0], 'channels': shape[2], 'crop': crop}
         known = self.record
         differences = [f'{k}: {known.get(k)!r} there, {asked[k]!r} asked' for k in COMPARED if known.get(k) != asked[k]]
         if known and differences:

@@ -120,6 +120,11 @@ def run(config: ConfigDict, path: str) -> int:
         'numerics': numerics(),
         'versions': versions(),
     }
+    if names := evaluate.lost(folder, found):
+        say(
+            f'record.json replaces one that also has {", ".join(names)}; --mode=evaluate measures samples.npz again '
+            'and keeps a record of its own'
+        )
     with workdir.writing(folder, key='sample.folder'):
         evaluate.write_found(folder, record, found, {})
         drawn.remove()

@@ -48,7 +48,7 @@ def test_images_of_the_same_noise_are_paired(tmp_path, capsys):
     a = write(tmp_path / 'a', [entry(5.0, 0.3)], influences, **noise)
     b = write(tmp_path / 'b', [entry(4.9, 0.3)], influences + 0.01 * influences[::-1], **noise)
     assert compare.run([a, b]) == 0
-    error = float(re.search(r'\+0\.1000 ± ([\d.]+), p = .*, paired', capsys.readouterr().out)[1])
+    error = float(re.search(r'\+0\.1000+ ± ([\d.]+), p = .*, paired', capsys.readouterr().out)[1])
     assert error == pytest.approx(0.01 * influences.std() / 200**0.5, abs=1e-4)
     for other in ({'seed': 1}, {'first_level': 500}):
         c = write(tmp_path / str(other), [entry(4.9, 0.3)], influences, **noise | other)
@@ -108,13 +108,43 @@ def test_the_paired_error_covers_the_mean_difference():
         ({'weights_sha256': 'def'}, "weights_sha256 is None and 'def'"),
         ({'reference': {'images_sha256': 'xyz', 'flip': True, 'count': 100}}, "reference.images_sha256 is 'abc' and"),
         ({'reference': {'images_sha256': 'abc', 'flip': True, 'count': 100}}, 'reference.flip is False and True'),
-        ({'dialect': 'other'}, 'no number in common: .*FD-pixels.*FD-pixels'),
+        ({'dialect': 'other'}, r'FD-pixels: dialect is \[-1,1\] and other'),
+        ({'name': 'KD-pixels'}, 'no number in common: .*FD-pixels.*KD-pixels'),
     ],
 )
 def test_unlike_records_are_refused_with_the_keys_that_differ(tmp_path, changes, words):
     paths = [write(tmp_path / 'a', [entry(5.0, 0.3)]), write(tmp_path / 'b', [entry(4.0, 0.4, **changes)])]
     with pytest.raises(RunError, match=words):
         compare.run(paths)
+
+
+def test_a_second_dialect_of_one_record_is_left_out(tmp_path, capsys):
+    """But a metric that the records have in no common dialect is refused, beside others that they share."""
+    other = entry(6.0, 0.3, dialect='other')
+    a, b = write(tmp_path / 'a', [entry(5.0, 0.3), other]), write(tmp_path / 'b', [entry(4.0, 0.4)])
+    assert compare.run([a, b]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    shared = entry(1.0, 0.1, name='KD-pixels')
+    paths = [write(tmp_path / str(i), [shared, one]) for i, one in enumerate((other, entry(4.0, 0.4)))]
+    with pytest.raises(RunError, match=r'FD-pixels: dialect is other and \[-1,1\]'):
+        compare.run(paths)
+
+
+def test_a_reference_and_the_file_that_was_made_of_it_are_the_same(tmp_path):
+    reference = entry(0, 0)['reference']
+    file = {'file': '/x.npz', 'file_sha256': 'f'}
+    paths = [write(tmp_path / 'a', [entry(5.0, 0.3)])]
+    paths.append(write(tmp_path / 'b', [entry(4.0, 0.4, reference=reference | file)]))
+    assert compare.run(paths) == 0
+    paths = [write(tmp_path / str(i), [entry(4.0, 0.4, reference=file | {'file_sha256': i})]) for i in range(2)]
+    with pytest.raises(RunError, match=r'reference\.file_sha256 is 0 and 1'):
+        compare.run(paths)
+
+
+def test_small_numbers_have_the_digits_of_their_error(tmp_path, capsys):
+    paths = [write(tmp_path / 'a', [entry(4.2e-4, 3e-5)]), write(tmp_path / 'b', [entry(3.4e-4, 4e-5)])]
+    assert compare.run(paths) == 0
+    assert '0.000420 − 0.000340 = +0.000080 ± 0.000050, p = 0.11' in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """--mode=evaluate and --mode=reference: what they measure, keep and refuse."""
 
+import dataclasses
 import json
 import re
+import shutil
+import signal
 import sys
 import types
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import build, data
+from diffusion import build, data, workdir
 from diffusion.metrics import frechet, kernel, memorization, tables
 from diffusion.modes import evaluate, reference
 from diffusion.util import RunError
@@ -219,7 +222,7 @@ def test_moments_of_something_else_are_refused_with_the_difference(npz, tmp_path
     with np.load(statistics) as file:
         arrays = dict(file)
     record = json.loads(str(arrays['record']))
-    for key, value in (('dialect', 'other'), ('image_size', 16), ('weights_sha256', 'abc')):
+    for key, value in (('dialect', 'other'), ('image_size', 16), ('crop', 'none'), ('weights_sha256', 'abc')):
         np.savez(tmp_path / 'other.npz', **arrays | {'record': json.dumps(record | {key: value})})
         config = asking(npz, reference=str(tmp_path / 'other.npz'))
         with pytest.raises(RunError, match=rf'config\.metrics\.reference: .*{key}: {value!r} there, .* asked'):
@@ -236,11 +239,11 @@ def test_moments_of_something_else_are_refused_with_the_difference(npz, tmp_path
 def test_statistics_of_pytorch_fid_have_the_size_of_inceptions_features(tmp_path):
     network = reference.Network('inception', 'adm', None, 'abc')
     np.savez(tmp_path / 'theirs.npz', mu=np.zeros(2048), sigma=np.eye(2048))
-    found = reference.read_statistics(str(tmp_path / 'theirs.npz')).reference(network, (8, 8, 1))
+    found = reference.read_statistics(str(tmp_path / 'theirs.npz')).reference(network, (8, 8, 1), 'none')
     assert list(found.moments) == ['pool3'] and found.moments['pool3'][1].shape == (2048, 2048)
     np.savez(tmp_path / 'theirs.npz', mu=np.zeros(768), sigma=np.eye(768))
     with pytest.raises(ValueError, match=r'mu \(768,\) and sigma \(768, 768\), but pool3 of inception has 2048'):
-        reference.read_statistics(str(tmp_path / 'theirs.npz')).reference(network, (8, 8, 1))
+        reference.read_statistics(str(tmp_path / 'theirs.npz')).reference(network, (8, 8, 1), 'none')
 
 
 def test_a_network_of_the_table_is_used_with_its_weights(npz, tmp_path, monkeypatch):
@@ -280,6 +283,90 @@ def test_an_alarm_is_no_less_rare_with_several_networks(npz, tmp_path, monkeypat
     config.metrics.memorization = True
     measure(tmp_path, config)
     assert levels == 2 * [memorization.LEVEL / 2]
+
+
+def test_an_interrupt_ends_the_reference_at_once_and_leaves_nothing(npz, tmp_path, monkeypatch):
+    calls, make = [], reference.extractor
+
+    def interrupted(*arguments):
+        extract = make(*arguments)
+
+        def run(images):
+            calls.append(len(images))
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGINT)
+            return extract(images)
+
+        return run
+
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setattr(reference, 'extractor', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(asking(npz), str(tmp_path / 'run'))
+    assert len(calls) == 2 and list((tmp_path / 'cache').glob('**/references/*')) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_its_key(npz, tmp_path):
+    config = asking(npz)
+    config.data.cache, config.data.cache_dir = False, str(tmp_path / 'cache')
+    (tmp_path / 'cache').mkdir()
+    (tmp_path / 'cache' / 'references').write_text('not a folder')
+    with pytest.raises(RunError, match=r'references/\w+ cannot be written .*--config\.data\.cache_dir'):
+        evaluate.run(config, str(tmp_path / 'run'))
+
+
+def test_what_is_kept_of_very_many_images_is_recorded(npz, tmp_path, monkeypatch, capsys):
+    """Every third of 1,498 images; moments are those of all. A copy of one that is not kept would not be found."""
+    monkeypatch.setattr(reference, 'MOST_VECTORS', 500)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    record = measure(tmp_path, asking(npz, ('FD-pixels', 'precision-pixels'), memorization=True))
+    moments, vectors = (entry['reference'] for entry in record['metrics'])
+    assert 'vectors' not in moments and (vectors['vectors'], vectors['count']) == (500, 1498)
+    (copies,) = record['memorization']
+    assert (copies['searched'], copies['training_images']) == (500, 1498)
+    printed = capsys.readouterr().out
+    assert 'n = 299, against 500 of the 1498 images of digits' in printed
+    assert 'only 500 of 1498 training images were searched' in printed
+    real = build.load_images(quick())[:]
+    (kept,) = (a for a in map(np.load, (tmp_path / 'cache').glob('**/values.npy')) if len(a) == 500)
+    np.testing.assert_allclose(kept, real[::3].reshape(500, -1) / 127.5 - 1, atol=1e-6)
+
+
+def test_other_metrics_of_the_same_images_have_a_record_of_their_own(npz, tmp_path):
+    for metrics in (('FD-pixels',), ('FD-pixels', 'recall-pixels'), ('FD-pixels',)):
+        assert evaluate.run(asking(npz, metrics), str(tmp_path)) == 0
+    assert len(list((tmp_path / 'evaluations').iterdir())) == 2
+
+
+def test_the_images_of_a_run_are_those_that_it_was_trained_on(npz, tmp_path):
+    """As --mode=sample has it; other data may be named on the command line."""
+    real = build.load_images(quick())
+    workdir.write_config(quick(), str(tmp_path), dataclasses.replace(real, record=real.record | {'sha256': 'other'}))
+    record = measure(tmp_path, asking(npz))
+    assert record['metrics'] == [] and 'are not the 1498 that the run was trained on' in record['left_out']['FD-pixels']
+    shutil.rmtree(tmp_path / 'evaluations')
+    (tmp_path / 'pictures').mkdir()
+    for i, image in enumerate(real[:100]):
+        Image.fromarray(image[..., 0]).save(tmp_path / 'pictures' / f'{i:04d}.png')
+    config = asking(npz)
+    config.data.source = f'folder:{tmp_path / "pictures"}'
+    assert len(measure(tmp_path, config)['metrics']) == 1
+
+
+def test_copies_are_looked_for_among_the_pixels_of_small_images_whatever_the_metrics(npz, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, 'weights_file', lambda *_: '')
+    record = measure(tmp_path, asking(npz, ('FID',), memorization=True))
+    assert record['metrics'] == [] and [entry['features'] for entry in record['memorization']] == ['pixels']
+    monkeypatch.setitem(tables.FEATURES, 'pixels', tables.FEATURES['pixels']._replace(largest=63))
+    shutil.rmtree(tmp_path / 'evaluations')
+    record = measure(tmp_path, asking(npz, ('FID',), memorization=True))
+    assert record['left_out']['copies of training images (pixels)'] == 'an image has 64 values, more than 63'
+
+
+def test_moments_that_a_file_lacks_are_no_missing_reference(tmp_path):
+    comparison = tables.Comparison(np.zeros((3, 2)), None, None, 'adm')
+    with pytest.raises(ValueError, match='a file that lacks the moments of these features'):
+        tables.METRICS['sFID'].compute(comparison)
 
 
 # Classes.

@@ -117,6 +117,14 @@ def test_the_distance_is_that_of_the_written_images(five):
     assert 'weights' in record['left_out']['FID']
 
 
+def test_a_record_that_would_lose_a_metric_is_replaced_with_a_word(trained, tmp_path, capsys):
+    for metrics, says in ((('FD-pixels', 'recall-pixels'), False), (('FD-pixels',), True), (('FD-pixels',), False)):
+        capsys.readouterr()
+        assert sample.run(asking(metrics=metrics, folder=str(tmp_path)), str(trained)) == 0
+        told = 'replaces one that also has recall-pixels (pixels, [-1,1])' in capsys.readouterr().out
+        assert told == says
+
+
 def test_the_reason_is_recorded_where_there_is_no_distance(trained):
     _, one, _ = draw(trained, asking(num_images=1))
     assert one['metrics'] == [] and 'at least 2 vectors' in one['left_out']['FD-pixels']
@@ -213,7 +221,7 @@ def test_a_signal_while_images_are_drawn_keeps_them_and_the_same_command_resumes
     trained, number, tmp_path, monkeypatch
 ):
     """The images, their order and the metrics are those of an unbroken run."""
-    count = 3000 if number == signal.SIGKILL else 1_000_000
+    count = 5000 if number == signal.SIGKILL else 1_000_000
     asked = flags(trained, QUICK, sample__num_images=count, sample__batch_size=8, sample__num_steps=4)
     with open(tmp_path / 'errors', 'w', encoding='utf-8') as errors:
         command = [sys.executable, 'main.py', *asked, '--mode=sample']
