@@ -68,11 +68,14 @@ test-newer: install
 test-versions: install
 	OTHER_PYTHON="$(abspath $(OTHER))" $(python) -m pytest tests/test_versions.py
 
-# In an environment of its own, because PyTorch is large and nothing else needs it.
+# In an environment of its own, because PyTorch is large and nothing else needs it. torchvision lies in a folder beside
+# the other packages, for the one test that needs it: its wheel is for GPUs, and diffusers would stumble over it.
 peers:
 	$(MAKE) install VENV=.venv-peers EXTRAS=test,peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
-	  clean-fid pytorch-fid torch-fidelity  # they need torchvision, but what is compared does not
+	  clean-fid pytorch-fid torch-fidelity
+	test -d .venv-peers/torchvision || .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps -c constraints.txt --target .venv-peers/torchvision torchvision
 	.venv-peers/bin/python -m pytest $(in_parallel) -m peers
 
 # In an environment of its own, because JAX looks for the accelerators whose compilers it has.

@@ -5,8 +5,8 @@
 Both sides read a folder of random pictures of 32×32 and compute the 2,048 features of each on the CPU, with random
 weights of the same distribution. Each side is a process of its own, and the two run one after the other. The time
 begins when the first batch is done, so that it has no compilation. Without pytorch-fid and torchvision, which its
-network is made of, only our side is measured. A torchvision for GPUs will do: `pip install --no-deps torchvision`, of
-the version that belongs to the installed PyTorch.
+network is made of, only our side is measured. A torchvision for GPUs will do: after `make peers`,
+`PYTHONPATH=.venv-peers/torchvision .venv-peers/bin/python -m benchmarks.features` finds one.
 
 With random weights features mean nothing, but take as long.
 """

