@@ -52,7 +52,9 @@ def complete(config: ConfigDict) -> ConfigDict:
             say(f'only {total - seen.grey} of {total} pictures have colour; --config.data.channels=1 makes them grey')
     if not config.model.channels:
         require_unet(config)
-        config.model.update(choose_network(config.data.image_size, seen.count))
+        given = {key.removeprefix('model.') for key in config.command.overrides} - {'channels'}
+        chosen = choose_network(config.data.image_size, seen.count)
+        config.model.update({key: value for key, value in chosen.items() if key not in given})
     network = ' '.join(f'model.{key}={config.model[key]}' for key in CHOSEN).replace(', ', ',')
     say(
         f'{seen.count} pictures; chosen: data.image_size={config.data.image_size} '

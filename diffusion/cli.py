@@ -177,6 +177,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     text = '\n'.join(argv)
     if re.search(r'^--?(help\w*|h|\?)$', text, re.MULTILINE):
         print_help()
+    for word in argv[1:]:
+        flag = word.partition('=')[0]
+        if re.match(r'--?config\W', flag) and not re.fullmatch(r'--?config(\.\w+)+', flag):
+            sys.exit(f'error: {word}: the value of a key is set by --config.GROUP.KEY=VALUE')
+    if '--config=' in argv:
+        sys.exit('error: --config= is empty: it takes a name or PATH.py')
     argv, path = find_config(config_of_run(argv))
     file = path.partition(':')[0]
     if path and not (os.path.isfile(file) and file.endswith('.py')):

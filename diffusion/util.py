@@ -325,7 +325,7 @@ def unfinished(folder: str) -> Iterator[None]:
         UNFINISHED.discard(folder)
 
 
-def _lock(file: TextIO) -> bool:
+def lock(file: IO) -> bool:
     """Lock a file for this process; return False if its file system has no locks, as some NFS and Lustre mounts.
 
     Raises:
@@ -373,7 +373,7 @@ class FileLock:
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         file = open(self._path, 'a+', encoding='utf-8', opener=no_link)  # noqa: SIM115 (held open)
         try:
-            if not _lock(file):
+            if not lock(file):
                 folder = os.path.dirname(self._path)
                 warn(f'the file system of {folder} has no locks: make sure that no other process trains there')
         except BlockingIOError as error:
@@ -388,12 +388,12 @@ class FileLock:
         self._file = file
 
     def lost(self) -> bool:
-        """Return whether the lock file was removed or moved, so that another process could acquire the lock."""
+        """Return whether the lock file was removed, moved or became unreadable, so that the lock may be another's."""
         if self._file is None:
             return True
         try:
             return not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
+        except OSError:  # nothing is there, or a file in the place of the folder, or a network's file system fails
             return True
 
 
@@ -408,7 +408,7 @@ def exclusive(path: str, waiting: str) -> Iterator[None]:
         waits = False
         while True:
             try:
-                if not _lock(file):
+                if not lock(file):
                     raise OSError(errno.ENOLCK, 'its file system has no locks')
                 break
             except BlockingIOError:

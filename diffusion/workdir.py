@@ -240,6 +240,9 @@ def write_config(config: ConfigDict, workdir: str, images: data.Images | None = 
 
     Returns:
         What config.json holds now; each checkpoint keeps a copy.
+
+    Raises:
+        RunError: the file cannot be written.
     """
     stored, asked = read_config(workdir) or {}, plain(config)
     if stored and not config.command.config:
@@ -265,7 +268,8 @@ def write_config(config: ConfigDict, workdir: str, images: data.Images | None = 
             say(f'trained on {after["count"]} other images from step {step} on; there were {before["count"]}')
     asked |= {'changes': changes} if changes else {}
     if hosts.is_first():
-        write_json(os.path.join(workdir, 'config.json'), asked)
+        with writing(workdir):
+            write_json(os.path.join(workdir, 'config.json'), asked)
     return asked
 
 

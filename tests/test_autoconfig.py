@@ -204,6 +204,15 @@ def test_choices_by_hand_are_kept(tmp_path, changes):
     assert config.data.image_size and config.data.channels and config.model.channels
 
 
+def test_keys_of_the_command_line_are_kept_beside_what_is_chosen(tmp_path):
+    pictures = fill(tmp_path / 'p', noisy((24, 24, 3)))
+    config = config_of(pictures, model__num_blocks=4, model__multipliers=(1, 3))
+    config.command.overrides = ('model.multipliers', 'model.num_blocks', 'model.channels')
+    chosen = workdir.resolve(config, str(tmp_path / 'run'))
+    assert (chosen.model.num_blocks, tuple(chosen.model.multipliers)) == (4, (1, 3))
+    assert chosen.model.channels == 32 and chosen.model.groups == 8
+
+
 def test_later_commands_keep_the_choices_of_the_first(tmp_path, monkeypatch, capsys):
     """Also if the pictures or the machine would now lead to others; so the run can be sampled."""
     pictures = fill(tmp_path / 'p', noisy((24, 24, 3)))

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from diffusion.modes import export
 from diffusion.modes.evaluate import write_found
 from diffusion.modes.sample import Drawn, save_npz
 from diffusion.report.grid import save_each, save_grid
@@ -15,7 +16,17 @@ from diffusion.util import FileLock, exclusive
 
 IMAGES = np.zeros((2, 4, 4, 1), np.uint8)
 TERMS = {'posterior': np.random.default_rng(0).normal(size=(5, 3))}
+
+
+def copy(path):
+    source = path.parent / 'source' / path.name
+    source.parent.mkdir()
+    source.write_text('theirs')
+    export.copy(str(source), str(path.parent))
+
+
 WRITERS = {
+    'ledger.json': copy,
     'grid.png': lambda path: save_grid(str(path), IMAGES),
     '000001.png': lambda path: save_each(str(path.parent), IMAGES),
     'terms.png': lambda path: save_terms(str(path), np.array([1, 2, 3]), TERMS),

@@ -170,6 +170,13 @@ def test_a_bar_in_a_file_is_drawn_at_its_begin_and_its_end(monkeypatch):
     assert '1000/1000' in drawn[-1]
 
 
+def test_a_lock_whose_folder_became_a_file_is_lost(tmp_path):
+    with FileLock(str(tmp_path / 'run' / '.lock')) as lock:
+        (tmp_path / 'run').rename(tmp_path / 'moved')
+        (tmp_path / 'run').touch()
+        assert lock.lost()
+
+
 @pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys, number):
     """As some NFS and Lustre mounts are."""

@@ -18,7 +18,7 @@ from diffusion.interop import diffusers, diffusers_export
 from diffusion.interop.tensors import to_arrays
 from diffusion.networks import unet
 from diffusion.runtime import hosts, mesh
-from diffusion.util import naming, open_regular, read_json, versions, write_json, write_text
+from diffusion.util import naming, open_regular, read_json, replacing, versions, write_json, write_text
 
 CARD = """---
 library_name: diffusers
@@ -225,7 +225,7 @@ def samples_section(folder: str, path: str, digest: str) -> str:
     drawn, details = newest(path, 'samples', 'record.json', lambda record: record['params_sha256'] == digest)
     if not drawn:
         return ''
-    shutil.copy(os.path.join(drawn, 'grid.png'), folder)
+    copy(os.path.join(drawn, 'grid.png'), folder)
     keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip', 'compat', 'seed')
     how = ', '.join(f'{key} {details[key]!r}' for key in keys)
     measured = ''.join(
@@ -243,9 +243,15 @@ def likelihood_section(folder: str, path: str, digest: str) -> str:
     )
     if not measured:
         return ''
-    shutil.copy(os.path.join(measured, 'ledger.json'), folder)
+    copy(os.path.join(measured, 'ledger.json'), folder)
     with open_regular(os.path.join(measured, 'ledger.md')) as file:
         return f'\n## Likelihood\n\n{file.read().strip()}\n'
+
+
+def copy(path: str, folder: str) -> None:
+    """Copy a file into a folder; a link of its name there is replaced."""
+    with open(path, 'rb') as source, replacing(os.path.join(folder, os.path.basename(path))) as target:
+        shutil.copyfileobj(source, target)
 
 
 def spacing_note(spacing: str) -> str:

@@ -28,7 +28,7 @@ from diffusion.runtime.compilation import compiling
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
 from diffusion.schedule import start_warning
-from diffusion.util import RunError, naming, no_link, numerics, progress, replacing, say, stage, versions
+from diffusion.util import RunError, lock, naming, no_link, numerics, progress, replacing, say, stage, versions
 
 MEMORY = 'lower config.sample.batch_size'  # if there is too little
 
@@ -196,11 +196,16 @@ class Drawn:
         """Add the images from number `start` on; when it returns, they are on disk.
 
         Raises:
-            RunError: another process has added some meanwhile.
+            RunError: another process adds some, or has added some meanwhile.
         """
-        if self.count() != start:
-            raise RunError(f'another process is drawing the images of {self._path}, too: let it finish')
         with open(self._path, 'ab', opener=no_link) as file:
+            try:
+                lock(file)
+                alone = self.count() == start
+            except BlockingIOError:
+                alone = False
+            if not alone:
+                raise RunError(f'another process is drawing the images of {self._path}, too: let it finish')
             file.write(np.ascontiguousarray(images).data)
             file.flush()
             os.fsync(file.fileno())

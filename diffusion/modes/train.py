@@ -145,12 +145,18 @@ def loop(
     The host reads metrics every `log_every` steps only.
 
     Raises:
-        RunError: `max_bad_steps` steps in a row were not finite, or the last step could not be saved.
+        RunError: `max_bad_steps` steps in a row were not finite, a batch cannot be read, or the last step could not be
+            saved.
     """
     step, metrics = int(state.step), None
     while step < num_steps and not stop():
         previous = metrics
-        batch = next(batches, None)
+        try:
+            batch = next(batches, None)
+        except (OSError, ValueError) as error:  # pictures that could be read before, for example
+            if jax.process_count() == 1:  # hosts save together, and the others may have their batch
+                saver.finish(step, state)
+            raise RunError(f'the batch of step {step} cannot be read: {first_line(error)}; {saver.newest()}') from error
         if batch is None:  # a signal came before it did
             break
         state, metrics = step_fn(state, *batch)

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diffusion.runtime import hosts
+from diffusion.runtime import hosts, memory
 from diffusion.util import first_line, read_json, steps_in
 
 T = TypeVar('T')
@@ -265,11 +265,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _intact(self, step: int) -> Iterator[None]:
-        """Turn any exception in the context, on any host, into a DamagedError on all of them."""
+        """Turn any exception in the context but lack of memory, on any host, into a DamagedError on all of them."""
         failure = None
         try:
             yield
         except Exception as error:  # Orbax, TensorStore, JSON and the file system each raise their own for damage
+            if memory.exhausted(error):
+                raise
             failure = error
         if hosts.any_host(failure is not None):
             failure = failure or OSError('another host cannot read it')

@@ -112,6 +112,21 @@ def test_a_picture_outside_the_class_folders_removes_all_labels(tmp_path, capsys
     assert f'no labels: 1 of 3 pictures in {root}' in capsys.readouterr().out
 
 
+def test_held_out_pictures_without_classes_leave_those_of_training(tmp_path, capsys):
+    """As in a competition, whose test set is one folder."""
+    files = {'train/a/1.png': PNG[0], 'train/b/1.png': PNG[1], 'test/1.png': PNG[2]}
+    root = fill(tmp_path / 'p', files)
+    np.testing.assert_array_equal(load(root).labels, [0, 1])
+    assert load(root, 'test').labels is None
+    assert f'no labels: 1 of 1 pictures in {root} for test' not in capsys.readouterr().out  # it has no class folders
+
+
+def test_classes_without_a_picture_in_the_split_are_named(tmp_path, capsys):
+    files = {f'train/{c}/1.png': PNG[0] for c in ('cat', 'dog')} | {f'test/{c}/1.png': PNG[1] for c in ('Cat', 'dog')}
+    assert load(fill(tmp_path / 'p', files)).record['classes'] == ['Cat', 'cat', 'dog']
+    assert "warning: 1 of 3 classes have no pictures in train: 'Cat'" in capsys.readouterr().out
+
+
 def test_order_is_by_name_and_names_may_be_in_any_script(tmp_path):
     plain = ['ångström.png', 'Ωμέγα.png', '写真/猫 1.png', '🎨.png', 'a b\nc.png', 'quote\'".png', 'UPPER.PNG']
     files = {name: PNG[i] for i, name in enumerate(plain)}

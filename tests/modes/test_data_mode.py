@@ -74,6 +74,14 @@ def test_the_sheet_shows_the_images_and_the_record_describes_them(tmp_path, kind
     assert as_set(loaded.images) == as_set(images)
 
 
+def test_moments_of_counts_are_those_of_the_images():
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
+    floats = images / 127.5 - 1
+    mean, std = data.moments(images)
+    np.testing.assert_allclose(mean, floats.mean((0, 1, 2)), atol=1e-7)
+    np.testing.assert_allclose(std, floats.std((0, 1, 2)), atol=1e-7)
+
+
 def test_half_of_the_images_are_mirrored_as_in_training(tmp_path):
     images = noise(64, 8, 8, 3)
     root = fill(tmp_path / 'p', {f'{i:02d}.png': encoded(image) for i, image in enumerate(images)})

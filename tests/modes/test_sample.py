@@ -1,5 +1,6 @@
 """--mode=sample: what it writes and prints, and that an image depends on its seed and index alone."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -213,6 +214,18 @@ def test_reading_parameters_does_not_move_the_compile_cache(trained):
     config.compile_cache = str(trained / 'elsewhere')
     workdir.load_params(build.build(config).abstract_state(), config, str(trained), 'ema')
     assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_two_processes_do_not_draw_the_same_images(tmp_path):
+    images = np.zeros((2, 4, 4, 1), np.uint8)
+    first, second = (sample.Drawn(str(tmp_path), (4, 4, 1), '0' * 64) for _ in range(2))
+    first.append(0, images)
+    with pytest.raises(RunError, match='another process is drawing'):
+        second.append(0, images)  # after the first
+    with open(tmp_path / f'drawn-{"0" * 16}.bin', 'ab') as file, pytest.raises(RunError, match='another process'):
+        fcntl.flock(file, fcntl.LOCK_EX)  # while the first adds some
+        second.append(2, images)
+    assert first.count() == 2
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Whole training runs: what they leave on disk, and how they end, resume and recover."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -311,6 +312,25 @@ def test_a_workdir_that_another_run_has_taken_is_left_to_it(tmp_path, monkeypatc
         with pytest.raises(RunError, match=rf'{path} was removed or moved .*{os.getpid()}'):
             run(path, train__num_steps=FOREVER)
     assert [file.name for file in path.iterdir()] == ['.lock']
+
+
+def test_pictures_that_cannot_be_read_any_more_end_the_run_after_it_is_saved(tmp_path, monkeypatch):
+    feed = train.feed
+
+    def torn(*arguments, **how):
+        yield from itertools.islice(feed(*arguments, **how), 3)
+        raise ValueError('is the disk still there?')
+
+    monkeypatch.setattr(train, 'feed', torn)
+    with pytest.raises(RunError, match=r'batch of step 3 cannot be read: is the disk .*checkpoint of step 3 is good'):
+        run(tmp_path / 'run', train__num_steps=FOREVER)
+    assert saved(tmp_path / 'run') == [3]
+
+
+def test_a_config_that_cannot_be_written_is_an_error_in_one_line(tmp_path):
+    (tmp_path / 'run' / 'config.json.new').mkdir(parents=True)
+    with pytest.raises(RunError, match=rf'{tmp_path / "run"} cannot be written'):
+        run(tmp_path / 'run', train__num_steps=1)
 
 
 def test_a_last_step_that_is_not_saved_is_an_error():

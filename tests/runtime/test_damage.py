@@ -99,6 +99,15 @@ def test_a_description_may_have_keys_that_json_makes_strings(tmp_path):
     assert_same(restore(tmp_path, 1), make_params(1))
 
 
+def test_a_lack_of_memory_is_no_damage(folder, monkeypatch):
+    def fail(path):
+        raise MemoryError
+
+    monkeypatch.setattr('diffusion.runtime.checkpoints.read_about', fail)
+    with pytest.raises(MemoryError):
+        restore_newest(folder)
+
+
 def test_one_array_with_other_values_is_refused_by_its_name(folder, tmp_path):
     other = write(tmp_path / 'other', {2: make_params(2) | {'b': make_params(2)['b'].at[17].add(1e-3)}})
     exchange(folder, other, 2)

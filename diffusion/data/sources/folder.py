@@ -63,12 +63,16 @@ def open_folder(place: str, split: str, data_dir: str = '', max_pixels: int = pi
     if found.others:
         about.append(f'left out, as files of kinds that are not read: {_kinds(found.others)}')
 
-    labels = [places[file.folder].label for file in found.files if file.folder in places]
+    labels = [places[file.folder].label for file in chosen]
     loose = labels.count(None)
     if 0 < loose < len(labels):
-        about.append(f'no labels: {loose} of {len(labels)} pictures in {path} are not in a class folder')
+        about.append(f'no labels: {loose} of {len(labels)} pictures in {path} for {name} are not in a class folder')
     # The classes are those of all splits, so that a number means the same class in each.
-    classes = None if loose else sorted({label for label in labels if label})
+    everywhere = {places[file.folder].label for file in found.files if file.folder in places}
+    classes = None if loose else sorted(label for label in everywhere if label)
+    if classes and (absent := set(classes) - set(labels)):
+        some = ', '.join(map(repr, sorted(absent)[:5])) + ', …' * (len(absent) > 5)
+        about.append(f'warning: {len(absent)} of {len(classes)} classes have no pictures in {name}: {some}')
     numbers = {label: number for number, label in enumerate(classes or ())}
     return Source(
         names=[file.name for file in chosen],
