@@ -23,8 +23,12 @@ def is_complete(config: ConfigDict) -> bool:
     return bool(config.data.image_size and config.data.channels and config.model.channels and classes_known)
 
 
-def complete(config: ConfigDict) -> ConfigDict:
+def complete(config: ConfigDict, platform: str | None = None) -> ConfigDict:
     """Return the config with everything that it leaves open chosen from a look at the pictures; print the choice.
+
+    Args:
+        config: the config of the command.
+        platform: of the devices that the network is for; None is that of this process.
 
     Raises:
         RunError: no picture can be decoded, or there are none.
@@ -53,7 +57,7 @@ def complete(config: ConfigDict) -> ConfigDict:
     if not config.model.channels:
         require_unet(config)
         given = {key.removeprefix('model.') for key in config.command.overrides} - {'channels'}
-        chosen = choose_network(config.data.image_size, seen.count)
+        chosen = choose_network(config.data.image_size, seen.count, platform or jax.default_backend())
         config.model.update({key: value for key, value in chosen.items() if key not in given})
     network = ' '.join(f'model.{key}={config.model[key]}' for key in CHOSEN).replace(', ', ',')
     say(
@@ -156,19 +160,20 @@ def require_unet(config: ConfigDict) -> None:
         )
 
 
-def choose_network(image_size: int, num_images: int) -> dict[str, Any]:
+def choose_network(image_size: int, num_images: int, platform: str) -> dict[str, Any]:
     """Choose the width and depth of a U-Net, narrow on CPUs and for few images.
 
     Args:
         image_size: height and width in pixels.
         num_images: number of training images.
+        platform: of the devices, such as 'gpu'.
 
     Returns:
         The keys `CHOSEN` of config.model.
     """
     halvings = max(h for h in range(5) if image_size % 2**h == 0 and (h < 2 or image_size >> (h - 1) > 8))
     sizes = [image_size >> h for h in range(halvings + 1)]
-    channels = 32 if jax.default_backend() == 'cpu' else 64 if num_images < 20_000 else 128
+    channels = 32 if platform == 'cpu' else 64 if num_images < 20_000 else 128
     return {
         'channels': channels,
         'multipliers': (1, 2, 2, 4, 4)[: halvings + 1],

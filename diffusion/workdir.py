@@ -61,7 +61,7 @@ STORED_COMMAND = {'config': str, 'overrides': list}
 STORED_IMAGES = {'count': int, 'fingerprint': str, 'sha256': str, 'channel_means': list}
 
 
-def resolve(config: ConfigDict, workdir: str, *, training: bool = False) -> ConfigDict:
+def resolve(config: ConfigDict, workdir: str, *, training: bool = False, platform: str | None = None) -> ConfigDict:
     """Check the config's values and fill in what it leaves to the run in `workdir`, or else to the pictures.
 
     A run was made by a config and the keys that its command line changed. Modes that read it need not be given these
@@ -71,6 +71,7 @@ def resolve(config: ConfigDict, workdir: str, *, training: bool = False) -> Conf
         config: the config of the command.
         workdir: the folder of the run.
         training: only what the config leaves open is taken from the run; everything else must be asked for again.
+        platform: of the devices that the network is for; None is that of this process.
 
     Raises:
         RunError: a key has a value that it may not have, config.json is damaged, or no picture can be decoded.
@@ -94,7 +95,7 @@ def resolve(config: ConfigDict, workdir: str, *, training: bool = False) -> Conf
         except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(workdir, f'{type(error).__name__}: {error}') from error
         check(config, stored)
-    return config if autoconfig.is_complete(config) else autoconfig.complete(config)
+    return config if autoconfig.is_complete(config) else autoconfig.complete(config, platform)
 
 
 def config_of_run(config: ConfigDict, workdir: str) -> ConfigDict:

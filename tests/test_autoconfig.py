@@ -121,7 +121,7 @@ def test_pictures_of_very_different_sizes_are_asked_for_by_name(tmp_path):
 
 
 def test_a_choice_has_the_keys_that_are_announced():
-    assert set(autoconfig.CHOSEN) == set(autoconfig.choose_network(8, 0)) <= set(default.get_config().model)
+    assert set(autoconfig.CHOSEN) == set(autoconfig.choose_network(8, 0, 'cpu')) <= set(default.get_config().model)
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 7, 12, 28, 30, 50, 64])
@@ -129,7 +129,7 @@ def test_a_network_is_chosen_for_any_size(size):
     """It halves the image while it can, to 8 pixels or fewer, and has attention at a size of at most 16, if any."""
     config = default.get_config()
     config.data.image_size = size
-    config.model.update(autoconfig.choose_network(size, 1000))
+    config.model.update(autoconfig.choose_network(size, 1000, 'cpu'))
     assert_works(config)
     smallest = size >> (len(config.model.multipliers) - 1)
     assert smallest <= 8 or smallest % 2 or size > 128
@@ -138,11 +138,10 @@ def test_a_network_is_chosen_for_any_size(size):
     assert bool(config.model.attention_resolutions) == (min(sizes) <= 16)
 
 
-def test_a_network_is_wider_on_an_accelerator(monkeypatch):
-    widths = [autoconfig.choose_network(32, 100)['channels']]
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+def test_a_network_is_wider_on_an_accelerator():
+    widths = [autoconfig.choose_network(32, 100, 'cpu')['channels']]
     for num_images in (100, 50_000):
-        chosen = autoconfig.choose_network(32, num_images)
+        chosen = autoconfig.choose_network(32, num_images, 'gpu')
         assert chosen['channels'] % chosen['groups'] == 0
         widths.append(chosen['channels'])
     assert widths == sorted(set(widths))
@@ -165,6 +164,13 @@ def test_choices_are_printed_and_nothing_else_changes(tmp_path, capsys):
     for part, keys in asked.to_dict().items():
         if isinstance(keys, dict):
             assert {key for key in keys if keys[key] != config[part][key]} <= chosen
+
+
+def test_the_network_is_that_for_the_devices_that_are_planned_for(tmp_path):
+    """Not for those of the machine that plans, which is a CPU here: it is twice as wide."""
+    asked = config_of(fill(tmp_path / 'p', noisy((24, 24, 3))))
+    widths = [workdir.resolve(asked, str(tmp_path), platform=name).model.channels for name in ('cpu', 'gpu')]
+    assert widths[1] == 2 * widths[0]
 
 
 def test_grey_pictures_with_three_channels_are_grey(tmp_path):

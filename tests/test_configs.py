@@ -42,7 +42,7 @@ def test_a_config_is_complete_and_described(name):
     }
     if name == 'folder':
         config.data.update(image_size=32, channels=3)
-        config.model.update(autoconfig.choose_network(32, 1000))
+        config.model.update(autoconfig.choose_network(32, 1000, 'cpu'))
     workdir.check(config)
     build.make_schedule(config.schedule)
     build.make_optimizer(config.train)

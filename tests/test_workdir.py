@@ -533,7 +533,10 @@ def test_a_damaged_config_is_named(tmp_path, part, value):
     config = folder.get_config()
     config.data.source = f'folder:{tmp_path / "none"}'
     path = tmp_path / 'config.json'
-    whole = config.to_dict() | {'data': {'image_size': 8, 'channels': 3}, 'model': autoconfig.choose_network(8, 0)}
+    whole = config.to_dict() | {
+        'data': {'image_size': 8, 'channels': 3},
+        'model': autoconfig.choose_network(8, 0, 'cpu'),
+    }
     path.write_text(json.dumps(whole))
     assert workdir.resolve(config, str(tmp_path)).data.image_size == 8
     path.write_text(json.dumps(whole | {'images': IMAGES}))

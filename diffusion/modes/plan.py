@@ -39,9 +39,9 @@ def run(config: ConfigDict, path: str) -> int:
         RunError: the config does not allow it, the target is unknown, or its compiler is missing.
     """
     # Resolve.
-    config = workdir.resolve(config, path)
+    devices = targets.devices(config.plan.target)
+    config = workdir.resolve(config, path, platform=devices[0].platform)
     asked = config.plan
-    devices = targets.devices(asked.target)
     card = targets.describe_here() if asked.target == targets.HERE else targets.parse(asked.target)[0]
     exp = build.build(config, devices)
     num_hosts = len({device.process_index for device in devices})
