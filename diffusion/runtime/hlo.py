@@ -10,7 +10,7 @@ COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'coll
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'after-all', 'partition-id', 'replica-id'}
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4}
 BYTES |= {'s64': 8, 'u64': 8, 'f64': 8}
-CALLED = r'(?:to_apply|body|branch_computations|calls|true_computation|false_computation)=\{?([^,}]+)'
+CALLED = r'(?:to_apply|body|branch_computations|calls|true_computation|false_computation)=(\{[^}]*\}|[^\s,]+)'
 
 
 class Operation(NamedTuple):
@@ -58,16 +58,28 @@ def _walk(computations: dict[str, list[str]], name: str, in_loop: bool) -> Itera
         if not made:
             continue
         shapes, kind = made.groups()
-        inner = [name.strip('% ') for name in re.findall(CALLED, line)]
+        inner = [called for found in re.findall(CALLED, line) for called in re.findall(r'[\w.\-]+', found)]
         if kind in ('call', 'while', 'conditional'):
             for called in inner:
                 yield from _walk(computations, called, in_loop or kind == 'while')
         elif kind == 'async-start':  # it calls a computation that holds the operation
             yield from _walk(computations, inner[0], in_loop)
         elif kind not in FREE and not kind.endswith(('-done', '-update')):
-            sizes = _sizes(shapes)
-            starts = kind.endswith('-start') and kind != 'all-reduce-start'  # it returns its operands as well
-            yield Operation(kind.removesuffix('-start'), max(sizes, default=0) if starts else sum(sizes), in_loop)
+            if kind.endswith('-start') and kind != 'all-reduce-start':  # it returns (operands, results, …)
+                shapes = [*_elements(shapes), shapes][1]
+            yield Operation(kind.removesuffix('-start'), sum(_sizes(shapes)), in_loop)
+
+
+def _elements(shapes: str) -> list[str]:
+    """Return the types that a tuple consists of."""
+    found, depth = [''], 0
+    for letter in shapes[1:-1]:
+        depth += (letter in '([{') - (letter in ')]}')
+        if letter == ',' and not depth:
+            found.append('')
+        else:
+            found[-1] += letter
+    return found
 
 
 def _sizes(shapes: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from diffusion.runtime import hlo
 
@@ -53,6 +54,62 @@ def test_each_operation_that_takes_time_is_found_once():
         ('all-reduce', 24, False),
         ('fusion', 32, True),
     ]
+
+
+BRANCHES = """
+%one (x: f32[4]) -> f32[4] {
+  ROOT %sine = f32[4]{0} sine(%x)
+}
+
+%two (x.1: f32[4]) -> f32[4] {
+  ROOT %cosine = f32[4]{0} cosine(%x.1)
+}
+
+%three (x.2: f32[4]) -> f32[4] {
+  ROOT %tanh = f32[4]{0} tanh(%x.2)
+}
+
+ENTRY %main (i: s32[], x.3: f32[4]) -> f32[4] {
+  ROOT %chosen = f32[4]{0} conditional(%i, %x.3, %x.3, %x.3), branch_computations={%one, %two, %three}, metadata={}
+}
+"""
+
+
+def test_all_branches_are_found():
+    assert [op.name for op in hlo.operations(BRANCHES)] == ['sine', 'cosine', 'tanh']
+
+
+@pytest.mark.parametrize(
+    ('operation', 'nbytes'),
+    [
+        ('((f32[4]{0}, bf16[2]{0}), (f32[16]{0}, bf16[8]{0})) all-gather-start(%p, %q)', 64 + 16),
+        ('((f32[4]{0:T(128)}, f32[2,2]{1,0:T(2,128)(2,1)}), (f32[8]{0}, f32[4,2]{1,0})) all-gather-start(%p)', 64),
+        ('(f32[4]{0}, f32[16]{0}) all-gather-start(%p)', 64),
+        ('(f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%p)', 16),
+        ('((f32[4]{0}, f32[2]{0}), (f32[4]{0}, f32[2]{0}), u32[]) collective-permute-start(%p, %q)', 24),
+        ('(f32[4]{0}, f32[2]{0}) all-reduce-start(%p, %q), to_apply=%sum', 24),
+        ('f32[4]{0} all-reduce-start(%p), to_apply=%sum', 16),
+        ('((f32[16]{0}), f32[4]{0}, u32[]) reduce-scatter-start(%p), to_apply=%sum', 16),
+        ('(f32[4]{0:S(5)}, f32[4]{0}, u32[]) copy-start(%p)', 16),
+    ],
+)
+def test_what_starts_counts_its_results_and_not_its_operands(operation, nbytes):
+    text = f'ENTRY %main (p: f32[4], q: f32[2]) -> f32[4] {{\n  %begun = {operation}\n}}\n'
+    assert [op.nbytes for op in hlo.operations(text)] == [nbytes]
+
+
+def test_a_scatter_that_is_started_is_found_by_its_own_name():
+    text = """
+%inside (x: f32[16]) -> f32[4] {
+  ROOT %part = f32[4]{0} reduce-scatter(%x), dimensions={0}, to_apply=%sum
+}
+
+ENTRY %main (p: f32[16]) -> f32[4] {
+  %begun = ((f32[16]{0}), f32[4]{0}) async-start(%p), calls=%inside
+  ROOT %end = f32[4]{0} async-done(%begun)
+}
+"""
+    assert hlo.collectives(hlo.operations(text)) == {'reduce-scatter': {'count': 1, 'bytes': 16}}
 
 
 def test_messages_are_counted_by_kind():
