@@ -47,6 +47,8 @@ def run(config: ConfigDict, path: str) -> int:
     num_hosts = len({device.process_index for device in devices})
     train.require_equal_parts(config, exp)
     train.require_shards(config, num_hosts)
+    if 'likelihood' in asked.programs:
+        likelihood.require_quantities(config.likelihood)
     folder = workdir.output_folder(config, path, 'plan', 'plan')
 
     # Compute.
@@ -145,12 +147,15 @@ def measure(
     """Compile a program, and return what it takes.
 
     Returns:
-        'images': of a batch; 'peak_bytes', 'fits' and 'memory', its parts: on each device; 'flops_per_image' and
-        'flops_per_device'; 'kernels': of one step, or within the loop over the chain; 'collectives': messages between
-        devices, and 'collective_bytes', of their results; 'bytes_accessed': of the device's memory, as XLA counts
-        them; 'bound': see `bound`; 'compile_seconds'. If the compiler refuses because memory is too small, 'why' is
-        its message, 'fits' is False, and everything else is None.
+        'of': what the program does, in words; 'images': of a batch; 'peak_bytes', 'fits' and 'memory', its parts: on
+        each device; 'flops_per_image' and 'flops_per_device'; 'kernels': of a training step, or within the loop over
+        the chain or of the solver; 'collectives': messages between devices, and 'collective_bytes', of their results;
+        'bytes_accessed': of the device's memory, as XLA counts them, None if there is a loop, which XLA counts as if
+        it ran once; 'bound': see `bound`; 'compile_seconds'. What is in a loop counts once among kernels and messages,
+        and so do the parts of train.accumulate. If the compiler refuses because memory is too small, 'why' is its
+        message, 'fits' is False, and everything but 'of' is None.
     """
+    of, whole = extent(config, exp, what)
     began = time.perf_counter()
     try:
         with compiling(f'{what} for {config.plan.target}'):
@@ -158,7 +163,7 @@ def measure(
     except (RunError, jax.errors.JaxRuntimeError) as error:
         if 'RESOURCE_EXHAUSTED' not in str(error) and not memory.exhausted(error):
             raise
-        return dict.fromkeys(UNKNOWN) | {'fits': False, 'why': first_line(error)}
+        return dict.fromkeys(UNKNOWN) | {'of': of, 'fits': False, 'why': first_line(error)}
     seconds = time.perf_counter() - began
     operations = hlo.operations(program.compiled.as_text() or '')
     looped = [op for op in operations if op.in_loop]
@@ -166,6 +171,7 @@ def measure(
     plan: Any = program.compiled.memory_analysis()
     peak = (memory.of_program(program.compiled) or 0) + plan.generated_code_size_in_bytes
     found = {
+        'of': of,
         'images': images,
         'peak_bytes': peak,
         'fits': None if card.usable is None else peak <= card.usable,
@@ -180,17 +186,32 @@ def measure(
         'kernels': len(looped if what != 'train' and looped else operations),
         'collectives': messages,
         'collective_bytes': sum(kind['bytes'] for kind in messages.values()),
-        'bytes_accessed': (program.compiled.cost_analysis() or {}).get('bytes accessed'),
+        'bytes_accessed': None if looped else (program.compiled.cost_analysis() or {}).get('bytes accessed'),
         'compile_seconds': round(seconds, 1),
     }
     group = min((size for size in exp.mesh.shape.values() if size > 1), default=1)
-    return found | {'bound': bound(found, card, group)}
+    counted = found if whole else found | {'flops_per_device': None}
+    return found | {'bound': bound(counted, card, group)}
 
 
 UNKNOWN = (
     *('images', 'peak_bytes', 'memory', 'flops_per_image', 'flops_per_device', 'kernels', 'collectives'),
     *('collective_bytes', 'bytes_accessed', 'compile_seconds', 'bound'),
 )
+
+
+def extent(config: ConfigDict, exp: Experiment, what: str) -> tuple[str, bool]:
+    """Return what a program does, in words, and whether its operations are those of all of that."""
+    if what == 'train':
+        parts = config.train.accumulate
+        return 'one step' if parts == 1 else f'one step in {parts} parts', True
+    if what == 'sample':
+        done, _ = sample.resolve_chain(config.sample, exp)
+        return f'a chain of {done["num_steps"]} steps', True
+    quantity = config.likelihood.quantities[0]
+    if quantity == 'flow':
+        return 'flow, but one step of its solver, which takes as many as it needs', False
+    return quantity, True
 
 
 def bound(found: dict[str, Any], card: Card, group: int) -> dict[str, float | None]:
@@ -207,7 +228,8 @@ def bound(found: dict[str, Any], card: Card, group: int) -> dict[str, float | No
 
     Returns:
         Seconds of 'arithmetic', 'memory' and 'links' by themselves; 'seconds', the longer of arithmetic and links;
-        'sum', of all three; 'images_per_second' and 'utilisation', at most. None where a rate is not known.
+        'sum', of all three; 'images_per_second' and 'utilisation', at most. None where a rate or
+        the work is not known.
     """
 
     def seconds(work: float | None, rate: float | None) -> float | None:
@@ -319,7 +341,7 @@ def markdown(record: dict[str, Any]) -> str:
         '| at most, images/s | compile, s |',
         '|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|',
     ]
-    rows = list(record['programs'].items())
+    rows = [(f'{name}: {found["of"]}', found) for name, found in record['programs'].items()]
     rows += [(f'train, {other["change"]}', other) for other in record['alternatives']]
     for name, found in rows:
         if found['images'] is None:
@@ -344,7 +366,9 @@ def markdown(record: dict[str, Any]) -> str:
 
 SHOWN = {'seconds': 1e3, 'images_per_second': 1}
 NOTE = (
-    'The kernels of `sample` and `likelihood` are those of one step of the chain. "At least" is the time that '
-    "arithmetic or messages take at the manufacturer's rates, whichever is longer: a bound, not a prediction. Images "
-    'that training keeps on the devices (data.placement) come on top.'
+    'A row is of what its first column names. But kernels and messages in a loop count once: the kernels of `sample` '
+    'and `likelihood` are those of one step of the chain, of `flow` those of one step of the solver, and those of a '
+    'step in parts are those of one part and of the update. "At least" is the time that arithmetic or messages of the '
+    "whole row, such as a chain, take at the manufacturer's rates, whichever is longer: a bound, not a prediction. "
+    '"Fits" leaves out the images that training keeps on the devices (data.placement).'
 )

@@ -4,13 +4,17 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from diffusion.modes import plan
-from diffusion.runtime import targets
+from diffusion.networks import Program
+from diffusion.runtime import mesh, targets
 from diffusion.util import RunError
-from tests.runs import CONFIG, QUICK, ROOT, flags, main, tiny
+from tests.runs import CONFIG, QUICK, ROOT, flags, main, quick, tiny
 
 TINY = (
     '--config.model.channels=8',
@@ -49,6 +53,43 @@ def test_a_plan_of_this_machine(tmp_path):
     for found in record['programs'].values():
         assert found['fits'] and found['collectives'] == {} and found['bound']['seconds'] is None
         assert found['kernels'] > 0 and found['peak_bytes'] >= sum(found['memory'].values()) - 1
+
+
+CARD = targets.Card('NVIDIA H100 80GB HBM3', 1000, 10, 4, '', {})
+
+
+def measured(function, what='train', **changes):
+    """What is found of a program of three images that does 3·989 TFLOP."""
+    config = quick({key.replace('__', '.'): value for key, value in changes.items()})
+    program = Program(jax.jit(function).lower(jnp.ones((8, 8))).compile(), 3 * 989e12)
+    exp = types.SimpleNamespace(mesh=mesh.make_mesh(devices=jax.devices()[:1]))
+    return plan.measure(lambda config, exp: (program, 3), config, exp, CARD, what)
+
+
+def test_traffic_of_the_memory_is_not_known_of_a_program_with_a_loop():
+    """XLA counts the body of a loop as if it ran once."""
+    assert measured(lambda x: jnp.sin(x))['bytes_accessed'] == 2 * 8 * 8 * 4
+    looped = measured(lambda x: jax.lax.fori_loop(0, 1000, lambda _, y: jnp.sin(y @ x), x))
+    assert looped['bytes_accessed'] is None and looped['bound']['memory'] is None and looped['bound']['seconds'] == 3
+
+
+def test_a_solver_whose_steps_are_not_known_has_no_bound():
+    known = measured(jnp.sin, 'likelihood', likelihood__quantities=('posterior', 'flow'))
+    assert known['of'] == 'posterior' and known['bound']['seconds'] == 3 and known['bound']['images_per_second'] == 1
+    flow = measured(jnp.sin, 'likelihood', likelihood__quantities=('flow',))
+    assert 'one step of its solver' in flow['of'] and flow['flops_per_image'] == 989e12
+    assert flow['bound']['seconds'] is None and flow['bound']['images_per_second'] is None
+
+
+def test_the_parts_of_a_step_are_said():
+    assert measured(jnp.sin, train__accumulate=4)['of'] == 'one step in 4 parts'
+
+
+@pytest.mark.parametrize('quantities', [(), ('flaw',)])
+def test_quantities_are_refused_as_by_the_likelihood(tmp_path, quantities):
+    config = quick({'likelihood.quantities': quantities, 'plan.programs': ('likelihood',)})
+    with pytest.raises(RunError, match=r'config\.likelihood\.quantities is .* must name some of .*flow'):
+        plan.run(config, str(tmp_path))
 
 
 @pytest.mark.parametrize(('shards', 'cache', 'disk'), [(1, True, 49.152e9), (64, True, 6.144e9), (64, False, 0)])
