@@ -21,7 +21,7 @@ from diffusion.runtime.compilation import compiling
 from diffusion.runtime.targets import Card
 from diffusion.util import RunError, first_line, naming, say, versions, write_json, write_text
 
-LARGEST_BATCH = 2**16  # images; larger ones are not tried
+LARGEST_BATCH = 2**16  # images; larger ones are not tried unless asked for
 STEP_OF_BATCH = 1 / 8  # how exactly the largest batch is found
 
 
@@ -276,8 +276,15 @@ def alternatives(config: ConfigDict, devices: list[Any], card: Card) -> list[dic
     return found
 
 
-def largest_batch(config: ConfigDict, exp: Experiment, card: Card) -> int:
-    """Return the largest train.batch_size that fits, found by bisection to an eighth; 0 if not even one image does."""
+def largest_batch(config: ConfigDict, exp: Experiment, card: Card) -> dict[str, Any]:
+    """Find the largest train.batch_size that fits, by bisection to an eighth.
+
+    Returns:
+        'images': the batch; 0 if not even the smallest fits, None if the memory of the device is not known. 'complete':
+        whether a larger one was tried, and does not fit.
+    """
+    if card.usable is None:
+        return {'images': None, 'complete': False}
     unit = math.lcm(exp.mesh.size * config.train.accumulate, config.data.shards)
 
     def fits(units: int) -> bool:
@@ -288,14 +295,15 @@ def largest_batch(config: ConfigDict, exp: Experiment, card: Card) -> int:
         return answer
 
     low, high = 0, config.train.batch_size // unit
-    while high * unit <= LARGEST_BATCH and fits(high):
-        low, high = high, 2 * high
-    if high * unit > LARGEST_BATCH:
-        return low * unit
+    most = max(LARGEST_BATCH // unit, high)
+    while fits(high):
+        if high == most:
+            return {'images': high * unit, 'complete': False}
+        low, high = high, min(2 * high, most)
     while high - low > max(1, STEP_OF_BATCH * low):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * unit
+    return {'images': low * unit, 'complete': True}
 
 
 def state_bytes(exp: Experiment) -> dict[str, int]:
@@ -357,11 +365,20 @@ def markdown(record: dict[str, Any]) -> str:
             f'| {memory.size(found["collective_bytes"])} | {least} | {rate} | {found["compile_seconds"]:.0f} |'
         )
     if record['largest_batch'] is not None:
-        lines += ['', f'The largest train.batch_size that fits, to an eighth: {record["largest_batch"]}.']
+        lines += ['', describe_largest(**record['largest_batch'])]
     disk, waiting = (memory.size(nbytes) for nbytes in record['host'].values())
     lines += ['', f'Each host keeps {disk} of every million decoded images, and up to {waiting} of batches in memory.']
     lines += ['', NOTE]
     return '\n'.join(lines) + '\n'
+
+
+def describe_largest(images: int | None, complete: bool) -> str:
+    """Return one line about what `largest_batch` found."""
+    if images is None:
+        return 'How large a train.batch_size fits is not known, because the memory of the device is not.'
+    if not complete:
+        return f'train.batch_size={images} fits; larger ones were not tried.'
+    return f'The largest train.batch_size that fits, to an eighth: {images}.'
 
 
 SHOWN = {'seconds': 1e3, 'images_per_second': 1}

@@ -92,6 +92,39 @@ def test_quantities_are_refused_as_by_the_likelihood(tmp_path, quantities):
         plan.run(config, str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ('asked', 'fits', 'found', 'tried'),
+    [
+        (16, 100, (96, True), [16, 32, 64, 128, 96, 112, 104]),
+        (16, 15, (8, True), [16, 8]),
+        (16, 0, (0, True), [16, 8]),
+        (2**15, 2**20, (2**16, False), [2**15, 2**16]),
+        (2**17, 2**20, (2**17, False), [2**17]),
+        (2**17, 2**16, (2**16, True), [2**17, 2**16, 2**16 + 2**15, 2**16 + 2**14, 2**16 + 2**13]),
+    ],
+)
+def test_the_largest_batch_is_found_by_bisection(monkeypatch, asked, fits, found, tried):
+    """In units of eight images, to an eighth of it; nothing is said of batches that are not tried."""
+    batches = []
+
+    def measure(compile_program, config, exp, card, what):
+        batches.append(config.train.batch_size)
+        return {'fits': config.train.batch_size <= fits}
+
+    monkeypatch.setattr(plan, 'measure', measure)
+    config = quick({'train.batch_size': asked, 'train.accumulate': 8})
+    exp = types.SimpleNamespace(mesh=mesh.make_mesh(devices=jax.devices()[:1]))
+    assert plan.largest_batch(config, exp, CARD) == dict(zip(('images', 'complete'), found, strict=True))
+    assert batches == tried
+    assert ('were not tried' in plan.describe_largest(*found)) == (not found[1])
+
+
+def test_the_largest_batch_is_not_known_where_the_memory_is_not():
+    unknown = targets.Card('Radeon', None, None, None, '', {})
+    found = plan.largest_batch(quick(), None, unknown)
+    assert found['images'] is None and 'the memory of the device is not' in plan.describe_largest(**found)
+
+
 @pytest.mark.parametrize(('shards', 'cache', 'disk'), [(1, True, 49.152e9), (64, True, 6.144e9), (64, False, 0)])
 def test_what_images_take_on_each_host(shards, cache, disk):
     """Of a million images of 128×128×3 on eight hosts; and 16 batches of 256 wait in memory, an eighth on each."""
