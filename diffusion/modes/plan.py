@@ -54,7 +54,7 @@ def run(config: ConfigDict, path: str) -> int:
     # Compute.
     compilers = {'train': compile_train, 'sample': compile_sample, 'likelihood': compile_likelihood}
     programs = {name: measure(compilers[name], config, exp, card, name) for name in asked.programs}
-    others = alternatives(config, devices, card) if asked.alternatives else []
+    others = alternatives(config, exp, card) if asked.alternatives else []
     largest = largest_batch(config, exp, card) if asked.largest_batch else None
 
     # Record.
@@ -252,8 +252,9 @@ def bound(found: dict[str, Any], card: Card, group: int) -> dict[str, float | No
     }
 
 
-def alternatives(config: ConfigDict, devices: list[Any], card: Card) -> list[dict[str, Any]]:
+def alternatives(config: ConfigDict, exp: Experiment, card: Card) -> list[dict[str, Any]]:
     """Return what one other setting would change in the training step: [{'change', …, as in `measure`}]."""
+    devices = list(exp.mesh.devices.flat)
     other = 'float32' if config.model.dtype == 'bfloat16' else 'bfloat16'
     on_host = len(devices) // len({device.process_index for device in devices})
     changes = {
@@ -268,11 +269,13 @@ def alternatives(config: ConfigDict, devices: list[Any], card: Card) -> list[dic
         if changed[key.split('.')[0]][key.split('.')[1]] == value:
             continue
         changed.update_from_flattened_dict({key: value})
-        if changed.train.batch_size % (len(devices) * changed.train.accumulate):
+        other_exp = build.build(changed, devices)
+        try:
+            train.require_equal_parts(changed, other_exp)
+        except RunError as error:
+            say(f'{key}={value} is left out: {error}')
             continue
-        found.append(
-            {'change': f'{key}={value}'} | measure(compile_train, changed, build.build(changed, devices), card, 'train')
-        )
+        found.append({'change': f'{key}={value}'} | measure(compile_train, changed, other_exp, card, 'train'))
     return found
 
 
@@ -338,12 +341,12 @@ def describe_card(card: Card) -> dict[str, Any]:
 
 def markdown(record: dict[str, Any]) -> str:
     """Return the plan as tables."""
-    usable = memory.size(record['device']['usable_bytes'] or 0)
+    usable = record['device']['usable_bytes']
+    there = f'{memory.size(usable)} of memory can be used on each' if usable else 'its memory is not known'
     hosts = f' on {record["hosts"]} hosts' if record['hosts'] > 1 else ''
     state = ', '.join(f'{name} {memory.size(nbytes)}' for name, nbytes in record['state_bytes'].items())
     lines = [
-        f'{record["devices"]} × {record["device"]["kind"]}{hosts} ({record["target"]}): {usable} of memory can be used '
-        f'on each. There, {state}.',
+        f'{record["devices"]} × {record["device"]["kind"]}{hosts} ({record["target"]}): {there}. On each, {state}.',
         '',
         '| program | images | peak memory | fits | GFLOP/image | kernels | messages | their bytes | at least, ms '
         '| at most, images/s | compile, s |',

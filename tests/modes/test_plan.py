@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from diffusion import build
 from diffusion.modes import plan
 from diffusion.networks import Program
 from diffusion.runtime import mesh, targets
@@ -123,6 +124,28 @@ def test_the_largest_batch_is_not_known_where_the_memory_is_not():
     unknown = targets.Card('Radeon', None, None, None, '', {})
     found = plan.largest_batch(quick(), None, unknown)
     assert found['images'] is None and 'the memory of the device is not' in plan.describe_largest(**found)
+
+
+def test_an_alternative_that_does_not_divide_the_batch_is_said_to_be_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(plan, 'measure', lambda *arguments: {})
+    config = quick({'train.batch_size': 1})
+    found = plan.alternatives(config, build.build(config, jax.devices()[:1]), CARD)
+    assert {row['change'] for row in found} == {'model.remat=True', 'model.dtype=bfloat16'}
+    assert 'train.accumulate=2 is left out: config.train.batch_size is 1' in capsys.readouterr().out
+
+
+REFUSED = dict.fromkeys(plan.UNKNOWN) | {'of': 'one step', 'fits': False, 'why': 'RESOURCE_EXHAUSTED'}
+
+
+@pytest.mark.parametrize(('usable', 'said'), [(None, 'its memory is not known'), (12e9, '12.0 GB of memory can be')])
+def test_what_is_not_known_is_not_zero(usable, said):
+    record = {
+        'target': 'here', 'devices': 1, 'hosts': 1, 'device': {'kind': 'Radeon', 'usable_bytes': usable},
+        'state_bytes': {'parameters': 4}, 'programs': {'train': REFUSED}, 'alternatives': [], 'largest_batch': None,
+        'host': {'disk': 0, 'waiting': 0},
+    }  # fmt: skip
+    first = plan.markdown(record).splitlines()[0]
+    assert said in first and '0.0 kB of memory' not in first
 
 
 @pytest.mark.parametrize(('shards', 'cache', 'disk'), [(1, True, 49.152e9), (64, True, 6.144e9), (64, False, 0)])
