@@ -1,5 +1,7 @@
 """--mode=plan: what fits on accelerators that need not be here, and what it costs, from programs compiled for them."""
 
+import hashlib
+import json
 import math
 import os
 import re
@@ -58,24 +60,27 @@ def run(config: ConfigDict, path: str) -> int:
     largest = largest_batch(config, exp, card) if asked.largest_batch else None
 
     # Record.
-    name = re.sub(r'\W+', '-', f'{asked.target}-batch{config.train.batch_size}-{config.model.dtype}')
-    record = {
+    settings = {
         'target': asked.target,
         'devices': len(devices),
         'hosts': num_hosts,
         'device': describe_card(card),
         'mesh': dict(exp.mesh.shape),
+        **settings_of_programs(config),
+        'versions': versions(),
+    }
+    record = settings | {
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(exp.abstract_state().params)),
         'state_bytes': state_bytes(exp),
         'programs': programs,
         'alternatives': others,
         'largest_batch': largest,
-        'model': config.model.to_dict(),
-        'data': {key: config.data[key] for key in ('image_size', 'channels', 'shards')},
         'host': on_each_host(config, num_hosts),
-        'train': {key: config.train[key] for key in ('batch_size', 'accumulate', 'loss')},
-        'versions': versions(),
     }
+    # The name contains a digest of all settings: plans of others do not replace each other.
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    about = f'{asked.target}-fsdp{config.mesh.fsdp}-batch{config.train.batch_size}-{config.model.dtype}'
+    name = re.sub(r'\W+', '-', f'{about}-{digest}')
     text = markdown(record)
     with workdir.writing(folder, key='plan.folder'):
         write_json(os.path.join(folder, f'{name}.json'), record)
@@ -85,6 +90,18 @@ def run(config: ConfigDict, path: str) -> int:
     say(f'\n{text}')
     workdir.wrote(folder, f'{name}.json', f'{name}.md')
     return 0
+
+
+def settings_of_programs(config: ConfigDict) -> dict[str, Any]:
+    """Return what the record says of the config: all that programs depend on."""
+    keys = ('image_size', 'channels', 'labels', 'flip', 'shards', 'cache')
+    parts = {part: workdir.settings_for_record(config[part]) for part in ('plan', 'train', 'sample', 'likelihood')}
+    parts['sample']['guide'] = bool(config.sample.guide)  # its place is left out
+    return parts | {
+        'data': {key: config.data[key] for key in keys},
+        'model': config.model.to_dict(),
+        'schedule': config.schedule.to_dict(),
+    }
 
 
 def compile_train(config: ConfigDict, exp: Experiment) -> tuple[Program, int]:

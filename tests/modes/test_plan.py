@@ -134,6 +134,21 @@ def test_an_alternative_that_does_not_divide_the_batch_is_said_to_be_left_out(mo
     assert 'train.accumulate=2 is left out: config.train.batch_size is 1' in capsys.readouterr().out
 
 
+def test_plans_of_other_settings_are_other_files_that_name_them(tmp_path):
+    """Also if target, batch and dtype are the same."""
+    changes = ({}, {'schedule.T': 5}, {'sample.num_steps': 2}, {'plan.programs': ('likelihood',)}, {})
+    for change in changes:
+        config = quick({'plan.programs': (), **change})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, 'measure', lambda *arguments: REFUSED)
+            assert plan.run(config, str(tmp_path)) == 0
+    records = [json.loads(path.read_text(encoding='utf-8')) for path in (tmp_path / 'plan').glob('*.json')]
+    assert len(records) == len(changes) - 1 and len(list((tmp_path / 'plan').glob('here-fsdp1-batch16-*.md'))) == 4
+    for part, key in (('schedule', 'T'), ('sample', 'eta'), ('likelihood', 'quantities'), ('train', 'loss')):
+        assert all(key in record[part] for record in records)
+    assert all('folder' not in record[part] for record in records for part in ('plan', 'sample', 'likelihood'))
+
+
 REFUSED = dict.fromkeys(plan.UNKNOWN) | {'of': 'one step', 'fits': False, 'why': 'RESOURCE_EXHAUSTED'}
 
 
