@@ -35,7 +35,8 @@ def start() -> str:
 
 def unused() -> str | None:
     """Return a warning, with the command that helps, if JAX uses the CPU although there is a GPU or a TPU."""
-    if jax.default_backend() != 'cpu' or os.environ.get('JAX_PLATFORMS'):  # the latter is the user's choice
+    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]  # by JAX_PLATFORMS, or for a plan of other devices
+    if jax.default_backend() != 'cpu' or chosen:
         return None
     if _exists(NVIDIA) and os.environ.get('CUDA_VISIBLE_DEVICES', '0') not in ('', '-1'):
         name, platform, plugins = 'AN NVIDIA GPU', 'cuda', ['jax_cuda12_plugin', 'jax_cuda13_plugin']

@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from diffusion.runtime import devices
+from diffusion.runtime import devices, targets
 from tests.runs import CONFIG, assert_refused, main
 
 
@@ -13,9 +13,10 @@ from tests.runs import CONFIG, assert_refused, main
 def machine(monkeypatch, tmp_path):
     """A function that makes this machine one with some device files, and another driver."""
     monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
-    monkeypatch.delenv('JAX_PLATFORMS', raising=False)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     monkeypatch.setattr(devices.importlib.util, 'find_spec', lambda name: None)
+    before = jax.config.jax_platforms
+    jax.config.update('jax_platforms', None)
 
     def make(*, gpu=False, tpu=False, driver=''):
         (tmp_path / 'there').touch()
@@ -24,7 +25,8 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(devices, 'TPU', (str(tmp_path / ('there' if tpu else 'nowhere')),))
         monkeypatch.setattr(devices, 'DRIVER', str(tmp_path / 'version'))
 
-    return make
+    yield make
+    jax.config.update('jax_platforms', before)
 
 
 # The first lines of /proc/driver/nvidia/version on two machines.
@@ -62,10 +64,16 @@ def test_nothing_is_said_where_the_cpu_is_all_there_is_or_is_wanted(machine, mon
     with monkeypatch.context() as inner:
         inner.setenv('CUDA_VISIBLE_DEVICES', '')
         assert devices.unused() is None
-    with monkeypatch.context() as inner:
-        inner.setenv('JAX_PLATFORMS', 'cpu')
-        assert devices.unused() is None
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert devices.unused() is None
+
+
+@pytest.mark.parametrize(
+    'choose', [lambda: jax.config.update('jax_platforms', 'cpu'), lambda: targets.prepare('h100:8')]
+)
+def test_nothing_is_said_of_a_gpu_if_the_cpu_is_asked_for_or_other_devices_are_planned_for(machine, choose):
+    machine(gpu=True)
+    choose()
     assert devices.unused() is None
 
 
