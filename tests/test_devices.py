@@ -375,8 +375,13 @@ class Device:
     [
         ('NVIDIA H100 80GB HBM3', 989e12),
         ('NVIDIA H100 PCIe', 756e12),
+        ('NVIDIA H100 NVL', 835.5e12),
+        ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None),  # a part of it
+        ('NVIDIA H200 NVL', None),  # not that of an H200
+        ('NVIDIA H800', None),
         ('NVIDIA A100-SXM4-40GB', 312e12),
         ('TPU v4', 275e12),
+        ('TPU v4 lite', None),
         ('TPU v5 lite', 197e12),  # not that of a v5
         ('TPU v5p', 459e12),
         ('TPU v6 lite', 918e12),

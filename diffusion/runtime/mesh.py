@@ -17,18 +17,25 @@ MAX_CORES = 8  # CPU devices at most: each holds a copy of the parameters
 # gathered and reduced, and together they are less than a hundredth of a network that is worth splitting.
 MIN_SIZE_TO_SPLIT = 1024
 
-# Floating-point operations per second in dense bfloat16 matrix products, as the manufacturers state them.
+# Floating-point operations per second in dense bfloat16 matrix products, by the name of the device: cards of one
+# generation differ. NVIDIA's data sheets, which runtime/targets.py names, state twice as much, with sparsity, from the
+# H100 on; Google's pages state it by chip.
 PEAK_FLOPS = {
-    'NVIDIA A100': 312e12,
-    'NVIDIA H100': 989e12,  # SXM
+    'NVIDIA A100-SXM4-40GB': 312e12,
+    'NVIDIA A100-SXM4-80GB': 312e12,
+    'NVIDIA A100-PCIE-40GB': 312e12,
+    'NVIDIA A100 80GB PCIe': 312e12,
+    'NVIDIA H100 80GB HBM3': 989e12,  # SXM
     'NVIDIA H100 PCIe': 756e12,
-    'NVIDIA H200': 989e12,
+    'NVIDIA H100 NVL': 835.5e12,
+    'NVIDIA H200': 989e12,  # SXM
     'NVIDIA B200': 2250e12,
     'TPU v3': 123e12 / 2,  # a device is a core, half a chip
     'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5': 459e12,
-    'TPU v6 lite': 918e12,
+    'TPU v5 lite': 197e12,  # v5e
+    'TPU v5': 459e12,  # v5p
+    'TPU v5p': 459e12,
+    'TPU v6 lite': 918e12,  # v6e
 }
 
 
@@ -223,5 +230,4 @@ def fits(mesh: Mesh, nbytes: int, share: float = 0.25) -> bool:
 
 def peak_flops(device_kind: str) -> float | None:
     """Return the peak rate of a kind of device in bfloat16 operations per second, or None if it is not known."""
-    kinds = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+    return PEAK_FLOPS.get(device_kind)
