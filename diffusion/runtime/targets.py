@@ -19,8 +19,16 @@ from diffusion.util import RunError, first_line
 HERE = 'here'
 GPU_SHARE = 0.75  # JAX takes this share of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION sets another
 TPU_SHARE = 15.75 / 16  # XLA leaves this share of a TPU's memory to programs
-NVIDIA = 'NVIDIA, data sheet of the card'
-GOOGLE = 'Google Cloud, documentation of the TPU'
+
+# Who says so. Links count in one direction; the pages state twice as much, for both together.
+XLA = 'memory: XLA, https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs'
+PDF = 'https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-nvidia-us-2188504-web.pdf'
+A100 = f'{XLA}; rate, link: NVIDIA A100 Tensor Core GPU, data sheet, {PDF}'
+H100 = f'{XLA}; rate, link: NVIDIA H100, specifications, https://www.nvidia.com/en-us/data-center/h100/'
+H200 = f'{XLA}; rate, link: NVIDIA H200, specifications, https://www.nvidia.com/en-us/data-center/h200/'
+B200 = f'{XLA}; rate, link: NVIDIA DGX B200, specifications, https://www.nvidia.com/en-us/data-center/dgx-b200/'
+GOOGLE = 'Google Cloud, system architecture of the TPU, https://docs.cloud.google.com/tpu/docs/'
+TPU_V4 = f'{GOOGLE}v4; link: 6 of 50 GB/s, https://arxiv.org/abs/2304.01433'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Card:
         memory: bytes.
         bandwidth: bytes per second of its memory.
         link: bytes per second that it sends to the others of its host or slice.
-        source: who says so.
+        source: who says so, with the page.
         details: of a GPU, what XLA's compiler asks; of a TPU, the name of its generation and its configuration.
     """
 
@@ -63,15 +71,15 @@ HOPPER = dict(major=9, cores=132, fpus=128, shared=232448, shared_per_core=23347
 BLACKWELL = dict(major=10, cores=148, fpus=128, shared=232448, shared_per_core=233472, l2=132644864, clock=1.965)
 
 CARDS = {
-    'a100-40': Card('NVIDIA A100-SXM4-40GB', 42331013120, 1.5552e12, 300e9, NVIDIA, AMPERE),
-    'a100-80': Card('NVIDIA A100-SXM4-80GB', 85100068864, 2.03904e12, 300e9, NVIDIA, AMPERE),
-    'h100': Card('NVIDIA H100 80GB HBM3', 84942979072, 3.35232e12, 450e9, NVIDIA, HOPPER),
-    'h200': Card('NVIDIA H200', 151397597184, 4.8e12, 450e9, NVIDIA, HOPPER),
-    'b200': Card('NVIDIA B200', 191514411008, 7.67232e12, 900e9, NVIDIA, BLACKWELL),
-    'tpu-v4': Card('TPU v4', 32 * 2**30, 1.228e12, 300e9, GOOGLE, {'name': 'v4', 'chip_config_name': 'megacore'}),
-    'tpu-v5e': Card('TPU v5 lite', 16 * 2**30, 819e9, 200e9, GOOGLE, {'name': 'v5e'}),
-    'tpu-v5p': Card('TPU v5', 95 * 2**30, 2.765e12, 600e9, GOOGLE, {'name': 'v5p'}),
-    'tpu-v6e': Card('TPU v6 lite', 32 * 2**30, 1.64e12, 448e9, GOOGLE, {'name': 'v6e'}),
+    'a100-40': Card('NVIDIA A100-SXM4-40GB', 42331013120, 1.5552e12, 300e9, A100, AMPERE),
+    'a100-80': Card('NVIDIA A100-SXM4-80GB', 85100068864, 2.03904e12, 300e9, A100, AMPERE),
+    'h100': Card('NVIDIA H100 80GB HBM3', 84942979072, 3.35232e12, 450e9, H100, HOPPER),
+    'h200': Card('NVIDIA H200', 151397597184, 4.8e12, 450e9, H200, HOPPER),
+    'b200': Card('NVIDIA B200', 191514411008, 7.67232e12, 900e9, B200, BLACKWELL),
+    'tpu-v4': Card('TPU v4', 32 * 2**30, 1.2e12, 300e9, TPU_V4, {'name': 'v4', 'chip_config_name': 'megacore'}),
+    'tpu-v5e': Card('TPU v5 lite', 16 * 2**30, 819e9, 200e9, f'{GOOGLE}v5e', {'name': 'v5e'}),
+    'tpu-v5p': Card('TPU v5', 95 * 2**30, 2.765e12, 600e9, f'{GOOGLE}v5p', {'name': 'v5p'}),
+    'tpu-v6e': Card('TPU v6 lite', 32 * 2**30, 1.638e12, 400e9, f'{GOOGLE}v6e', {'name': 'v6e'}),
 }
 
 SHAPES = {True: r'\d+(x\d+)?', False: r'\d+x\d+(x\d+)?'}  # what follows the colon; True: for a GPU
@@ -153,7 +161,7 @@ def devices(target: str) -> list[Any]:
 def describe_here() -> Card:
     """Return what is known of the first device of this machine."""
     device = jax.devices()[0]
-    known = [card for card in CARDS.values() if device.device_kind.startswith(card.kind)]
+    known = [card for card in CARDS.values() if device.device_kind == card.kind]
     usable = memory.of_device(device)
     about = known[0] if known else Card(device.device_kind, None, None, None, '', {})
     return dataclasses.replace(about, memory=usable and usable / _share(device.device_kind))
