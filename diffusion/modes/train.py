@@ -565,6 +565,8 @@ class Log:
         if self._peak:
             speed['utilisation'] = rate * self._flops / self._peak
             shown['use'] = f'{speed["utilisation"]:.0%}'
+        if peak := memory.peak():
+            speed['peak_bytes'] = peak
         self._bar.set_postfix(shown, refresh=False)
         if self._writer:
             self._writer.scalars(step, **values, **speed, **self._extra)

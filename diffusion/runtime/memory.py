@@ -60,6 +60,12 @@ def of_program(program: jax.stages.Compiled) -> int | None:
     return arrays + plan.temp_size_in_bytes
 
 
+def peak() -> int | None:
+    """Return the most bytes that any device of this host has held at once, or None if they do not say."""
+    found = [(device.memory_stats() or {}).get('peak_bytes_in_use', 0) for device in jax.local_devices()]
+    return max(found) or None
+
+
 def require(nbytes: int | None, what: str, advice: str) -> None:
     """Raise RunError if something takes more memory than a device has.
 

@@ -16,7 +16,7 @@ from diffusion import build, data, schedule
 from diffusion.build import Experiment
 from diffusion.modes import train
 from diffusion.networks import plain
-from diffusion.runtime import mesh
+from diffusion.runtime import memory, mesh
 from diffusion.util import RunError
 from tests.runs import quick, tiny
 
@@ -363,8 +363,8 @@ def test_too_many_bad_steps_in_a_row_end_the_loop_where_they_are_read():
         loop(step_fn, max_bad_steps=4)
 
 
-def test_utilisation_is_logged_where_the_peak_of_the_device_is_known(tmp_path, monkeypatch):
-    """It is a step's operations per second over the peak: here 3 million operations for 16 images."""
+def test_utilisation_and_memory_are_logged_where_the_device_states_them(tmp_path, monkeypatch):
+    """Utilisation is a step's operations per second over the peak: here 3 million operations for 16 images."""
     config, exp = tiny(), experiment_of(Affine())
     numbers = dict.fromkeys(('loss', 'grad_norm', 'param_norm', 'learning_rate'), jnp.float32(1))
 
@@ -377,9 +377,10 @@ def test_utilisation_is_logged_where_the_peak_of_the_device_is_known(tmp_path, m
                 log.write(step, numbers)
         return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
 
-    assert all('utilisation' not in line for line in lines(tmp_path / 'unknown', None))
+    assert all(not {'utilisation', 'peak_bytes'} & line.keys() for line in lines(tmp_path / 'unknown', None))
+    monkeypatch.setattr(memory, 'peak', lambda: 5_000)
     logged = lines(tmp_path / 'known', 2e9)
-    assert [line['step'] for line in logged] == [2, 4]
+    assert [(line['step'], line['peak_bytes']) for line in logged] == [(2, 5_000), (4, 5_000)]
     for line in logged:
         assert line['utilisation'] == pytest.approx(line['images_per_second'] / 16 * 3e6 / 2e9)
 

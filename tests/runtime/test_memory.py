@@ -1,6 +1,7 @@
 """Memory: what does not fit is refused before it is tried, and what runs out is reported, not waited for."""
 
 import resource
+import types
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,13 @@ def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch):
     memory.require(None, 'it', 'nothing')
     with pytest.raises(RunError, match=r'the step takes 2\.5 TB on each device, but .* has 8\.0 GB: use less'):
         memory.require(25 * 10**11, 'the step', 'use less')
+
+
+@pytest.mark.parametrize(('stats', 'peak'), [([None], None), ([{'peak_bytes_in_use': n} for n in (3, 7, 5)], 7)])
+def test_the_peak_is_that_of_the_fullest_device_if_devices_say(monkeypatch, stats, peak):
+    devices = [types.SimpleNamespace(memory_stats=lambda found=found: found) for found in stats]
+    monkeypatch.setattr(jax, 'local_devices', lambda: devices)
+    assert memory.peak() == peak
 
 
 def test_a_program_takes_its_arguments_results_and_temporaries():
