@@ -363,7 +363,8 @@ def markdown(record: dict[str, Any]) -> str:
     hosts = f' on {record["hosts"]} hosts' if record['hosts'] > 1 else ''
     state = ', '.join(f'{name} {memory.size(nbytes)}' for name, nbytes in record['state_bytes'].items())
     lines = [
-        f'{record["devices"]} × {record["device"]["kind"]}{hosts} ({record["target"]}): {there}. On each, {state}.',
+        f'{record["devices"]} × {record["device"]["kind"]}{hosts} ({record["target"]}): {there}. '
+        f'Of the state, each holds: {state}.',
         '',
         '| program | images | peak memory | fits | GFLOP/image | kernels | messages | their bytes | at least, ms '
         '| at most, images/s | compile, s |',
