@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -65,3 +66,27 @@ def test_the_hour_on_a_gpu_is_rehearsed(tmp_path):
     for part in ('check', 'table', 'kernels', 'train', 'sample'):
         assert f'── {part} ended with 0' in done.stdout, done.stdout
     assert {'metrics.jsonl', 'grid.png', 'record.json', 'last-sheet.png'} <= {file.name for file in results.iterdir()}
+
+
+@pytest.fixture
+def without_pip(tmp_path):
+    """An environment whose python3 does everything but download packages."""
+    (tmp_path / 'bin').mkdir()
+    script = f'#!/bin/sh\n[ "$2" = pip ] || exec {sys.executable} "$@"\n'
+    (tmp_path / 'bin' / 'python3').write_text(script)
+    (tmp_path / 'bin' / 'python3').chmod(0o755)
+    return os.environ | {'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}'}
+
+
+@pytest.mark.parametrize(
+    ('name', 'nbytes', 'said'), [('test/1.png', 0, 'folder train/'), ('train/1.png', 65, '64 MiB')]
+)
+def test_what_cannot_be_sent_to_a_gpu_is_refused(tmp_path, without_pip, name, nbytes, said):
+    with zipfile.ZipFile(tmp_path / 'pictures.zip', 'w') as file:
+        file.writestr(name, b'a picture')
+    (tmp_path / 'to').mkdir()
+    with open(tmp_path / 'to' / 'wheel', 'wb') as file:
+        file.truncate(nbytes * 2**20)
+    command = ['bash', 'benchmarks/gpu_wheels.sh', str(tmp_path / 'to'), str(tmp_path / 'pictures.zip')]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=without_pip)
+    assert done.returncode == 1 and said in done.stderr
