@@ -1,11 +1,12 @@
 """Check and measure on one GPU: outputs and losses, ours beside PyTorch's, kernels of a training step.
 
     python -m benchmarks.gpu [check] [table] [kernels] [--seconds=300] [--repetitions=3] [--rehearse]
+    python -m benchmarks.gpu beside --run=WORKDIR
 
 `check` compares outputs and losses with those on the CPU, `table` compares times with those of PyTorch and diffusers,
 if they are installed, and `kernels` profiles a training step. The figures are stored as they come, so that a run which
 is stopped has lost only what it was measuring. --rehearse does the same with a small network on any device, and stores
-nothing.
+nothing. `beside` prints what --mode=plan says of a training step beside what the run in the same workdir measured.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from ml_collections import ConfigDict
 from benchmarks import cost, peers
 from benchmarks.peers import TASKS, Task, compare, layout_of, peer_versions, sides, summary
 from benchmarks.record import store
+from diffusion.util import read_json
 
 STEP_FLOP = 36.5e9  # per image of a training step of the CIFAR-10 network, in convolutions and matrix products
 
@@ -192,6 +194,34 @@ def kernels(task: Task, steps: int = 3) -> dict[str, Any]:
     }
 
 
+def beside(run: str) -> dict[str, Any]:
+    """Return what was planned of a training step, beside what its run measured.
+
+    Args:
+        run: a workdir, in which --mode=train and then --mode=plan have run.
+
+    Returns:
+        'bytes of a device': 'planned', and 'measured' from the start of the process on, so with compilation and sheets
+        of samples, None if the device does not say; 'seconds of a step': by the plan 'at least', and 'sum' as if
+        arithmetic, memory and messages followed each other, None if they are not known, and 'measured', the median of
+        the 'intervals' between two lines of the log.
+    """
+    plan = read_json(max(glob.glob(os.path.join(glob.escape(run), 'plan', '*.json')), key=os.path.getmtime))
+    with open(os.path.join(run, 'logs', 'metrics.jsonl'), encoding='utf-8') as file:
+        logged = [json.loads(line) for line in file]
+    planned = plan['programs']['train']
+    rate = float(np.median([line['images_per_second'] for line in logged]))
+    return {
+        'bytes of a device': {'planned': planned['peak_bytes'], 'measured': logged[-1].get('peak_bytes')},
+        'seconds of a step': {
+            'at least': planned['bound']['seconds'],
+            'sum': planned['bound']['sum'],
+            'measured': planned['images'] / rate,
+        },
+        'intervals': len(logged),
+    }
+
+
 def table(tasks: list[Task], repetitions: int, seconds: float, keep: Callable[[dict], None]) -> None:
     """Compare the times of tasks, as many as `seconds` allow; `keep` is given {'rates', 'tasks'} after each."""
     began, result = time.perf_counter(), {}
@@ -218,11 +248,15 @@ def table(tasks: list[Task], repetitions: int, seconds: float, keep: Callable[[d
 def main() -> None:
     """Do the parts that are asked for, and store their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('parts', nargs='*', metavar='part', help='check, table, kernels; all if none is given')
+    parser.add_argument('parts', nargs='*', metavar='part', help='check, table, kernels; all three if none is given')
     parser.add_argument('--repetitions', type=int, default=3)
     parser.add_argument('--seconds', type=float, default=300, help='after which `table` begins no other task')
     parser.add_argument('--rehearse', action='store_true')
+    parser.add_argument('--run', help='the workdir whose plan `beside` compares with its log')
     asked = parser.parse_args()
+    if asked.parts == ['beside']:
+        print(json.dumps(beside(asked.run), indent=2))
+        return
     if jax.default_backend() != 'gpu' and not asked.rehearse:
         parser.exit(2, f'there is no GPU, only {jax.devices()[0].device_kind}\n')
 

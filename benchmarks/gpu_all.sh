@@ -1,5 +1,12 @@
 #!/usr/bin/env bash
-# Everything worth knowing from one GPU, in eleven minutes, the most valuable first:
+# Everything worth knowing from one GPU, in at most eleven minutes. The parts, in this order, with their limits:
+#
+#     table     300 s   times beside PyTorch's
+#     kernels    40 s   kernels of a training step
+#     train     100 s   CIFAR-10 from pictures
+#     sample     50 s   1,000 images of that network
+#     plan       50 s   --mode=plan of that training, beside what it took: plan-beside-run.json
+#     check     120 s   outputs and losses beside the CPU's
 #
 #     bash benchmarks/gpu_all.sh FOLDER RESULTS [--rehearse]
 #     PARTS='check table' bash benchmarks/gpu_all.sh FOLDER RESULTS
@@ -28,8 +35,8 @@ fi
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR=$site/programs # each part finds what an earlier one compiled and tuned
 mkdir -m 700 "$JAX_COMPILATION_CACHE_DIR"
-parts=${PARTS:-table kernels train sample check}
-most=${TABLE_SECONDS:-120} # after which no other task is begun
+parts=${PARTS:-table kernels train sample plan check}
+most=${TABLE_SECONDS:-100} # after which no other task is begun
 
 # part SECONDS NAME COMMAND…: run a command, stop it after so many seconds, and keep what it prints.
 part() {
@@ -45,11 +52,12 @@ part() {
 
 run=$site/run
 train=(--config=cifar10 --config.compile_cache="$JAX_COMPILATION_CACHE_DIR" --config.data.source="folder:$folder/pictures.zip" --config.model.dtype=bfloat16
+  --config.data.placement=host # the step is then the one that is planned
   --config.train.num_steps=1000000 --config.train.log_every=50 --config.train.sample_every=1000
   --config.train.warmup_steps=500 --config.train.ema_decay=0.999)
 sample=(--config.sample.num_images=1000 --config.sample.num_steps=50 --config.sample.eta=0)
 if [ -n "$rehearse" ]; then
-  train=(--config=digits --config.compile_cache="$JAX_COMPILATION_CACHE_DIR" --config.model.channels=8 --config.model.groups=4 --config.model.multipliers='(1,)'
+  train=(--config=digits --config.compile_cache="$JAX_COMPILATION_CACHE_DIR" --config.data.placement=host --config.model.channels=8 --config.model.groups=4 --config.model.multipliers='(1,)'
     --config.model.attention_resolutions='()' --config.train.num_steps=4 --config.train.sample_every=2)
   sample=(--config.sample.num_images=4 --config.sample.num_steps=2)
 fi
@@ -57,12 +65,17 @@ fi
 nvidia-smi 2>/dev/null | tee "$results/nvidia-smi.log"
 # From nothing, XLA takes 100 s for a training step of CIFAR-10, and torch.compile 150 s.
 part $((most + 200)) table "$python" -m benchmarks.gpu table --seconds="$most" --repetitions=3 $rehearse
-part 60 kernels "$python" -m benchmarks.gpu kernels $rehearse
+part 40 kernels "$python" -m benchmarks.gpu kernels $rehearse
 part 100 train "$python" main.py "${train[@]}" --workdir="$run" # SIGTERM saves the last step
-part 60 sample "$python" main.py --workdir="$run" --mode=sample "${sample[@]}"
+part 50 sample "$python" main.py --workdir="$run" --mode=sample "${sample[@]}"
+# shellcheck disable=SC2016
+part 50 plan bash -c 'set -o pipefail; python=$1 run=$2 to=$3; shift 3
+  "$python" main.py "$@" --workdir="$run" --mode=plan --config.plan.target=here --config.plan.programs="(\"train\",)" &&
+    "$python" -m benchmarks.gpu beside --run="$run" | tee "$to"' \
+  plan "$python" "$run" "$results/plan-beside-run.json" "${train[@]}"
 part 120 check "$python" -m benchmarks.gpu check $rehearse
 
-cp "$run"/logs/metrics.jsonl "$run"/samples/*/grid.png "$run"/samples/*/record.json "$results" 2>/dev/null
+cp "$run"/logs/metrics.jsonl "$run"/samples/*/grid.png "$run"/samples/*/record.json "$run"/plan/*.md "$results" 2>/dev/null
 cp "$(ls "$run"/samples/progress/*.png 2>/dev/null | tail -n 1)" "$results/last-sheet.png" 2>/dev/null
 tail -n 1 "$results/metrics.jsonl"
 ls "$results"

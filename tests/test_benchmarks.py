@@ -3,13 +3,14 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import zipfile
 
 import pytest
 
-from benchmarks import peers, record, report
+from benchmarks import gpu, peers, record, report
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -63,9 +64,36 @@ def test_the_hour_on_a_gpu_is_rehearsed(tmp_path):
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {'PYTHON': sys.executable}, check=True
     )
-    for part in ('check', 'table', 'kernels', 'train', 'sample'):
+    for part in ('table', 'kernels', 'train', 'sample', 'plan', 'check'):
         assert f'── {part} ended with 0' in done.stdout, done.stdout
-    assert {'metrics.jsonl', 'grid.png', 'record.json', 'last-sheet.png'} <= {file.name for file in results.iterdir()}
+    there = {file.name for file in results.iterdir()}
+    assert {'metrics.jsonl', 'grid.png', 'record.json', 'last-sheet.png', 'plan-beside-run.json'} <= there
+
+
+def test_the_parts_on_a_gpu_take_at_most_eleven_minutes():
+    """The limits of the commands are those of the comment, in the same order."""
+    text = (ROOT / 'benchmarks' / 'gpu_all.sh').read_text(encoding='utf-8')
+    said = re.findall(r'^#     (\w+) +(\d+) s ', text, re.MULTILINE)
+    most = re.search(r'TABLE_SECONDS:-(\d+)', text)[1]
+    limits = re.findall(r'^part (.+?) (\w+) ', text.replace('$((most + 200))', str(int(most) + 200)), re.MULTILINE)
+    assert said == [(name, seconds) for seconds, name in limits]
+    assert sum(int(seconds) for _, seconds in said) <= 660
+    assert re.search(r'PARTS:-(.*?)}', text)[1].split() == [name for name, _ in said]
+
+
+def test_a_plan_is_shown_beside_its_run(tmp_path):
+    """Of 128 images and a median rate of 4,000 images/s."""
+    (tmp_path / 'logs').mkdir()
+    (tmp_path / 'plan').mkdir()
+    planned = {'images': 128, 'peak_bytes': 2_500, 'bound': {'seconds': 0.005, 'sum': None}}
+    (tmp_path / 'plan' / 'here.json').write_text(json.dumps({'programs': {'train': planned}}))
+    lines = [{'images_per_second': rate, 'peak_bytes': 3_000} for rate in (1_000, 4_000, 5_000)]
+    (tmp_path / 'logs' / 'metrics.jsonl').write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+    assert gpu.beside(str(tmp_path)) == {
+        'bytes of a device': {'planned': 2_500, 'measured': 3_000},
+        'seconds of a step': {'at least': 0.005, 'sum': None, 'measured': 0.032},
+        'intervals': 3,
+    }
 
 
 @pytest.fixture
