@@ -86,6 +86,13 @@ def test_the_parts_of_a_step_are_said():
     assert measured(jnp.sin, train__accumulate=4)['of'] == 'one step in 4 parts'
 
 
+def test_parameters_are_four_bytes_each():
+    exp = build.build(quick(), jax.devices()[:1])
+    count = sum(leaf.size for leaf in jax.tree.leaves(exp.abstract_state().params))
+    state = plan.state_bytes(exp)
+    assert state['parameters'] == state['EMA'] == 4 * count and state['optimizer'] == pytest.approx(8 * count, abs=64)
+
+
 @pytest.mark.parametrize('quantities', [(), ('flaw',)])
 def test_quantities_are_refused_as_by_the_likelihood(tmp_path, quantities):
     config = quick({'likelihood.quantities': quantities, 'plan.programs': ('likelihood',)})
@@ -244,13 +251,19 @@ def test_every_card_has_the_devices_that_its_target_says():
 
 @pytest.mark.parametrize('target', ['h100:4', 'tpu-v5e:2x2'])
 def test_plans_of_four_devices(tmp_path, target):
-    """One reduction of four bytes per parameter in a training step; the operations are those of any other device."""
+    """One reduction of four bytes per parameter in a training step, and no message beside it but of a few numbers; the
+    operations are those of any other device. On a GPU, zeros follow each array in the vector of all."""
     needs_compiler(target)
     record = planned(tmp_path, target, *TINY)
     train, sample, likelihood = (record['programs'][name] for name in ('train', 'sample', 'likelihood'))
     reduced = train['collectives']['all-reduce']
     assert record['devices'] == 4 and record['mesh'] == {'data': 4, 'fsdp': 1}
-    assert reduced['count'] <= 3 and reduced['bytes'] == pytest.approx(4 * record['parameters'], rel=0.02)
+    assert sum(kind['count'] for kind in train['collectives'].values()) <= 3
+    assert reduced['bytes'] == pytest.approx(4 * record['parameters'], rel=0.02)
+    config = tiny({'model.multipliers': (1, 2), 'model.attention_resolutions': (4,)})
+    arrays = len(jax.tree.leaves(build.build(config).abstract_state().params))
+    zeros = record['state_bytes']['parameters'] / 4 - record['parameters']
+    assert 0 <= zeros < 128 * arrays + 1024 if target.startswith('h100') else zeros == 0
     here = planned(tmp_path / 'here', 'here', *TINY, '--config.model.implementation=plain')['programs']
     for name, found in record['programs'].items():
         assert found['fits'] and found['images'] % 4 == 0
@@ -269,13 +282,13 @@ def test_what_cannot_fit_is_said_not_to_fit(tmp_path):
 
 @pytest.mark.slow
 def test_cifar10_for_an_h100(tmp_path):
-    """37.3 GFLOP for an image and step by hand: 36.5 in the forward pass and the gradients of the convolutions and
-    attention of DDPM's network of 35.7M parameters, and what surrounds them; the kernels stay few."""
+    """By hand, convolutions and matrix products of DDPM's network of 35.7M parameters take 12.44 GFLOP for an image;
+    their gradients take twice as much: 37.33 for a step. The kernels stay few."""
     needs_compiler('h100')
     keys = ("--config.plan.programs=('train','sample')", '--config.model.dtype=bfloat16')
     programs = planned(tmp_path, 'h100:1', *keys, config='--config=cifar10')['programs']
     train, sample = programs['train'], programs['sample']
-    assert train['flops_per_image'] == pytest.approx(36.5e9, rel=0.03)
+    assert train['flops_per_image'] == pytest.approx(37.33e9, rel=0.005)
     assert train['kernels'] <= 1000 and train['peak_bytes'] <= 2.8e9 and train['fits']
     assert sample['kernels'] <= 450 and sample['fits']
 
