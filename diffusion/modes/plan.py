@@ -227,7 +227,7 @@ def extent(config: ConfigDict, exp: Experiment, what: str) -> tuple[str, bool]:
         return f'a chain of {done["num_steps"]} steps', True
     quantity = config.likelihood.quantities[0]
     if quantity == 'flow':
-        return 'flow, but one step of its solver, which takes as many as it needs', False
+        return 'flow, one step of its solver', False
     return quantity, True
 
 
@@ -406,7 +406,8 @@ SHOWN = {'seconds': 1e3, 'images_per_second': 1}
 NOTE = (
     'A row is of what its first column names. But kernels and messages in a loop count once: the kernels of `sample` '
     'and `likelihood` are those of one step of the chain, of `flow` those of one step of the solver, and those of a '
-    'step in parts are those of one part and of the update. "At least" is the time that arithmetic or messages of the '
-    "whole row, such as a chain, take at the manufacturer's rates, whichever is longer: a bound, not a prediction. "
+    'step in parts are those of one part and of the update. How many steps that solver takes is not known. '
+    '"At least" is the time that arithmetic or messages of the whole row, such as a chain, take at the '
+    "manufacturer's rates, whichever is longer: a bound, not a prediction. "
     '"Fits" leaves out the images that training keeps on the devices (data.placement).'
 )

@@ -133,6 +133,16 @@ def test_the_largest_batch_is_not_known_where_the_memory_is_not():
     assert found['images'] is None and 'the memory of the device is not' in plan.describe_largest(**found)
 
 
+def test_what_the_config_leaves_open_is_chosen_for_the_devices_of_the_target(monkeypatch, tmp_path):
+    def resolve(config, path, *, platform):
+        raise RunError(platform)
+
+    monkeypatch.setattr(targets, 'devices', lambda target: [types.SimpleNamespace(platform='gpu')])
+    monkeypatch.setattr(plan.workdir, 'resolve', resolve)
+    with pytest.raises(RunError, match=r'^gpu$'):
+        plan.run(quick(), str(tmp_path))
+
+
 def test_an_alternative_that_does_not_divide_the_batch_is_said_to_be_left_out(monkeypatch, capsys):
     monkeypatch.setattr(plan, 'measure', lambda *arguments: {})
     config = quick({'train.batch_size': 1})
