@@ -42,8 +42,9 @@ class Terms(NamedTuple):
             √Σ_j (y_2j − y_2j+1)²                            Cochran, Sampling Techniques, §5A.12 (collapsed strata)
 
         The sum is over pairs of neighbouring terms; if their number is odd, the last term is paired with the one before
-        it as well. In expectation the error is never too small; it is too large by as much as the means of neighbouring
-        terms differ.
+        it as well. The square of the error is, in expectation, the variance of the sum plus the squared differences of
+        the means of paired terms (plus, if their number is odd, the variance of the term that is in two pairs): it may
+        be too large, but not too small.
 
         Returns:
             (B,) nats; NaN if there is only one term.
@@ -181,8 +182,8 @@ def kl(mean1: Images, std1: Width, mean2: Images | float, std2: Width | float) -
     Returns:
         (B,) nats.
     """
-    log_ratio = jnp.log(std1 / std2)
-    return per_image(0.5 * jnp.expm1(2 * log_ratio) - log_ratio + 0.5 * ((mean1 - mean2) / std2) ** 2)
+    log_width = jnp.log(std1 / std2)
+    return per_image(0.5 * jnp.expm1(2 * log_width) - log_width + 0.5 * ((mean1 - mean2) / std2) ** 2)
 
 
 def prior_term(chain: Chain, x0: Images) -> Nats:
@@ -265,7 +266,8 @@ FORMS = {
         'Eq. (9)',
         _printed_prior,
         _printed_consistency,
-        'Eq. (9) is no likelihood, however many bits/dim it shows: as tutorials print it, it takes the two neighbours '
-        'of a latent for independent, which makes its KL far too large, even of a perfect model (docs/derivation.md).',
+        'Eq. (9) is no likelihood, however many bits/dim it shows: as tutorials print it, it treats a latent as '
+        'independent of its noisier neighbour given the cleaner one, which makes its KL far too large, even for a '
+        'perfect model (docs/derivation.md).',
     ),
 }
