@@ -18,9 +18,9 @@ from diffusion.schedule import Schedule
 
 Loss = Callable[[Schedule, Net, Images, Int[Array, 'B'], Images, str], Float[Array, 'B']]
 
-LAMBDA = 0.001  # of L_hybrid
+LAMBDA = 0.001  # the factor of L_vlb in L_hybrid
 KEPT = 10  # losses of each level in a `History`
-UNIFORM_SHARE = 0.001  # probability with which a level is drawn uniformly, and not by its losses
+UNIFORM_SHARE = 0.001  # share of the levels that are drawn uniformly, whatever their losses were
 
 
 class Weighting(NamedTuple):
@@ -32,7 +32,7 @@ class Weighting(NamedTuple):
             none for a net of fixed variance.
         learned: the same for a net that learns the variance (`gaussian.evaluate_learned`); None if the loss would not
             train the variance.
-        by_history: whether training draws levels by their losses in earlier steps, see `History`.
+        by_history: whether training importance-samples levels by their losses in earlier steps, see `History`.
     """
 
     levels: Callable[[Key[Array, ''], Schedule, int], Int[Array, 'B']]
@@ -67,7 +67,7 @@ def stratified_levels(key: Key[Array, ''], schedule: Schedule, batch_size: int) 
         (B,) int, in 1 … T.
     """
     T = schedule.T
-    return T - jnp.minimum(jnp.floor(_evenly(key, batch_size) * T), T - 1).astype(jnp.int32)
+    return T - jnp.minimum(jnp.floor(_stratified_uniforms(key, batch_size) * T), T - 1).astype(jnp.int32)
 
 
 def levels_of_density(
@@ -93,13 +93,13 @@ def levels_of_density(
         middle = (log_snr[1:] + log_snr[:-1]) / 2
         width = -jnp.diff(middle, prepend=log_snr[:1], append=log_snr[-1:])
         total = jnp.cumsum(density(log_snr) * width)
-        index = jnp.searchsorted(total, _evenly(key, batch_size) * total[-1], side='right')
+        index = jnp.searchsorted(total, _stratified_uniforms(key, batch_size) * total[-1], side='right')
         return 1 + index.clip(max=schedule.T - 1).astype(jnp.int32)
 
     return levels
 
 
-def _evenly(key, batch_size):
+def _stratified_uniforms(key, batch_size):
     """u_i = u + i/B mod 1 with one uniform u (VDM, arXiv:2107.00630, appendix I.1)."""
     return (jax.random.uniform(key, dtype=jnp.float32) + jnp.arange(batch_size, dtype=jnp.float32) / batch_size) % 1
 
@@ -155,8 +155,9 @@ def vlb_loss(
         (B,) float32.
     """
     chain = make_chain(schedule, net, kind=kind, variance=variance)
-    (mean, std), p = compare(chain, x0, eps, schedule.T - t)
-    std = jnp.where(gaussian.like(t == 1, x0), 1, std)  # of 0, the KL, which is not used there, has no derivative
+    (mean, std), p = compare(chain, x0, eps, schedule.T - t)  # pair T − t starts at level t
+    # At t = 1 std is 0. The KL is not used there, but its gradient would be NaN.
+    std = jnp.where(gaussian.like(t == 1, x0), 1, std)
     term = jnp.where(t == 1, chain.decoder(x0, *p), -kl(mean, std, *p))
     return -(schedule.T * term + prior_term(chain, x0)) / (math.log(2) * math.prod(x0.shape[1:]))
 
@@ -164,7 +165,7 @@ def vlb_loss(
 def hybrid_loss(
     schedule: Schedule, net: Net, x0: Images, t: Int[Array, 'B'], eps: Images, kind: str
 ) -> Float[Array, 'B']:
-    """L_hybrid = L_simple + λ·L_vlb with λ = 0.001, for a net that learns the variance.
+    """L_hybrid = L_simple + 0.001·L_vlb, for a net that learns the variance.
 
     Improved DDPM (arXiv:2102.09672) Eq. 16. L_vlb is `vlb_loss`, in bits/dim and T times the term of level t, as in
     OpenAI's code (there, the term 'rescaled' by T/1000). The gradient of L_vlb stops at the mean, which learns from
@@ -204,7 +205,7 @@ def weighted(
     def loss(schedule, net, x0, t, eps, kind):
         x_t = gaussian.q_sample(schedule, x0, t, eps)
         prediction = gaussian.predict(schedule, kind, gaussian.evaluate(net, x_t, t), x_t, t)
-        # The error of v, (1 + SNR)·‖x_0 − x̂_0‖², is finite at all levels, where that of x_0 or of ε may not be.
+        # ‖v − v̂‖² = (1 + SNR)·‖x_0 − x̂_0‖² is finite at every level; the errors of x_0 and ε may not be.
         signal, noise = gaussian.like(schedule.signal(t), x0), gaussian.like(schedule.noise(t), x0)
         error = signal * (eps - prediction.eps) - noise * (x0 - prediction.x0)
         snr = schedule.snr(t)
@@ -218,7 +219,7 @@ learned_vlb_loss = functools.partial(vlb_loss, variance='learned')
 WEIGHTINGS = {
     'simple': Weighting(uniform_levels, simple_loss),
     'vlb': Weighting(stratified_levels, vlb_loss, learned_vlb_loss),
-    # Nichol and Dhariwal 2021, arXiv:2102.09672: the same with levels drawn by their losses, and L_simple with a vlb.
+    # Nichol and Dhariwal 2021, arXiv:2102.09672: the same with importance-sampled levels; L_simple plus the vlb.
     'vlb_importance': Weighting(stratified_levels, vlb_loss, learned_vlb_loss, by_history=True),
     'hybrid': Weighting(uniform_levels, None, hybrid_loss),
     # The error of ε, whatever the kind.
@@ -237,11 +238,11 @@ WEIGHTINGS = {
 
 
 class History(NamedTuple):
-    """The last losses of each level, by which levels are drawn; level t is row t − 1.
+    """The last losses of each level, by which levels are importance-sampled; level t is row t − 1.
 
     Attributes:
         losses: (T, KEPT) float32.
-        counts: (T,) int32, how many losses the level has had; from KEPT on, KEPT plus the column that is the oldest.
+        counts: (T,) int32, how many losses the level has had, up to KEPT; once full, KEPT + the column of the oldest.
     """
 
     losses: Float[Array, 'T KEPT']
@@ -270,13 +271,16 @@ def draw_by_history(history: History, key: Key[Array, ''], batch_size: int) -> I
     """
     which_key, uniform_key, loss_key = jax.random.split(key, 3)
     T, ends = len(history.counts), _cumulative(history)
-    by_loss = jnp.searchsorted(ends, _evenly(loss_key, batch_size), side='right').clip(max=T - 1).astype(jnp.int32)
+    uniforms = _stratified_uniforms(loss_key, batch_size)
+    by_loss = jnp.searchsorted(ends, uniforms, side='right').clip(max=T - 1).astype(jnp.int32)
     at_random = jax.random.randint(uniform_key, (batch_size,), 0, T, jnp.int32)
     return 1 + jnp.where(jax.random.bernoulli(which_key, UNIFORM_SHARE, (batch_size,)), at_random, by_loss)
 
 
 def importance_weights(history: History, t: Int[Array, 'B']) -> Float[Array, 'B']:
-    """1/(T·p_t), with which losses at levels drawn by `draw_by_history` have the mean of all levels.
+    """Importance weights 1/(T·p_t) of losses at levels from `draw_by_history`.
+
+    Weighted by them, these losses have the same mean as losses at uniform levels.
 
         p_t ∝ √E[L_t²]                                               Improved DDPM (arXiv:2102.09672) Eq. 18
 
@@ -291,7 +295,7 @@ def importance_weights(history: History, t: Int[Array, 'B']) -> Float[Array, 'B'
         (B,) float32.
     """
     T = len(history.counts)
-    # Differences of what the draws were compared with, rounding included.
+    # From the same cumulative sums as the draws, so that rounding agrees.
     probability = (1 - UNIFORM_SHARE) * jnp.diff(_cumulative(history), prepend=0) + UNIFORM_SHARE / T
     return 1 / (T * probability[t - 1])
 

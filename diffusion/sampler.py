@@ -138,7 +138,7 @@ def make_steps(
 ) -> Steps:
     """Return the steps of a chain. Arguments and errors are those of `sample`."""
     t, s = _pairs(schedule, kind, np.asarray(timesteps))
-    with jax.ensure_compile_time_eval():  # every program is given the same numbers
+    with jax.ensure_compile_time_eval():  # outside the traced program, so that all programs use the same numbers
         variances = gaussian.own_variance(schedule, variance, s, t, eta=eta)
         if gaussian.is_learned(variance):
             small = gaussian.small_std(schedule, s, t, eta=1.0)
@@ -200,7 +200,7 @@ def follow(
             _, x_t = carry
             first, v = learned(x_t, t)
             std = gaussian.learned_std(v, std, widening)
-            # The rule will ask for this one, so that the network is evaluated once.
+            # The network has run at (x_t, t) to get v; give the rule that prediction instead of running it again.
             of_step['predict'] = lambda x, level: first if x is x_t and level is t else predict(x, level)
         return RULES[rule].step(*carry, t, s, std, **of_step)
 

@@ -24,18 +24,19 @@ Values = Float[Array, '*batch']  # one value for each level
 class Schedule:
     """A variance-preserving noise schedule, stored as tables of log ᾱ_t.
 
-    Between two levels log ᾱ is linear, so the schedule is also an SDE whose β is piecewise constant.
+    Between two levels log ᾱ is linear, so the schedule is also an SDE whose β is piecewise constant. If ᾱ_T = 0, ᾱ is 0
+    throughout the last interval except at its lower end.
 
     Every method accepts integer or real levels t of any shape, 0 ≤ t ≤ T, and returns float32 of the same shape.
     A level outside [0, T] raises ValueError; if `t` is traced by JAX, the result is NaN. Levels are never clamped.
 
-    The derivative with respect to a real level is that of the piecewise linear table; at a whole level it is the one
-    of the interval above, at the last level with ᾱ > 0 that of the interval below. What has an infinite derivative at
-    level 0 (noise, snr and log_snr) and what is constant above that last level has derivative 0 there.
+    The derivative with respect to a real level is that of the piecewise linear table. At a whole level, it is that of
+    the interval above; at the last level with ᾱ > 0, that of the interval below. It is 0 beyond that level, and at
+    level 0 for noise, snr and log_snr, whose derivative is infinite there.
 
     Attributes:
         log_alpha_bar: (T+1,) float32; the first entry is 0; the last one is −inf if β_T = 1.
-        remainder: (T+1,) float32, what rounding to float32 took from log ᾱ_t; it keeps the digits of differences.
+        remainder: (T+1,) float32, log ᾱ_t minus its float32 value, which keeps differences of close levels exact.
     """
 
     log_alpha_bar: Float[Array, 'T+1']
@@ -278,7 +279,7 @@ def start_warning(schedule: Schedule, t: int) -> str:
         return ''
     return (
         f'√ᾱ_t is {signal:.2f} at t={t} of T={schedule.T}: x_t still shows x_0 there, but sampling starts from pure '
-        'noise, so that the images will be off'
+        'noise, so that the images will not match the data'
     )
 
 

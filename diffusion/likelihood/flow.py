@@ -1,9 +1,9 @@
 """The flow bound: a bound on log p(x_0) from the density of x_1 under the probability-flow ODE.
 
 The schedule is a variance-preserving SDE with piecewise-constant β. An ODE has the same marginals (score-based SDEs,
-arXiv:2011.13456 Eq. 13). With λ = log √((1−ᾱ)/ᾱ) as its time it reads
+arXiv:2011.13456 Eq. 13). With u = log √((1−ᾱ)/ᾱ) as its time it reads
 
-    dx/dλ = √(1−ᾱ)·( ε̂(x, t) − √(1−ᾱ)·x )
+    dx/du = √(1−ᾱ)·( ε̂(x, t) − √(1−ᾱ)·x )
 
 and is smooth where β jumps.
 """
@@ -149,7 +149,7 @@ def log_density(
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> Density:
-    """log p_ode(x) at a noise level: log N(x_T; 0, I) + ∫ div(dx/dλ) dλ (arXiv:2011.13456 Eq. 39).
+    """log p_ode(x) at a noise level: log N(x_T; 0, I) + ∫ div(dx/du) du (arXiv:2011.13456 Eq. 39).
 
     Where ᾱ_T = 0 ('jsd'), the integral ends at the last level with ᾱ > 0. The solver is Tsitouras' 5th-order method
     (diffrax).
@@ -190,15 +190,15 @@ def log_density(
     levels = jnp.arange(schedule.T + 1, dtype=jnp.float32)
     end = schedule.T - jnp.isinf(minus_log_alpha_bar[-1]).astype(jnp.int32)
 
-    def velocity(x, lam):
-        t = jnp.interp(jax.nn.softplus(2 * lam), minus_log_alpha_bar, levels)  # −log ᾱ = log(1 + e^{2λ})
+    def velocity(x, u):
+        t = jnp.interp(jax.nn.softplus(2 * u), minus_log_alpha_bar, levels)  # −log ᾱ = log(1 + e^{2u})
         noise = schedule.noise(t)
         output = gaussian.evaluate(net, x, jnp.full(x.shape[:1], t))
         return noise * (gaussian.predict(schedule, kind, output, x, t).eps - noise * x)
 
-    def rates(lam, state, _):
+    def rates(u, state, _):
         x, _ = state
-        value, derivative = jax.linearize(lambda x: velocity(x, lam), x)
+        value, derivative = jax.linearize(lambda x: velocity(x, u), x)
         divergences = jax.vmap(lambda v: per_image(v * derivative(v)))(vectors)
         return value, divergences if probes else divergences.sum(0, keepdims=True)
 
