@@ -11,10 +11,12 @@ The crop is DDIM's: the 128×128 pixels around row 121, column 89. Song et al. r
 variance 'large') and 9.17 for 50 DDIM steps (spacing 'uniform').
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = 'tfds:celeb_a'
     config.data.image_size = 64

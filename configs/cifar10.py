@@ -13,8 +13,10 @@ Their code visits only 49 levels then, so sample.num_steps=50 is refused here; s
 code does.
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     return default.get_config()

@@ -18,10 +18,12 @@ A training step takes 5.7 GB on one H100. This checks it without the data, so th
         --config.model.num_classes=10
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import cifar10
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = cifar10.get_config()
     config.data.labels = True
     config.train.label_dropout = 0.1

@@ -3,10 +3,12 @@
 diffusion --config=digits --workdir=runs/digits
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
 
     config.data.source = 'digits'

@@ -8,10 +8,12 @@ The network is that of `digits`, with an embedding of the class. A tenth of the 
 the network is also an unconditional model, by which samples are guided.
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import digits
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = digits.get_config()
     config.data.labels = True
     config.train.label_dropout = 0.1

@@ -7,10 +7,12 @@ Patches this small allow any model.kind. For larger pictures take larger patches
 model.channels, or more, model.kind='x0' (diffusion/networks/dit.py).
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import digits
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = digits.get_config()
     config.model.network = 'dit'
     config.model.kind = 'v'

@@ -6,10 +6,12 @@ The TFDS catalogue does not have these 70,000 pictures; the source is a folder o
 in data.cache_dir. Ho et al. trained CelebA-HQ for 500,000 steps of 64 images on a TPU v3-128.
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import lsun_church
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = lsun_church.get_config()
     config.data.source = 'folder:ffhq'
     config.train.num_steps = 500_000

@@ -11,10 +11,12 @@ can be made by hand, for example --config.data.image_size=128 --config.model.cha
 command are stored in config.json in the workdir, and later commands use them.
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = 'folder:'
     config.data.image_size = 0

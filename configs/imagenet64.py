@@ -8,10 +8,12 @@ Nichol & Dhariwal 2021 (arXiv:2102.09672) trained this network 1.5 million steps
 Decoded, the 1,281,149 images take 16 GB in data.cache_dir. The held-out split is called validation.
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = 'tfds:downsampled_imagenet/64x64'
     config.data.image_size = 64

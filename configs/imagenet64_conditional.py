@@ -18,10 +18,12 @@ are kept there (data.placement). One device needs train.accumulate=32, for the s
     diffusion --config=imagenet64_conditional --workdir=runs/plan --mode=plan --config.plan.target=h100:8
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = 'tfds:imagenet_resized/64x64'
     config.data.image_size = 64

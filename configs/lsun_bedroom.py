@@ -8,10 +8,12 @@ Decoded, the 3,033,042 images would take 596 GB, so each batch is decoded when i
 --config.data.cache=True --config.data.cache_dir=…
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import lsun_church
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = lsun_church.get_config()
     config.data.source = 'tfds:lsun/bedroom'
     config.data.flip = False

@@ -7,10 +7,12 @@ The authors trained for 1.2 million steps of 64 images on a TPU v3-128; they rep
 Decoded, the 126,227 images take 25 GB in data.cache_dir.
 """
 
+from ml_collections import ConfigDict
+
 from diffusion.configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = 'tfds:lsun/church_outdoor'
     config.data.image_size = 256

@@ -4,6 +4,9 @@ diffusion --workdir=runs/x --mode=sample
 """
 
 import os
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from diffusion.configs import default
 from diffusion.util import file_of_config, read_json
@@ -14,7 +17,7 @@ PARTS_LEFT_OUT = ('command', 'compile_cache', 'distributed')
 KEYS_LEFT_OUT = ('accept_other_images', 'begin_again', 'folder', 'step')
 
 
-def get_config(workdir=''):
+def get_config(workdir: str = '') -> ConfigDict:
     workdir = os.path.expanduser(workdir)
     path = file_of_config(workdir)
     if not workdir or not path:
@@ -40,7 +43,7 @@ def get_config(workdir=''):
     return config
 
 
-def refuse_other_keys(taken, config, path, command):
+def refuse_other_keys(taken: dict[str, Any], config: ConfigDict, path: str, command: Any) -> None:
     """Exit with one line if a run has keys that configs/default.py has not: its own config file adds them."""
     others = [
         f'config.{part}.{key}'
