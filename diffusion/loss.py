@@ -350,9 +350,12 @@ def loss_of(weighting: str, *, learned: bool = False) -> Loss:
     function = found.learned if learned else found.loss
     if function is None:
         others = [name for name, other in WEIGHTINGS.items() if (other.learned if learned else other.loss)]
-        why = 'would not train the learned variance' if learned else 'trains a variance, but the model learns none'
-        other_model = "model.variance='fixed'" if learned else "model.variance='learned'"
-        raise ValueError(f'{weighting!r} {why}: use one of {", ".join(map(repr, others))}, or {other_model}')
+        why = 'would not train the learned variance' if learned else 'trains a variance, but the net learns none'
+        other_net = 'a net of fixed variance' if learned else 'a net that learns the variance'
+        raise ValueError(
+            f'weighting {weighting!r} {why}: use one of {", ".join(map(repr, others))}, or learned={not learned} with '
+            f'{other_net}'
+        )
     return function
 
 

@@ -452,8 +452,12 @@ def require_labels(config: ConfigDict) -> None:
 
 def require_loss(config: ConfigDict) -> None:
     """Raise RunError if train.loss does not train what model.variance asks for."""
-    with naming('config.train.loss'):
-        loss_of(config.train.loss, learned=config.model.variance == 'learned')
+    learned = config.model.variance == 'learned'
+    try:
+        loss_of(config.train.loss, learned=learned)
+    except ValueError as error:
+        other = 'fixed' if learned else 'learned'
+        raise RunError(f'config.train.loss: {error} (config.model.variance={other!r})') from error
 
 
 def require_memory(config: ConfigDict, exp: Experiment) -> None:
