@@ -337,6 +337,14 @@ def posterior(
     return mean, like(std, x0)
 
 
+# {name: (schedule, s, t) -> the variances that replace σ² of the kernel, or None if there are none}, see `own_variance`
+VARIANCES: dict[str, Callable[[Schedule, np.ndarray, np.ndarray], Float[Array, 'num_steps'] | None]] = {
+    'small': lambda schedule, s, t: None,
+    'large': lambda schedule, s, t: schedule.beta(s, t),
+    'learned': lambda schedule, s, t: None,
+}
+
+
 def own_variance(
     schedule: Schedule,
     variance: Variance,
@@ -354,7 +362,7 @@ def own_variance(
 
     Args:
         schedule: the noise schedule.
-        variance: 'small', 'large', 'learned' or an array, finite and not negative.
+        variance: a key of `VARIANCES`, or an array, finite and not negative.
         s: the noise levels after each step.
         t: the noise levels before each step.
         eta: η, in [0, 1].
@@ -374,10 +382,10 @@ def own_variance(
         if np.shape(variance) != t.shape:
             raise ValueError(f'variance has the shape {np.shape(variance)}, but the chain has {len(t)} steps')
         return jnp.asarray(variance, jnp.float32)
-    if variance not in ('small', 'large', 'learned'):
-        raise ValueError(f"variance is {variance!r}, but must be 'small', 'large', 'learned' or an array")
+    if variance not in VARIANCES:
+        raise ValueError(f'variance is {variance!r}, but must be {", ".join(map(repr, VARIANCES))} or an array')
     require_room_for_noise(variance, eta)
-    return schedule.beta(s, t) if variance == 'large' else None
+    return VARIANCES[variance](schedule, s, t)
 
 
 def is_learned(variance: Variance) -> bool:

@@ -32,10 +32,10 @@ class Integers:
     def __init__(self, low: int, high: int = LARGEST_COUNT, reason: str = ''):
         self._low, self._high, self._reason = low, high, reason
 
-    def accepts(self, value):
+    def accepts(self, value: Any) -> bool:
         return isinstance(value, int) and self._low <= value <= self._high
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'{self._low} to {self._high}{self._reason}'
 
 
@@ -45,14 +45,14 @@ class Reals:
     def __init__(self, low: float, high: float = math.inf, ends: str = '[]'):
         self._low, self._high, self._ends = low, high, ends
 
-    def accepts(self, value):
+    def accepts(self, value: Any) -> bool:
         if not isinstance(value, (int, float)):  # within a tuple, whose elements have no type
             return False
         above = self._low <= value if self._ends[0] == '[' else self._low < value
         below = value <= self._high if self._ends[1] == ']' else value < self._high
         return math.isfinite(value) and above and below
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'in {self._ends[0]}{self._low:g}, {self._high:g}{self._ends[1]}'
 
 
@@ -62,10 +62,10 @@ class OneOf:
     def __init__(self, *values: Any, table: str = ''):
         self._values, self._table = values, table
 
-    def accepts(self, value):
+    def accepts(self, value: Any) -> bool:
         return value in self._values or (bool(self._table) and value in self._imported())
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self._one_of(self._imported() if self._table else ())
 
     def without_imports(self) -> str:
@@ -98,10 +98,10 @@ class FolderOr:
     def __init__(self, *words: str):
         self._words = words
 
-    def accepts(self, value):
+    def accepts(self, value: Any) -> bool:
         return '/' in value or value in self._words
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"a folder, with a '/' in its path, or {' or '.join(map(repr, self._words))}"
 
 
@@ -111,13 +111,13 @@ class NumbersOr:
     def __init__(self, *words: str):
         self._words = words
 
-    def accepts(self, value):
+    def accepts(self, value: Any) -> bool:
         try:
             return value in self._words or all(0 <= number < LARGEST_COUNT for number in numbers(value))
         except ValueError:
             return False
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{', '.join(map(repr, self._words))} or whole numbers, such as '0,3,7'"
 
 
@@ -129,11 +129,11 @@ def numbers(text: str) -> tuple[int, ...]:
 class Interval:
     """Two numbers from 0 on, the lower first, or none."""
 
-    def accepts(self, value):
+    def accepts(self, value: Any) -> bool:
         real = all(isinstance(end, (int, float)) and math.isfinite(end) for end in value)
         return real and len(value) in (0, 2) and (not value or 0 <= value[0] < value[1])
 
-    def __str__(self):
+    def __str__(self) -> str:
         return 'two numbers from 0 on, the lower first, such as (0.3,3), or ()'
 
 
@@ -143,38 +143,44 @@ class Each:
     def __init__(self, limit: Limit):
         self._limit = limit
 
-    def accepts(self, value):
+    def accepts(self, value: Any) -> bool:
         return isinstance(value, (tuple, list)) and all(map(self._limit.accepts, value))
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'a tuple, each value {self._limit}'
 
 
 class Sizes:
     """A few positive whole numbers."""
 
-    def accepts(self, value):
+    def accepts(self, value: Any) -> bool:
         return len(value) <= 16 and all(isinstance(number, int) and 0 < number < 2**16 for number in value)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return 'at most 16 positive whole numbers'
 
 
 class SomeOf:
-    """Any number of different values, each one of a few."""
+    """Different values, each one of a few, and at least `fewest` of them."""
 
-    def __init__(self, *values: Any, table: str = ''):
-        self._one = OneOf(*values, table=table)
+    def __init__(self, *values: Any, table: str = '', fewest: int = 0):
+        self._one, self._fewest = OneOf(*values, table=table), fewest
 
-    def accepts(self, value):
-        return isinstance(value, (tuple, list)) and all(map(self._one.accepts, value)) and len(set(value)) == len(value)
+    def accepts(self, value: Any) -> bool:
+        if not isinstance(value, (tuple, list)) or not all(map(self._one.accepts, value)):
+            return False
+        return len(set(value)) == len(value) >= self._fewest
 
-    def __str__(self):
-        return str(self._one).replace('one of', 'a tuple of some of', 1)
+    def __str__(self) -> str:
+        return self._some_of(str(self._one))
 
     def without_imports(self) -> str:
         """The same as `str`, from the source of the table's module."""
-        return self._one.without_imports().replace('one of', 'a tuple of some of', 1)
+        return self._some_of(self._one.without_imports())
+
+    def _some_of(self, one_of: str) -> str:
+        count = f'at least {self._fewest}' if self._fewest else 'some'
+        return one_of.replace('one of', f'a tuple of {count} of', 1)
 
 
 WEIGHTS = OneOf('ema', 'raw')
@@ -237,7 +243,7 @@ LIMITS: dict[str, Limit] = {
     'sample.eta': Reals(0, 1),
     'sample.rule': OneOf(table='diffusion.sampler:RULES'),
     'sample.spacing': OneOf(table='diffusion.schedule:SPACINGS'),
-    'sample.variance': OneOf('auto', 'small', 'large', 'learned'),
+    'sample.variance': OneOf('auto', table='diffusion.gaussian:VARIANCES'),
     'sample.labels': NumbersOr('all', 'none'),
     'sample.guidance': Reals(0, ends='[)'),
     'sample.guidance_interval': Interval(),
@@ -253,12 +259,13 @@ LIMITS: dict[str, Limit] = {
     'sweep.etas': Each(Reals(0, 1)),
     'sweep.num_images': Integers(0),
     'metrics.batch_size': Integers(1),
+    'likelihood.quantities': SomeOf('importance', 'flow', table='diffusion.likelihood.elbo:FORMS', fewest=1),
     'likelihood.num_images': Integers(0),
     'likelihood.samples': Integers(1),
     'likelihood.num_steps': Integers(0),
     'likelihood.levels': Integers(0),
     'likelihood.eta': Reals(0, 1),
-    'likelihood.variance': OneOf('auto', 'small', 'large', 'learned'),
+    'likelihood.variance': OneOf('auto', table='diffusion.gaussian:VARIANCES'),
     'likelihood.rtol': Reals(0, 1, '()'),
     'likelihood.atol': Reals(0, 1, '()'),
     'likelihood.probes': Integers(-1, 2**16),

@@ -203,7 +203,7 @@ def test_help_lists_the_keys_of_the_tables_without_importing_jax(monkeypatch):
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     for key, limit in limits.LIMITS.items():
-        if isinstance(limit, limits.OneOf):
+        if isinstance(limit, (limits.OneOf, limits.SomeOf)):
             (text,) = (part for part in done.stdout.split('  --config.') if part.startswith(f'{key}='))
             assert f'({limit})' in text  # str(limit) imports the table
 

@@ -31,7 +31,7 @@ from diffusion.schedule import timesteps
 from diffusion.util import RunError, naming, numerics, progress, replacing, say, versions, write_json, write_text
 
 MEMORY = 'lower config.likelihood.batch_size'  # if there is too little
-QUANTITIES = (*FORMS, 'importance', 'flow')
+QUANTITIES = (*FORMS, 'importance', 'flow')  # their places determine the random draws
 
 
 def run(config: ConfigDict, path: str) -> int:
@@ -51,7 +51,6 @@ def run(config: ConfigDict, path: str) -> int:
     config = workdir.resolve(config, path)
     workdir.check_config(config, path)  # first: what is wrong with the rest may follow from another run's config
     asked = config.likelihood
-    require_quantities(asked)
     asked.variance = choose_variance(config)
     config.model.dtype, config.model.remat = 'float32', False  # as exact as possible; there is no backward pass
     exp = build.build(config)
@@ -194,14 +193,6 @@ def check_shapes(config: ConfigDict, exp: Experiment) -> None:
     network = ZeroNetwork(exp.network.make, learns_variance=exp.network.learns_variance)
     for function in quantities(config, dataclasses.replace(exp, network=network)).values():
         jax.eval_shape(function, jax.random.split(jax.random.key(0), 1), None, x0)
-
-
-def require_quantities(asked: ConfigDict) -> None:
-    """Raise RunError if config.likelihood.quantities names none, or an unknown one."""
-    if not asked.quantities or not set(asked.quantities) <= set(QUANTITIES):
-        raise RunError(
-            f'config.likelihood.quantities is {asked.quantities}, but must name some of {", ".join(QUANTITIES)}'
-        )
 
 
 def require_enough(asked: ConfigDict, images: data.Images) -> None:
