@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.network = 'unet'  # the architecture: 'unet' is DDPM's, 'adm' OpenAI's, 'dit' a transformer
-    config.model.implementation = 'auto'  # of network and training step; 'auto' is the one for the devices
+    config.model.implementation = 'auto'  # how network and training step are computed; 'auto' chooses by the devices
     config.model.kind = 'eps'  # what the network predicts
     config.model.channels = 128  # width at full resolution; 0 chooses a network for the size and number of the images
     config.model.multipliers = (1, 2, 2, 2)  # width at each resolution, in units of channels; each halves the size
@@ -45,17 +45,18 @@ def get_config() -> ConfigDict:
     config.model.remat = False  # recompute activations in the backward pass: a third more work, far less memory
     config.model.first_level = 1  # the t with which the network is called at level 1; imported weights need 0
     config.model.level_scale = 1.0  # the network is called with t times this; OpenAI's rescale_timesteps is 1000/T
-    config.model.head_channels = 0  # channels of each attention head; 0 means num_heads heads
+    config.model.head_channels = 0  # channels of each attention head; 0: num_heads heads for 'adm', else one head
     config.model.num_heads = 0  # attention heads of 'adm', if head_channels is 0; 0 means one head
-    config.model.scale_shift_norm = True  # whether the embedding scales and shifts norms of 'adm', or is added
-    config.model.resblock_updown = False  # whether residual blocks of 'adm' change the size, or convolutions
-    config.model.updown_levels = 'all'  # where they do: at 'all' resolutions, or, as in diffusers, with 'attention'
-    # The choices of DDPM; OpenAI and diffusers have 1e-5, 1, 'cos_sin' and 0 here.
-    config.model.norm_epsilon = 1e-6  # ε of GroupNorm
-    config.model.downsample_padding = 0  # pixels of zeros before each axis, with one after it
+    config.model.scale_shift_norm = True  # 'adm': True scales and shifts norms by the embedding, False adds it
+    config.model.resblock_updown = False  # 'adm': True changes the size by residual blocks, False by convolutions
+    # Resolutions of resblock_updown: 'all', or those with 'attention', as in diffusers.
+    config.model.updown_levels = 'all'
+    config.model.norm_epsilon = 1e-6  # ε of GroupNorm; OpenAI and diffusers: 1e-5
+    # Zero pixels before each axis of a convolution with stride 2; after it, there is one. OpenAI and diffusers: 1.
+    config.model.downsample_padding = 0
     config.model.mid_attention = True  # attention between the two blocks in the middle
-    config.model.embedding_order = 'sin_cos'  # halves of the time embedding
-    config.model.embedding_shift = 1  # frequencies are 10000^(−i/(channels/2 − shift))
+    config.model.embedding_order = 'sin_cos'  # halves of the time embedding; OpenAI and diffusers: 'cos_sin'
+    config.model.embedding_shift = 1  # frequencies are 10000^(−i/(channels/2 − shift)); OpenAI and diffusers: 0
     # Of convolutions and matmuls. On accelerators, 'float32' products have JAX's default precision (TF32 on GPUs,
     # bfloat16 passes on TPUs); likelihoods are computed at the highest precision.
     config.model.dtype = 'float32'
@@ -84,7 +85,9 @@ def get_config() -> ConfigDict:
     config.train.grad_clip = 1.0  # largest global norm of the gradient of the mean-over-pixels loss; 0 does not clip
     config.train.ema_decay = 0.9999  # per step; smaller at first: min(ema_decay, (1 + step)/(10 + step))
     config.train.deterministic = False  # on GPUs: compute the same bits at each run, by kernels that may be slower
-    config.train.max_bad_steps = 10  # stop after this many steps in a row whose loss or gradient is not finite
+    # Stop if, at a multiple of log_every, the last max_bad_steps steps all had a loss, gradient or update that was not
+    # finite.
+    config.train.max_bad_steps = 10
     config.train.begin_again = False  # begin at step 0 in a workdir whose checkpoints are all gone
     config.train.accept_other_images = False  # continue on other images than those that the run was trained on so far
     config.train.checkpoint_every = 5000  # steps
@@ -129,7 +132,8 @@ def get_config() -> ConfigDict:
     config.metrics.inception = ''
     config.metrics.efficientnet = ''  # file of EfficientNet-Lite0's weights; '' is that of the extra [features]
     config.metrics.dinov2 = ''  # file of the weights of DINOv2's ViT-L/14; '' leaves out its metrics
-    config.metrics.dialects = ('adm',)  # how images are resized; a network that has none of these takes its first
+    # How images are resized; a feature network without any of these uses its default.
+    config.metrics.dialects = ('adm',)
     config.metrics.split = ''  # the images that samples are compared with; '' is data.split, what is trained on
     config.metrics.flip = False  # compare with their mirror images as well
     config.metrics.reference = ''  # compare with the moments in this .npz file instead: ours, pytorch-fid's or ADM's
@@ -162,9 +166,8 @@ def get_config() -> ConfigDict:
     config.likelihood.clip = True  # clip the predicted image to [−1, 1], as DDPM's evaluation does
     config.likelihood.rtol = 1e-4  # relative tolerance of the ODE solver
     config.likelihood.atol = 1e-4  # absolute tolerance of the ODE solver
-    config.likelihood.probes = (
-        -1
-    )  # random vectors for the divergence; 0 is exact; −1: exact up to 16 dimensions, else 2
+    # Random vectors for the divergence of the flow; 0 computes it exactly; −1: exactly up to 16 dimensions, else 2.
+    config.likelihood.probes = -1
     config.likelihood.weights = 'ema'  # which weights
     config.likelihood.step = -1  # the training step whose checkpoint is measured; −1 is the newest
     config.likelihood.folder = ''  # where <name>/ with the results is written; '' is likelihood/ in the workdir
@@ -203,7 +206,7 @@ def get_config() -> ConfigDict:
     # unless JAX_COMPILATION_CACHE_DIR names one; 'off' keeps none.
     config.compile_cache = ''
 
-    config.command = ConfigDict()  # filled in by the command line, for config.json
+    config.command = ConfigDict()  # set by the command line, for config.json; not shown by --help
     config.command.config = ''  # the config that --config named; '' is that of the run
     config.command.overrides = ()  # the keys that the command line changed
 

@@ -318,6 +318,8 @@ def help_text() -> str:
     modes = ''.join(f'    {mode:<24}{what}\n' for mode, what in MODES.items())
     keys = []
     for key, value, comment in documented_keys():
+        if key.startswith('command.'):  # the command line sets these itself
+            continue
         limit = limits.LIMITS.get(key)
         allowed = f' ({limit.without_imports()})' if isinstance(limit, (limits.OneOf, limits.SomeOf)) else ''
         keys.append(f'  --config.{key}={value}\n      {comment}{allowed}\n')
@@ -340,12 +342,11 @@ def documented_keys() -> Iterator[tuple[str, str, str]]:
         value = ast.unparse(node.value)
         if value == 'ConfigDict()':
             continue
-        above = node.lineno - 1
-        while above in comments and lines[above - 1].lstrip().startswith('#'):
-            above -= 1
-        comment = [
-            comments[line] for line in range(above + 1, (node.end_lineno or node.lineno) + 1) if line in comments
-        ]
+        own = [comments[line] for line in range(node.lineno, (node.end_lineno or node.lineno) + 1) if line in comments]
+        first = node.lineno
+        while first - 1 in comments and lines[first - 2].lstrip().startswith('#'):
+            first -= 1
+        comment = own or [comments[line] for line in range(first, node.lineno)]
         yield ast.unparse(node.targets[0]).removeprefix('config.'), value, ' '.join(comment)
 
 

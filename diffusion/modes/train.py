@@ -32,7 +32,7 @@ from diffusion.runtime.logs import Writer
 from diffusion.schedule import timesteps
 from diffusion.util import FileLock, RunError, first_line, naming, progress, say, warn, write_json
 
-# If there is too little.
+# Advice for when memory runs out.
 MEMORY = (
     'lower config.train.batch_size, or raise config.train.accumulate; config.model.remat=True and '
     'config.model.dtype=bfloat16 take less as well'
@@ -145,8 +145,8 @@ def loop(
     The host reads metrics every `log_every` steps only.
 
     Raises:
-        RunError: `max_bad_steps` steps in a row were not finite, a batch cannot be read, or the last step could not be
-            saved.
+        RunError: when metrics were read, the last `max_bad_steps` steps were not finite; or a batch cannot be read; or
+            the last step could not be saved.
     """
     step, metrics = int(state.step), None
     while step < num_steps and not stop():
@@ -157,7 +157,7 @@ def loop(
             if jax.process_count() == 1:  # hosts save together, and the others may have their batch
                 saver.finish(step, state)
             raise RunError(f'the batch of step {step} cannot be read: {first_line(error)}; {saver.newest()}') from error
-        if batch is None:  # a signal came before it did
+        if batch is None:  # stopped by a signal while waiting for the batch
             break
         state, metrics = step_fn(state, *batch)
         step += 1
@@ -242,7 +242,7 @@ def train_step(
         if not weights:
             return losses.mean(), None
         weight, place = weights
-        # The mean over the parts of a batch, each with 0 in the place of the others, has all losses.
+        # Losses go to their places in the whole batch; × parts, so that the mean over parts restores them.
         return (weight * losses).mean(), jnp.zeros(size, jnp.float32).at[place].set(losses * (size // len(losses)))
 
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
