@@ -86,7 +86,7 @@ test-plan:
 chaos: install
 	$(python) -m tests.chaos --kills=$(KILLS) --corruptions=$(CORRUPTIONS)
 
-bench: install
+bench: demo
 	$(python) -m benchmarks.cost
 	$(python) -m benchmarks.digits $(demo)/samples/*/samples.npz
 	$(python) -m benchmarks.input
