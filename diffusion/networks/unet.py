@@ -1,9 +1,10 @@
 """The U-Net of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B), as in their code.
 
-Every decoder block of a resolution with attention is followed by attention, and the last layer of every residual branch
-starts at zero. The U-Nets of diffusers' training script have the same parameters, but use them differently: the order
-and the frequencies of the time embedding, the padding before downsampling, the number of attention heads and the ε of
-GroupNorm are not DDPM's. `UNet` has an argument for each of these choices; the default is DDPM's.
+At a resolution with attention, every block of encoder and decoder is followed by attention. The last layer of every
+residual branch starts at zero. The U-Nets of diffusers' training script have the same parameters, but use them
+differently: the order and the frequencies of the time embedding, the padding before downsampling, the number of
+attention heads and the ε of GroupNorm are not DDPM's. `UNet` has an argument for each of these choices; the default is
+DDPM's.
 """
 
 import math
