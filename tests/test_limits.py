@@ -39,6 +39,8 @@ TABLES = {
     'schedule.name': schedule.SCHEDULES,
     'train.loss': loss.WEIGHTINGS,
     'sample.rule': sampler.RULES,
+    'sample.variance': gaussian.VARIANCES,
+    'likelihood.variance': gaussian.VARIANCES,
     'sample.spacing': schedule.SPACINGS,
     'sample.compat': compat.COMPAT,
 }
