@@ -49,8 +49,6 @@ def run(config: ConfigDict, path: str) -> int:
     num_hosts = len({device.process_index for device in devices})
     train.require_equal_parts(config, exp)
     train.require_shards(config, num_hosts)
-    if 'likelihood' in asked.programs:
-        likelihood.require_quantities(config.likelihood)
     folder = workdir.output_folder(config, path, 'plan', 'plan')
 
     # Compute.
