@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64, Shaped
 
 Moments = tuple[Float64[np.ndarray, 'D'], Float64[np.ndarray, 'D D']]  # mean and covariance
 BLOCK = 4096  # vectors that are converted to float64 at a time
+SEED = 2020  # of the halves of `extrapolate`
 MIN_WAITING = 256  # vectors at least whose sums are computed at once
 
 
@@ -239,12 +240,12 @@ def extrapolate(
 ) -> Extrapolated:
     """Extrapolate the distance to infinitely many vectors, linearly in 1/N (Chong & Forsyth 2020, arXiv:1911.07023).
 
-    The line goes through the distance at N and the mean distance of two halves of the vectors, with even and with odd
-    index: 2·d(N) − d(N/2) for even N. The other Gaussian is fixed. The standard error follows from the
+    The line goes through the distance at N and the mean distance of two random halves of the vectors: 2·d(N) − d(N/2)
+    for even N. The halves are always the same. The other Gaussian is fixed. The standard error follows from the
     influences on the same combination of distances.
 
     Args:
-        vectors: (N, D), in an order that does not depend on even and odd index.
+        vectors: (N, D), in any order, such as by class.
         moments1: their mean and covariance.
         moments2: those of the other Gaussian.
         distance12: the distance at N.
@@ -259,7 +260,8 @@ def extrapolate(
     count, dimension = np.shape(vectors)
     if count < 2 * (dimension + 2):
         raise ValueError(f'{count} vectors are too few: their {dimension} dimensions need {2 * (dimension + 2)}')
-    halves = [slice(0, None, 2), slice(1, None, 2)]
+    order = np.random.RandomState(SEED).permutation(count)
+    halves = [order[::2], order[1::2]]
     distances, deviations, reciprocals = [], np.empty(count), []
     for half in halves:
         part = vectors[half]

@@ -9,6 +9,7 @@ from jaxtyping import Float64, Int64, Real
 from diffusion.metrics.neighbours import nearest
 
 TAIL = 0.3  # fraction of the held-out images whose distances give the shape of the null's lower tail
+FEWEST = 4  # of these images at least: the shape is also estimated from half of them, a quarter, …
 LEVEL = 0.05  # probability that independent images raise an alarm, over all samples and spaces
 
 
@@ -46,8 +47,9 @@ def report(
 
         p = (k+1)/(H+1) · (1 + log(r/d)/(k·mean))^−k,
 
-    which accounts for the error of that mean. If all k distances are equal, as those of images of few values may be,
-    the tail has no shape, and below all held-out images p = 1/(H+1).
+    which accounts for the error of that mean. Data with near-duplicates have a heavier tail: the largest p of several k
+    counts, from 30 % of the held-out images down to a few. Where n ≥ 1 held-out images are as near as the sample, their
+    number alone counts, p = (n+1)/(H+1), and so it does for held-out images at distance 0, which are copies themselves.
 
     A sample is called a copy if N·p ≤ level. The probability that N independent samples contain a supposed copy is then
     at most `level`.
@@ -80,18 +82,19 @@ def tail_probabilities(distances: Float64[np.ndarray, 'N'], null: Float64[np.nda
         distances: (N,), at least 0.
         null: (H,) sorted distances of held-out images, at least two.
     """
-    count = max(1, math.ceil(TAIL * len(null)))
-    edge = null[min(count, len(null) - 1)]
-    if edge == 0:  # held-out images are copies themselves
-        return np.ones(len(distances))
-    with np.errstate(divide='ignore'):
-        excesses = np.log(edge / null[:count])
-        beyond = np.log(edge / distances)
-    mean = excesses.mean()
-    empirical = (np.searchsorted(null, distances, side='right') + 1) / (len(null) + 1)
-    if mean == 0:
-        return empirical
-    # An infinite mean, because held-out images are copies, makes nothing improbable.
-    ratio = np.zeros(len(distances)) if np.isinf(mean) else beyond / mean
-    tail = (1 + np.maximum(ratio, 0) / count) ** -count
-    return np.where(beyond > 0, (count + 1) / (len(null) + 1) * tail, empirical)
+    ranks = np.searchsorted(null, distances, side='right')
+    by_rank = (ranks + 1) / (len(null) + 1)
+    apart = null[null > 0]
+    by_tail = []
+    count = min(math.ceil(TAIL * len(null)), len(apart) - 1)
+    while count >= 1:
+        mean = np.log(apart[count] / apart[:count]).mean()
+        if mean > 0:  # else these distances are equal, and have no shape
+            with np.errstate(divide='ignore'):
+                beyond = np.maximum(np.log(apart[count] / distances), 0)
+            below = (len(null) - len(apart) + count + 1) / (len(null) + 1)
+            by_tail.append(below * (1 + beyond / (count * mean)) ** -count)
+        count = count // 2 if count >= 2 * FEWEST else 0
+    if not by_tail:
+        return by_rank
+    return np.where(ranks > 0, by_rank, np.minimum(np.max(by_tail, axis=0), by_rank))

@@ -70,7 +70,9 @@ def run(config: ConfigDict, path: str) -> int:
         'numerics': numerics(),
         'versions': versions(),
     }
-    pixels = images[np.arange(asked.num_images or len(images))]
+    pixels = images[: asked.num_images or len(images)]
+    if why := one_sided(images, len(pixels)):
+        say(f'warning: config.likelihood.num_images={asked.num_images}: {why}')
     labels = np.asarray(images.labels)[: len(pixels)] if config.data.labels else None
     # The name contains a digest of all settings: the same command finds the parts that are computed already.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -214,6 +216,16 @@ class Part(NamedTuple):
     def path(self, folder: str) -> str:
         """Return the file of the part."""
         return os.path.join(folder, 'parts', f'{self.quantity}-{self.trajectory}-{self.start:08d}.npz')
+
+
+def one_sided(images: data.Images, count: int) -> str:
+    """Return why the first images do not stand for the split: it is sorted by class, as folders are; else ''."""
+    if images.labels is None or count == len(images) or (np.diff(images.labels) < 0).any():
+        return ''
+    classes, some = (len(np.unique(labels)) for labels in (images.labels, images.labels[:count]))
+    if some == classes:
+        return ''
+    return f'the split is sorted by class, and its first {count} images are of {some} of {classes} classes'
 
 
 def all_parts(asked: ConfigDict, num_images: int) -> list[Part]:

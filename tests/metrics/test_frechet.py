@@ -257,13 +257,27 @@ def test_the_extrapolated_distance_has_no_bias_and_an_honest_error():
     assert 178 <= sum(abs(limit.value - true) < 1.96 * limit.standard_error for limit in limits) <= 199
 
 
+def test_the_extrapolated_distance_does_not_take_classes_in_turn_for_halves():
+    """As those of conditional samples, image i of class i mod 2: real ones have a distance around 0."""
+    rng, centers = np.random.default_rng(0), np.array([[2.0, 0.0], [-2.0, 0.0]])
+    other = np.zeros(2), np.diag([5.0, 1.0])
+    found = []
+    for _ in range(50):
+        vectors = rng.normal(size=(400, 2)) + centers[np.arange(400) % 2]
+        own = frechet.moments([vectors])
+        influences = frechet.influence(vectors, own, other)
+        found.append(frechet.extrapolate(vectors, own, other, frechet.distance(own, other), influences).value)
+    assert np.mean(found) == pytest.approx(0, abs=0.06)  # by halves of one class each it would be −5
+
+
 def test_the_error_of_the_extrapolated_distance_from_a_point_is_that_of_its_combination():
     """2·d(N) − d(N/2) from a point, where the influence is the squared distance less the mean: of all, of a half."""
     vectors, point = np.random.default_rng(0).normal(size=(12, 3)), (np.array([1.0, 2.0, 3.0]), np.zeros((3, 3)))
     own = frechet.moments([vectors])
     influences = frechet.influence(vectors, own, point)
     ours = frechet.extrapolate(vectors, own, point, frechet.distance(own, point), influences)
-    squares = np.sum((vectors - point[0]) ** 2, axis=1).reshape(6, 2)  # a column for each half
+    order = np.random.RandomState(frechet.SEED).permutation(12)
+    squares = np.sum((vectors - point[0]) ** 2, axis=1)[order].reshape(6, 2)  # a column for each half
     combined = 2 * (squares - squares.mean()) - (squares - squares.mean(axis=0))
     assert ours.standard_error == pytest.approx(combined.std(ddof=1) / np.sqrt(12))
 

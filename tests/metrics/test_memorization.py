@@ -52,11 +52,34 @@ def test_the_probabilities_are_uniform_below_the_edge():
 
 
 def test_a_probability_by_hand():
-    """Of 9 held-out images 3 are below the edge, the fourth; a new image is with probability 4/10."""
-    null, distances = np.arange(1.0, 10.0), np.array([3.999999, 2.0, 0.0])
+    """Of 9 held-out images 3 are below the edge, the fourth; below the least of them, their tail counts."""
+    null, distances = np.arange(1.0, 10.0), np.array([3.999999, 2.0, 0.5, 0.0])
     mean = np.log(4 / np.array([1, 2, 3])).mean()
-    expected = [0.4, 0.4 * (1 + np.log(2) / (3 * mean)) ** -3, 0]
+    expected = [0.4, 0.3, 0.4 * (1 + np.log(8) / (3 * mean)) ** -3, 0]
     np.testing.assert_allclose(memorization.tail_probabilities(distances, null), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('fraction', [0, 0.005, 0.02])
+def test_near_duplicates_in_the_data_raise_no_alarm(fraction):
+    """The tail is far heavier than that of the other images; at most 5 % of independent sets should have an alarm."""
+    rng = np.random.default_rng(0)
+
+    def draw(count):
+        distances = rng.uniform(size=count) ** (1 / 20)
+        return np.where(rng.uniform(size=count) < fraction, 0.05 * rng.uniform(0.5, 1.5, count), distances)
+
+    alarms = sum(
+        500 * memorization.tail_probabilities(draw(500), np.sort(draw(1000))).min() <= 0.05 for _ in range(200)
+    )
+    assert alarms <= 10
+    assert memorization.tail_probabilities(np.array([0.0]), np.sort(draw(1000)))[0] == 0  # a copy is one nevertheless
+
+
+def test_one_copy_among_the_held_out_images_leaves_the_rest_of_the_tail():
+    null = np.sort(np.random.default_rng(0).uniform(size=1000) ** (1 / 20))
+    null[0] = 0
+    found = memorization.tail_probabilities(np.array([0.0, 0.3, 0.9]), null)
+    assert found[0] == found[1] == 2 / 1001 and found[2] > 0.1
 
 
 def test_equal_distances_have_no_tail():
@@ -65,7 +88,7 @@ def test_equal_distances_have_no_tail():
     np.testing.assert_allclose(found, [0.1, 1, 1])
     with np.errstate(all='raise', divide='ignore'):
         found = memorization.tail_probabilities(np.array([0.0, 0.5]), np.array([0.0, *np.arange(1.0, 9.0)]))
-    np.testing.assert_allclose(found, 0.4)
+    np.testing.assert_allclose(found, 0.2)
 
 
 def test_without_held_out_images_nothing_is_called_a_copy(digits):

@@ -1,5 +1,6 @@
 """--mode=likelihood on a tiny run: every image once, stopped and resumed, and what it refuses."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -313,3 +314,11 @@ def test_a_failed_write_is_reported_in_one_line(trained, tmp_path, name):
 def test_a_workdir_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match='train one with --mode=train'):
         likelihood.run(asking(), str(tmp_path))
+
+
+def test_first_images_of_a_split_that_is_sorted_by_class_are_warned_of():
+    images = data.Images(np.zeros((6, 2, 2, 1), np.uint8), np.array([0, 0, 1, 1, 2, 2], np.int32), {})
+    assert 'first 3 images are of 2 of 3 classes' in likelihood.one_sided(images, 3)
+    mixed = dataclasses.replace(images, labels=np.array([0, 2, 1, 1, 2, 0], np.int32))
+    for fine, count in ((images, 6), (images, 5), (mixed, 1), (dataclasses.replace(images, labels=None), 3)):
+        assert likelihood.one_sided(fine, count) == ''
