@@ -164,8 +164,8 @@ def log_density(
         probes: the number of Rademacher vectors that estimate the divergence (Hutchinson), drawn once for the whole
             path; 0 computes the exact trace; None is 0 for up to `EXACT_UP_TO` dimensions, else 2.
         rtol: relative tolerance of the solver.
-        atol: absolute tolerance of the solver. Both hold for the root mean square over all pixels, and for that over
-            the integrals, which are far fewer.
+        atol: absolute tolerance of the solver. The pixels and the integrals, which are far fewer, have equal weight
+            in the error that is compared with both tolerances.
 
     Returns:
         The log-density of each image, its error and the cost.
@@ -210,7 +210,7 @@ def log_density(
         t1=-0.5 * schedule.log_snr(end),
         dt0=None,
         y0=(x, jnp.zeros((probes or 1, *x.shape[:1]), jnp.float32)),
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=_largest_rms),
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm),
     )
     x_T, integrals = (leaf[-1] for leaf in solution.ys)
     error = jnp.zeros(x.shape[:1], jnp.float32)
@@ -223,9 +223,9 @@ def log_density(
     return Density(nats, error, solution.stats['num_steps'])
 
 
-def _largest_rms(tree: tuple[jax.Array, ...]) -> jax.Array:
-    """The largest root mean square of the arrays of a tree."""
-    return jnp.sqrt(jnp.max(jnp.stack([jnp.mean(leaf**2) for leaf in jax.tree.leaves(tree)])))
+def _norm(tree: tuple[jax.Array, ...]) -> jax.Array:
+    """The root of the sum of the mean squares of the arrays of a tree: few values count as much as many."""
+    return jnp.sqrt(sum(jnp.mean(leaf**2) for leaf in jax.tree.leaves(tree)))
 
 
 def num_probes(probes: int | None, size: int) -> int:
