@@ -250,9 +250,15 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         os.remove(path + '.new')
-    with open(path + '.new', 'xb') as file:
-        yield file
-    os.replace(path + '.new', path)
+    file = open(path + '.new', 'xb')  # noqa: SIM115 (closed before it is renamed)
+    try:
+        with file:
+            yield file
+        os.replace(path + '.new', path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(path + '.new')  # on a full disk, others need the room
+        raise
 
 
 def no_link(path: str, flags: int) -> int:

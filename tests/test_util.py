@@ -14,7 +14,18 @@ import time
 import pytest
 
 from diffusion import util
-from diffusion.util import FileLock, Output, exclusive, first_line, progress, stage, warn, write_json, write_text
+from diffusion.util import (
+    FileLock,
+    Output,
+    exclusive,
+    first_line,
+    progress,
+    replacing,
+    stage,
+    warn,
+    write_json,
+    write_text,
+)
 
 
 def test_json_is_written_completely_or_not_at_all(tmp_path):
@@ -168,6 +179,14 @@ def test_a_bar_in_a_file_is_drawn_at_its_begin_and_its_end(monkeypatch):
     drawn = [line for line in re.split('[\\r\\n]', log.getvalue()) if line]
     assert 1 <= len(drawn) <= 2
     assert '1000/1000' in drawn[-1]
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
+    (tmp_path / 'a').write_text('old')
+    with pytest.raises(OSError, match='full'), replacing(str(tmp_path / 'a')) as file:
+        file.write(b'new')
+        raise OSError('full')
+    assert [path.name for path in tmp_path.iterdir()] == ['a'] and (tmp_path / 'a').read_text() == 'old'
 
 
 def test_a_lock_whose_folder_became_a_file_is_lost(tmp_path):

@@ -169,8 +169,8 @@ class Preprocessing:
 def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, 'H W C']:
     """Decode the bytes of a picture file.
 
-    The EXIF orientation is applied. Of an animation, the first frame is taken. 16-bit values are rounded to 8 bits,
-    transparent pixels are blended with white, palettes and CMYK are converted to RGB.
+    The EXIF orientation is applied. Of an animation, the first frame is taken. Of 16-bit values, grey ones are rounded
+    to 8 bits and colours cut off, transparent pixels are blended with white, palettes and CMYK are converted to RGB.
 
     Args:
         content: the whole file, in one of FORMATS, whatever its name.

@@ -226,8 +226,8 @@ def samples_section(folder: str, path: str, digest: str) -> str:
     if not drawn:
         return ''
     copy(os.path.join(drawn, 'grid.png'), folder)
-    keys = ('num_steps', 'spacing', 'eta', 'variance', 'clip', 'compat', 'seed')
-    how = ', '.join(f'{key} {details[key]!r}' for key in keys)
+    keys = ('weights', 'rule', 'num_steps', 'spacing', 'eta', 'variance', 'clip', 'compat', 'labels', 'guidance')
+    how = ', '.join(f'{key} {details[key]!r}' for key in (*keys, 'guidance_interval', 'seed') if key in details)
     measured = ''.join(
         f'{entry["name"]} of {entry["n"]} images: {entry["value"]:.4f} ± {entry["standard_error"]:.4f}.\n'
         for entry in details['metrics']

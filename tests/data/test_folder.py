@@ -121,6 +121,15 @@ def test_held_out_pictures_without_classes_leave_those_of_training(tmp_path, cap
     assert f'no labels: 1 of 1 pictures in {root} for test' not in capsys.readouterr().out  # it has no class folders
 
 
+def test_a_split_that_takes_the_place_of_another_is_said(tmp_path, capsys):
+    root = fill(tmp_path / 'p', {'train/1.png': PNG[0], 'val/2.png': PNG[1]})
+    assert names(root, 'test') == ['val/2.png']
+    load(root, 'test')
+    assert "there is no split 'test': 'validation' is used in its place" in capsys.readouterr().out
+    load(root, 'train')
+    assert 'in its place' not in capsys.readouterr().out
+
+
 def test_classes_without_a_picture_in_the_split_are_named(tmp_path, capsys):
     files = {f'train/{c}/1.png': PNG[0] for c in ('cat', 'dog')} | {f'test/{c}/1.png': PNG[1] for c in ('Cat', 'dog')}
     assert load(fill(tmp_path / 'p', files)).record['classes'] == ['Cat', 'cat', 'dog']

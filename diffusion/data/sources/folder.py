@@ -55,6 +55,7 @@ def open_folder(place: str, split: str, data_dir: str = '', max_pixels: int = pi
             raise ValueError(_no_split(split, path, list(filter(None, counts)), about[0]))
     folders = {folder for folder, at in places.items() if at.split == name}
     chosen = [file for file in found.files if file.folder in folders]
+    about += splits.replaced(split, name)
     if name not in counts:
         about.append(f'split {split!r} is the folder of that name, with {len(chosen)} pictures')
     shared = _shared(found.files, guesses)

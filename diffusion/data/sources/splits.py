@@ -21,6 +21,13 @@ HELD_OUT = ('test', 'validation')
 FALLBACKS = {'test': 'validation'}
 
 
+def replaced(wanted: str, found: str) -> list[str]:
+    """Return a line for the user if the split that was found stands for another than the wanted one."""
+    if wanted not in FALLBACKS or split_of(found) != FALLBACKS[wanted]:
+        return []
+    return [f'there is no split {wanted!r}: {found!r} is used in its place']
+
+
 class Place(NamedTuple):
     """Where the pictures of a folder belong."""
 

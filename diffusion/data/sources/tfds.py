@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from diffusion.data import pictures
 from diffusion.data.sources import riegeli
 from diffusion.data.sources.source import LARGE, Source, one_large, unlabelled
-from diffusion.data.sources.splits import named
+from diffusion.data.sources.splits import named, replaced
 from diffusion.util import open_regular, read_json
 
 MOST_CLASSES = 10**6
@@ -101,7 +101,7 @@ def open_tfds(place: str, split: str, data_dir: str = '', max_pixels: int = pict
         label=label if classes else unlabelled,
         classes=classes,
         encoded=encoded,
-        about=[f'splits of {folder}: {counts} pictures'],
+        about=[f'splits of {folder}: {counts} pictures', *replaced(split, found)],
         everywhere=[*described, [file[:2] for file in files]],
     )
 
