@@ -125,7 +125,7 @@ def prepare(target: str) -> dict[str, str]:
     """Leave the devices of this machine alone, and return what a target's compilers need in the process's environment.
 
     Call it, and set the variables, before anything uses a device. With them, nobody asks a TPU's host for its slice,
-    and XLA does not try out kernels, for which it would need the GPU.
+    several processes may plan for TPUs at once, and XLA does not try out kernels, for which it would need the GPU.
 
     Raises:
         RunError: there is no such target.
@@ -135,6 +135,7 @@ def prepare(target: str) -> dict[str, str]:
     parse(target)
     jax.config.update('jax_platforms', 'cpu')
     return {
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
         'TPU_SKIP_MDS_QUERY': '1',
         'TPU_ACCELERATOR_TYPE': 'v5litepod-8',  # any that libtpu knows
         'TPU_WORKER_HOSTNAMES': 'localhost',
