@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import inspect
 import io
@@ -204,6 +205,11 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError('it is nested too deeply') from error
 
 
+def json_sha256(value: Any) -> str:
+    """Return the SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def write_json(path: str, value: Any) -> None:
     """Write indented JSON atomically: a reader sees the old file or the new one, never a part.
 
@@ -279,10 +285,15 @@ def file_of_config(workdir: str) -> str:
     return next(filter(os.path.lexists, copies), '')
 
 
-def rounded(value: float, error: float) -> tuple[str, str]:
-    """Return a value and its standard error with equally many decimals: four, or those of two digits of the error."""
-    decimals = min(1 - math.floor(math.log10(error)), 10) if 0 < error < 0.001 else 4
-    return f'{value:.{decimals}f}', f'{error:.{decimals}f}'
+def decimals(error: float) -> int:
+    """Return the number of decimals that show two digits of a standard error; at least four."""
+    return min(1 - math.floor(math.log10(error)), 10) if 0 < error < 0.001 else 4
+
+
+def with_error(value: float, error: float) -> str:
+    """Return a value and its standard error with equally many decimals."""
+    digits = decimals(error)
+    return f'{value:.{digits}f} ± {error:.{digits}f}'
 
 
 def steps_in(checkpoints: str) -> list[int]:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import hashlib
 import io
-import json
 import struct
 from collections.abc import Callable
 from typing import IO, Any, NamedTuple
@@ -14,6 +12,8 @@ import PIL
 from jaxtyping import UInt8
 from PIL import Image, ImageFile, ImageOps
 from PIL.Image import Resampling
+
+from diffusion.util import json_sha256
 
 MAX_PIXELS = 89_478_485  # Pillow warns above this number
 BYTES_PER_PIXEL = 8  # at most, uncompressed: 4 channels of 16 bits
@@ -133,7 +133,7 @@ class Preprocessing:
 
     def fingerprint(self) -> str:
         """Return a short digest of `record`."""
-        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:12]
+        return json_sha256(self.record())[:12]
 
     def __call__(self, picture: UInt8[np.ndarray, 'H W C']) -> UInt8[np.ndarray, 'size size channels']:
         """Preprocess one picture.
@@ -169,8 +169,9 @@ class Preprocessing:
 def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, 'H W C']:
     """Decode the bytes of a picture file.
 
-    The EXIF orientation is applied. Of an animation, the first frame is taken. Of 16-bit values, grey ones are rounded
-    to 8 bits and colours cut off, transparent pixels are blended with white, palettes and CMYK are converted to RGB.
+    The EXIF orientation is applied. An animation gives its first frame. Pictures of 16 bits become 8-bit pictures: grey
+    values are rounded, and colours lose their lower 8 bits. Transparent pixels are blended with white. Palettes and
+    CMYK are converted to RGB.
 
     Args:
         content: the whole file, in one of FORMATS, whatever its name.

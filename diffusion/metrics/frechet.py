@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Shaped
 
 Moments = tuple[Float64[np.ndarray, 'D'], Float64[np.ndarray, 'D D']]  # mean and covariance
 BLOCK = 4096  # vectors that are converted to float64 at a time
-SEED = 2020  # of the halves of `extrapolate`
+SEED = 2020  # for the random halves into which `extrapolate` splits the vectors
 MIN_WAITING = 256  # vectors at least whose sums are computed at once
 
 

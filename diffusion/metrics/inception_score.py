@@ -79,7 +79,7 @@ def score(parts: list[Float[np.ndarray, '_ classes']]) -> Score:
         # An outcome of probability 0 contributes 0.
         divergence = np.sum(p * (log_p - np.log(np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny))), axis=1)
         values.append(np.exp(divergence.mean()))
-        weight = count / (len(parts) * len(divergence))  # of the mean over a part in the mean over all images
+        weight = count / (len(parts) * len(divergence))  # all parts count equally, whatever their numbers of images
         influences.append(weight * values[-1] * (divergence - divergence.mean()))
     every = np.concatenate(influences)
     return Score(float(np.mean(values)), float(np.std(every) / np.sqrt(count)), float(np.std(values)), every)

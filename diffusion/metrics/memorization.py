@@ -47,9 +47,10 @@ def report(
 
         p = (k+1)/(H+1) · (1 + log(r/d)/(k·mean))^−k,
 
-    which accounts for the error of that mean. Data with near-duplicates have a heavier tail: the largest p of several k
-    counts, from 30 % of the held-out images down to a few. Where n ≥ 1 held-out images are as near as the sample, their
-    number alone counts, p = (n+1)/(H+1), and so it does for held-out images at distance 0, which are copies themselves.
+    which accounts for the error of that mean. Near-duplicates in the data make the tail heavier near 0. Therefore p is
+    computed for several k, from 30 % of the held-out images down to a few, and the largest is taken. If n ≥ 1 held-out
+    images are as near as the sample, p is (n+1)/(H+1) instead. Held-out images at distance 0, which are copies
+    themselves, have no part in the means.
 
     A sample is called a copy if N·p ≤ level. The probability that N independent samples contain a supposed copy is then
     at most `level`.

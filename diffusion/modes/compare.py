@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 
 from diffusion.runtime.npz import read_npz
-from diffusion.util import RunError, read_json, rounded, say
+from diffusion.util import RunError, decimals, read_json, say
 
 # Keys in which two entries must agree, and keys in which their references must agree.
 SAME = ('features', 'dialect', 'weights_sha256', 'n')
@@ -62,7 +62,8 @@ def run(paths: list[str]) -> int:
             error, how = float(np.std(changes, ddof=1) / math.sqrt(len(changes))), 'paired'
         else:
             error, how = math.hypot(a['standard_error'], b['standard_error']), 'not paired'
-        values = f'{rounded(a["value"], error)[0]} − {rounded(b["value"], error)[0]} = {verdict(a, b, error)}'
+        digits = decimals(error)
+        values = f'{a["value"]:.{digits}f} − {b["value"]:.{digits}f} = {verdict(a, b, error)}'
         say(f'{_name(a)} ({a["features"]}, {a["dialect"]}): {values}, {how}')
     return 0
 
@@ -81,8 +82,8 @@ def verdict(a: dict[str, Any], b: dict[str, Any], error: float) -> str:
     """Return the difference of two values, its standard error, and the two-sided p-value of the normal test."""
     difference = a['value'] - b['value']
     p = 2 * scipy.stats.norm.sf(abs(difference) / error) if error else float(difference == 0)
-    sign = '+' if difference >= 0 else ''
-    return f'{sign}{" ± ".join(rounded(difference, error))}, p = {p:.2g}'
+    digits = decimals(error)
+    return f'{difference:+.{digits}f} ± {error:.{digits}f}, p = {p:.2g}'
 
 
 def differences(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
@@ -92,9 +93,8 @@ def differences(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]
         compared = {key: (a.get(key), b.get(key)) for key in SAME}
         references = (a.get('reference') or {}, b.get('reference') or {})
         compared |= {f'reference.{key}': (references[0].get(key), references[1].get(key)) for key in SAME_REFERENCE}
-        if all(
-            reference.get('images_sha256') for reference in references
-        ):  # a file of ours has the images' digest, too
+        # A reference and the file of moments that was made from it are the same: both have the digest of the images.
+        if all(reference.get('images_sha256') for reference in references):
             del compared['reference.file_sha256']
         found += [f'{_name(a)}: {key} is {x!r} and {y!r}' for key, (x, y) in compared.items() if x != y]
     return found

@@ -1,7 +1,6 @@
 """--mode=evaluate: metrics of images that were made elsewhere; and the functions of all modes that measure images."""
 
 import hashlib
-import json
 import math
 import os
 import zipfile
@@ -31,14 +30,15 @@ from diffusion.runtime import hosts
 from diffusion.runtime.npz import read_header, read_npz
 from diffusion.util import (
     RunError,
+    json_sha256,
     naming,
     numerics,
     progress,
     read_json,
     replacing,
-    rounded,
     say,
     versions,
+    with_error,
     write_json,
 )
 
@@ -73,7 +73,7 @@ def run(config: ConfigDict, path: str) -> int:
 
     # Compute.
     digest = sha256(images)
-    described = hashlib.sha256(json.dumps(settings(config, plan), sort_keys=True).encode()).hexdigest()
+    described = json_sha256(settings(config, plan))
     name = f'{os.path.splitext(os.path.basename(place))[0]}-{digest[:8]}-{described[:8]}'
     folder = os.path.join(above, name)
     stored = workdir.read_config(path) or {}
@@ -585,24 +585,23 @@ def tell(found: dict[str, Any]) -> None:
             continue
         bias = f' (biased {entry["bias"]})' if 'bias' in entry else ''
         against = f', against {_name(entry["reference"])}' if 'reference' in entry else ''
-        say(f'{in_full(entry["name"], entry)}: {_value(entry)}{bias}, n = {entry["n"]}{against}')
-    of_classes: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        value = with_error(entry['value'], entry['standard_error'])
+        say(f'{in_full(entry["name"], entry)}: {value}{bias}, n = {entry["n"]}{against}')
+    of_classes: dict[str, list[dict[str, Any]]] = {}
     for entry in found['metrics']:
         if 'label' in entry:
-            of_classes.setdefault((entry['name'], entry['features'], entry['dialect']), []).append(entry)
-    for (name, features, dialect), entries in of_classes.items():
-        values = [f'{entry["class"]} {_value(entry)} (n = {entry["n"]})' for entry in entries]
+            of_classes.setdefault(in_full(f'{entry["name"]} by class', entry), []).append(entry)
+    for name, entries in of_classes.items():
+        values = [
+            f'{entry["class"]} {with_error(entry["value"], entry["standard_error"])} (n = {entry["n"]})'
+            for entry in entries
+        ]
         shown = ', '.join(values[:SHOWN]) + (', …' if len(values) > SHOWN else '')
-        say(f'{name} by class ({features}, {dialect}): {shown}')
+        say(f'{name}: {shown}')
     for names, why in grouped(found['left_out']).items():
         say(f'{names}: left out, because {why}')
     for entry in found['memorization']:
         say(_about_copies(entry))
-
-
-def _value(entry):
-    """A value with its standard error."""
-    return ' ± '.join(rounded(entry['value'], entry['standard_error']))
 
 
 def _about_copies(entry):

@@ -18,7 +18,7 @@ from diffusion.interop import diffusers, diffusers_export
 from diffusion.interop.tensors import to_arrays
 from diffusion.networks import unet
 from diffusion.runtime import hosts, mesh
-from diffusion.util import naming, open_regular, read_json, replacing, versions, write_json, write_text
+from diffusion.util import naming, open_regular, read_json, replacing, versions, with_error, write_json, write_text
 
 CARD = """---
 library_name: diffusers
@@ -229,7 +229,7 @@ def samples_section(folder: str, path: str, digest: str) -> str:
     keys = ('weights', 'rule', 'num_steps', 'spacing', 'eta', 'variance', 'clip', 'compat', 'labels', 'guidance')
     how = ', '.join(f'{key} {details[key]!r}' for key in (*keys, 'guidance_interval', 'seed') if key in details)
     measured = ''.join(
-        f'{entry["name"]} of {entry["n"]} images: {entry["value"]:.4f} ± {entry["standard_error"]:.4f}.\n'
+        f'{entry["name"]} of {entry["n"]} images: {with_error(entry["value"], entry["standard_error"])}.\n'
         for entry in details['metrics']
         if 'label' not in entry
     )

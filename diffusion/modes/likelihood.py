@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -28,7 +26,18 @@ from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
 from diffusion.runtime.npz import read_npz
 from diffusion.schedule import timesteps
-from diffusion.util import RunError, naming, numerics, progress, replacing, say, versions, write_json, write_text
+from diffusion.util import (
+    RunError,
+    json_sha256,
+    naming,
+    numerics,
+    progress,
+    replacing,
+    say,
+    versions,
+    write_json,
+    write_text,
+)
 
 MEMORY = 'lower config.likelihood.batch_size'  # if there is too little
 QUANTITIES = (*FORMS, 'importance', 'flow')  # their places determine the random draws
@@ -75,7 +84,7 @@ def run(config: ConfigDict, path: str) -> int:
         say(f'warning: config.likelihood.num_images={asked.num_images}: {why}')
     labels = np.asarray(images.labels)[: len(pixels)] if config.data.labels else None
     # The name contains a digest of all settings: the same command finds the parts that are computed already.
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    digest = json_sha256(settings)[:8]
     name = f'step{step}-{asked.weights}-{asked.split}-n{len(pixels)}-{digest}'
     folder = os.path.join(above, name)
     parts = all_parts(asked, len(pixels))

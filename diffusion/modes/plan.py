@@ -1,7 +1,5 @@
 """--mode=plan: what fits on accelerators that need not be here, and what it costs, from programs compiled for them."""
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -21,7 +19,7 @@ from diffusion.networks import Program
 from diffusion.runtime import hlo, memory, mesh, targets
 from diffusion.runtime.compilation import compiling
 from diffusion.runtime.targets import Card
-from diffusion.util import RunError, first_line, naming, say, versions, write_json, write_text
+from diffusion.util import RunError, first_line, json_sha256, naming, say, versions, write_json, write_text
 
 LARGEST_BATCH = 2**16  # images; larger ones are not tried unless asked for
 STEP_OF_BATCH = 1 / 8  # how exactly the largest batch is found
@@ -76,7 +74,7 @@ def run(config: ConfigDict, path: str) -> int:
         'host': on_each_host(config, num_hosts),
     }
     # The name contains a digest of all settings: plans of others do not replace each other.
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    digest = json_sha256(settings)[:8]
     about = f'{asked.target}-fsdp{config.mesh.fsdp}-batch{config.train.batch_size}-{config.model.dtype}'
     name = re.sub(r'\W+', '-', f'{about}-{digest}')
     text = markdown(record)
@@ -243,8 +241,7 @@ def bound(found: dict[str, Any], card: Card, group: int) -> dict[str, float | No
 
     Returns:
         Seconds of 'arithmetic', 'memory' and 'links' by themselves; 'seconds', the longer of arithmetic and links;
-        'sum', of all three; 'images_per_second' and 'utilisation', at most. None where a rate or
-        the work is not known.
+        'sum', of all three; 'images_per_second' and 'utilisation', at most. None where a rate or the work is not known.
     """
 
     def seconds(work: float | None, rate: float | None) -> float | None:

@@ -25,10 +25,11 @@ from diffusion.metrics.tables import FEATURES, METRICS, Features
 from diffusion.runtime import hosts, mesh
 from diffusion.runtime.compilation import compiling
 from diffusion.runtime.npz import read_npz
-from diffusion.util import RunError, cache_folder, naming, progress, say, unfinished, write_json
+from diffusion.util import RunError, cache_folder, json_sha256, naming, progress, say, unfinished, write_json
 
 MOST_VECTORS = 200_000  # images whose features are kept; of more, every second or every third …
-VERSION = 1  # of the features: to be raised by a change that alters them, so that cached ones are computed again
+# Part of the names of cached features: to be raised whenever a network or its preprocessing returns other values.
+VERSION = 1
 # What has to agree between statistics in a file and what is asked.
 COMPARED = ('features', 'dialect', 'weights_sha256', 'image_size', 'channels', 'crop')
 
@@ -240,7 +241,7 @@ def reference(
         'flip': flip,
         'version': VERSION,
     }
-    name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    name = json_sha256(described)[:16]
     cache = os.path.expanduser(config.data.cache_dir) or cache_folder()
     folder = os.path.join(cache, 'references', name)
     if not hosts.from_first(np.array(os.path.exists(folder))):

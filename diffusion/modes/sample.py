@@ -28,7 +28,19 @@ from diffusion.runtime.compilation import compiling
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.runtime.keys import domain_key
 from diffusion.schedule import start_warning
-from diffusion.util import RunError, lock, naming, no_link, numerics, progress, replacing, say, stage, versions
+from diffusion.util import (
+    RunError,
+    json_sha256,
+    lock,
+    naming,
+    no_link,
+    numerics,
+    progress,
+    replacing,
+    say,
+    stage,
+    versions,
+)
 
 MEMORY = 'lower config.sample.batch_size'  # if there is too little
 
@@ -165,7 +177,7 @@ def settings_sha256(
         'numerics': numerics(),
         'versions': versions(),
     }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return json_sha256(settings)
 
 
 class Drawn:

@@ -1,9 +1,7 @@
 """--mode=sweep: images and metrics for several numbers of steps and η, from one checkpoint, as in DDIM's Table 1."""
 
 import functools
-import hashlib
 import itertools
-import json
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +20,7 @@ from diffusion.report.sweep import save_sweep
 from diffusion.runtime import hosts
 from diffusion.runtime.interrupt import EXIT_STATUS, Interrupt
 from diffusion.schedule import timesteps
-from diffusion.util import RunError, naming, read_json, replacing, say, versions, write_json, write_text
+from diffusion.util import RunError, json_sha256, naming, read_json, replacing, say, versions, write_json, write_text
 
 SHOWN = 4  # images of each cell on the contact sheet
 
@@ -87,7 +85,7 @@ def run(config: ConfigDict, path: str) -> int:
         **({'conditions': conditions.settings} if conditions.settings else {}),
         'versions': versions(),
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    digest = json_sha256(settings)[:8]
     name = f'step{step}-{config.sample.weights}-n{config.sample.num_images}-seed{config.sample.seed}-{digest}'
     folder = os.path.join(above, name)
 

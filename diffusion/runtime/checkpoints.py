@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from diffusion.runtime import hosts, memory
-from diffusion.util import first_line, read_json, steps_in
+from diffusion.util import first_line, json_sha256, read_json, steps_in
 
 T = TypeVar('T')
 CHUNK = 2**16  # elements that a checksum reads at a time, so that they fit a core's cache
@@ -362,8 +361,7 @@ def read_about(checkpoint: str) -> dict[str, Any]:
 
 def _sha256(about: dict[str, Any]) -> str:
     """Return the SHA-256 of a description, which is the same before it is written as JSON and after it is read."""
-    as_read = json.loads(json.dumps(about))  # its keys are strings
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+    return json_sha256(json.loads(json.dumps(about)))  # as it is read: its keys are strings
 
 
 def require_regular(folder: str) -> None:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+
+from diffusion.util import json_sha256
 
 LARGE = 64 * 2**20  # bytes; larger files and records are in memory one at a time
 one_large = threading.Lock()
@@ -85,4 +85,4 @@ def shard(source: Source, number: int, count: int) -> Source:
 
 
 def _sha256(described: Any) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return json_sha256(described)

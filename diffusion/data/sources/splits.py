@@ -21,13 +21,6 @@ HELD_OUT = ('test', 'validation')
 FALLBACKS = {'test': 'validation'}
 
 
-def replaced(wanted: str, found: str) -> list[str]:
-    """Return a line for the user if the split that was found stands for another than the wanted one."""
-    if wanted not in FALLBACKS or split_of(found) != FALLBACKS[wanted]:
-        return []
-    return [f'there is no split {wanted!r}: {found!r} is used in its place']
-
-
 class Place(NamedTuple):
     """Where the pictures of a folder belong."""
 
@@ -62,6 +55,13 @@ def named(wanted: str, known: Collection[str]) -> str | None:
         if len(similar) == 1:
             return similar[0]
     return None
+
+
+def replaced(wanted: str, found: str) -> list[str]:
+    """Return a line for the user if the split that was found stands for another than the wanted one."""
+    if wanted not in FALLBACKS or split_of(found) != FALLBACKS[wanted]:
+        return []
+    return [f'there is no split {wanted!r}: {found!r} is used in its place']
 
 
 def guess(folders: Collection[str]) -> dict[str, Place]:
