@@ -8,6 +8,8 @@ from jaxtyping import Float, Float64
 SUBSETS = 100
 SUBSET_SIZE = 1000
 SEED = 2020  # torch-fidelity's, whose random generator draws the subsets
+OTHERS = 5000  # vectors with which each sample is compared for its influence
+BLOCK = 1000  # samples whose influences are computed at once
 
 
 class Kernel(NamedTuple):
@@ -18,12 +20,16 @@ class Kernel(NamedTuple):
         standard_error: of the value, over new samples; the reference is fixed.
         spread: the standard deviation over the subsets, which torch-fidelity prints. It is not the error of the value.
         subset_size: vectors in a subset.
+        subset_values: (subsets,), whose mean is the value.
+        influences: (N,), of each sample on the estimate from all vectors.
     """
 
     value: float
     standard_error: float
     spread: float
     subset_size: int
+    subset_values: Float64[np.ndarray, 'subsets']
+    influences: Float64[np.ndarray, 'N']
 
 
 def kernel(x: Float[np.ndarray, 'N D'], y: Float[np.ndarray, 'M D']) -> Float64[np.ndarray, 'N M']:
@@ -75,8 +81,42 @@ def kernel_distance(
         if size == len(samples) == len(reference):  # every subset is all of them
             break
     spread = float(np.std(values))
-    variance = np.mean(variances) + spread**2 / len(values)
-    return Kernel(float(np.mean(values)), float(np.sqrt(variance)), spread, size)
+    error = float(np.sqrt(np.mean(variances) + spread**2 / len(values)))
+    influences = influence(samples, reference, seed=seed)
+    return Kernel(float(np.mean(values)), error, spread, size, np.array(values), influences)
+
+
+def influence(
+    samples: Float[np.ndarray, 'N D'],
+    reference: Float[np.ndarray, 'M D'],
+    *,
+    others: int = OTHERS,
+    seed: int = SEED,
+) -> Float64[np.ndarray, 'N']:
+    """Return the influence of each sample on the kernel distance: 2·h(x_i) minus its mean over the samples.
+
+    h(x_i) = mean_{j≠i} k(x_i, x_j) − mean_j k(x_i, y_j)      (Serfling 1980, §5.2)
+
+    The variance of the influences, divided by N, slightly overestimates the variance of the distance over new samples,
+    because the means over j are of finitely many vectors.
+
+    Args:
+        samples: (N, D), at least two.
+        reference: (M, D).
+        others: so many random x_j and y_j are taken at most: the same ones whenever N and M are the same.
+        seed: of their choice.
+    """
+    rng = np.random.RandomState(seed)
+    xs, ys = (rng.choice(n, min(others, n), replace=False) for n in (len(samples), len(reference)))
+    other_samples, other_references = samples[xs], reference[ys]
+    result = np.empty(len(samples))
+    for start in range(0, len(samples), BLOCK):
+        rows = np.arange(start, min(start + BLOCK, len(samples)))
+        xx = kernel(samples[rows], other_samples)
+        itself = rows[:, None] == xs
+        of_samples = np.where(itself, 0, xx).sum(axis=1) / (len(xs) - itself.sum(axis=1))
+        result[rows] = of_samples - kernel(samples[rows], other_references).mean(axis=1)
+    return 2 * (result - result.mean())
 
 
 def _off_diagonal_mean(matrix):

@@ -88,6 +88,13 @@ FEATURES = {
 }
 
 
+def preprocessing(features: str, dialect: str) -> str:
+    """Return the first dialect of a feature network that preprocesses images as this one does."""
+    how = resize.DIALECTS.get(dialect)
+    same = (other for other in FEATURES[features].dialects if how and resize.DIALECTS.get(other) is how)
+    return next(same, dialect)
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """The features of samples and of a reference, and intermediate results that several metrics share.
@@ -141,8 +148,9 @@ class Metric(NamedTuple):
     """A metric of samples.
 
     Attributes:
-        compute: Comparison → {'value', 'standard_error', …}, and perhaps 'influences', how much each sample changes the
-            value; raises ValueError, with the reason, if there is none.
+        compute: Comparison → {'value', 'standard_error', …}, perhaps 'influences', how much each sample changes the
+            value, and 'subset_values', if it is the mean over random subsets; raises ValueError, with the reason, if
+            there is no value.
         features: a key of FEATURES.
         output: which of its outputs.
         dialects: those in which the metric is defined; () for all.
@@ -154,6 +162,10 @@ class Metric(NamedTuple):
     output: str
     dialects: tuple[str, ...] = ()
     needs: str = 'moments'
+
+    def has(self, dialect: str) -> bool:
+        """Return whether the metric is defined in a dialect of its feature network."""
+        return not self.dialects or dialect in self.dialects
 
 
 def _frechet(c):

@@ -58,14 +58,32 @@ def run(paths: list[str]) -> int:
             continue
         name = '|'.join(key)
         if all(name in known for known in influences):
-            changes = influences[0][name] - influences[1][name]
-            error, how = float(np.std(changes, ddof=1) / math.sqrt(len(changes))), 'paired'
+            error, how = paired_error(influences[0], influences[1], name), 'paired'
         else:
             error, how = math.hypot(a['standard_error'], b['standard_error']), 'not paired'
         digits = decimals(error)
         values = f'{a["value"]:.{digits}f} − {b["value"]:.{digits}f} = {verdict(a, b, error)}'
         say(f'{_name(a)} ({a["features"]}, {a["dialect"]}): {values}, {how}')
     return 0
+
+
+def paired_error(first: dict[str, np.ndarray], second: dict[str, np.ndarray], name: str) -> float:
+    """Return the standard error of the difference of a metric of two sets of images whose i-th images are a pair.
+
+    It is that of the mean of N differences of influences. If the metric is the mean over random subsets, which are the
+    same of both sets, the error of drawing these is added: that of the mean of the differences of their values.
+
+    Args:
+        first: the arrays of influences.npz of the first set.
+        second: those of the second set.
+        name: of the metric there.
+    """
+    variance = 0.0
+    for key in (name, f'{name}|subsets'):
+        if key in first and key in second:
+            changes = first[key] - second[key]
+            variance += float(np.var(changes, ddof=min(1, len(changes) - 1))) / len(changes)
+    return math.sqrt(variance)
 
 
 def _key(entry):

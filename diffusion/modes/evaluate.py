@@ -283,19 +283,21 @@ def measure(
     Returns:
         {'metrics': [{'name', 'features', 'dialect', 'value', 'standard_error', 'n', 'reference', …}],
         'left_out': {metric: why}, 'memorization': [{'features', 'copies', …}], 'influences': {'metric|dialect': (N,)},
-        where a metric of a class has the key 'metric|dialect|label', 'no_reference': {network: why there is none}}.
+        where a metric of a class has the key 'metric|dialect|label', and the values of random subsets are at a
+        metric's key + '|subsets', 'no_reference': {network: why there is none}}.
     """
     metrics: list[dict[str, Any]] = []
     copies: list[dict[str, Any]] = []
     left_out = dict(plan.left_out)
     influences: dict[str, np.ndarray] = {}
     no_reference: dict[str, str] = {}
-    for network in plan.networks:
+    of_class = labels if config.metrics.by_class and labels is not None and (labels >= 0).any() else None
+    for alike in by_preprocessing(plan.networks):
+        network = alike[0]  # the features of the others are the same
         rows = {
             name: row
             for name in config.sample.metrics
-            if (row := METRICS[name]).features == network.features
-            and (not row.dialects or network.dialect in row.dialects)
+            if (row := METRICS[name]).features == network.features and any(row.has(other.dialect) for other in alike)
         }
         compared: Reference | str = 'it has no reference'
         if any(row.needs for row in rows.values()):
@@ -319,28 +321,15 @@ def measure(
             )
         for output in outputs:
             samples = found.pop(output)
-            comparison = compare_features(samples, compared, output, network.dialect)
-            mine = {name: row for name, row in rows.items() if row.output == output}
-            for name, row in mine.items():
-                try:
-                    if row.needs and isinstance(compared, str):
-                        raise ValueError(compared)
-                    value = row.compute(comparison)
-                    if 'influences' in value:
-                        influences[f'{name}|{network.dialect}'] = value.pop('influences')
-                except ValueError as error:
-                    left_out[name] = str(error)
-                    continue
-                entry = {'name': name, 'features': network.features, 'dialect': network.dialect, **value, 'n': count}
-                if row.needs and isinstance(compared, Reference):
-                    entry['reference'] = compared.record_for(row.needs, output)
-                metrics.append(entry | {'weights_sha256': network.weights_sha256})
-            if not config.metrics.by_class or labels is None or not (labels >= 0).any() or isinstance(compared, str):
-                continue
-            of_classes = measure_classes(mine, network, samples, labels, compared, output, trained_on)
-            metrics += of_classes.metrics
-            left_out |= of_classes.left_out
-            influences |= of_classes.influences
+            for other in alike:
+                mine = {name: row for name, row in rows.items() if row.output == output and row.has(other.dialect)}
+                parts = [measure_all(mine, other, samples, compared, output)]
+                if of_class is not None and isinstance(compared, Reference):
+                    parts.append(measure_classes(mine, other, samples, of_class, compared, output, trained_on))
+                for part in parts:
+                    metrics += part.metrics
+                    left_out |= part.left_out
+                    influences |= part.influences
     order = list(config.sample.metrics)
     for name in set(order) - left_out.keys() - {entry['name'] for entry in metrics}:
         left_out[name] = f'it is defined for the dialects {", ".join(METRICS[name].dialects)} alone'
@@ -353,12 +342,73 @@ def measure(
     }
 
 
-class OfClasses(NamedTuple):
-    """What `measure` found within the classes; as its results of these names."""
+def by_preprocessing(networks: list[Network]) -> list[list[Network]]:
+    """Group the networks whose features are the same because their dialects preprocess images alike."""
+    groups: dict[tuple[str, str], list[Network]] = {}
+    for network in networks:
+        groups.setdefault((network.features, network.preprocessing), []).append(network)
+    return list(groups.values())
+
+
+class Measured(NamedTuple):
+    """A part of what `measure` finds; as its results of these names."""
 
     metrics: list[dict[str, Any]]
     left_out: dict[str, str]
     influences: dict[str, np.ndarray]
+
+
+def measure_all(
+    rows: dict[str, Metric], network: Network, samples: np.ndarray, compared: Reference | str, output: str
+) -> Measured:
+    """Compute metrics of all samples.
+
+    Args:
+        rows: the metrics of an output.
+        network: whose output it is.
+        samples: (N, D), the features of the samples.
+        compared: the reference, or why there is none.
+        output: of the network.
+    """
+    found = Measured([], {}, {})
+    if isinstance(compared, Reference):
+        vectors, moments = compared.vectors.get(output), compared.moments.get(output)
+        comparison = Comparison(samples, vectors, moments, network.dialect)
+    else:
+        comparison = Comparison(samples, None, None, network.dialect)
+    for name, row in rows.items():
+        try:
+            if row.needs and isinstance(compared, str):
+                raise ValueError(compared)
+            value = row.compute(comparison)
+        except ValueError as error:
+            found.left_out[name] = str(error)
+            continue
+        keep_arrays(found.influences, f'{name}|{network.dialect}', value, np.arange(len(samples)), len(samples))
+        entry = {'name': name, 'features': network.features, 'dialect': network.dialect, **value, 'n': len(samples)}
+        if row.needs and isinstance(compared, Reference):
+            entry['reference'] = compared.record_for(row.needs, output, network.dialect)
+        found.metrics.append(entry | {'weights_sha256': network.weights_sha256})
+    return found
+
+
+def keep_arrays(
+    influences: dict[str, np.ndarray], key: str, value: dict[str, Any], samples: np.ndarray, count: int
+) -> None:
+    """Move the arrays of a metric's value, which --mode=compare needs, to the influences.
+
+    Args:
+        influences: gets the influence of each sample at `key`, and the values of random subsets at `key|subsets`.
+        key: of the metric.
+        value: what `Metric.compute` returned.
+        samples: the indices of the samples that were compared.
+        count: of all samples; the others have no influence.
+    """
+    if 'influences' in value:
+        influences[key] = np.zeros(count)
+        influences[key][samples] = value.pop('influences') * (count / len(samples))  # as on a mean of all samples
+    if 'subset_values' in value:
+        influences[f'{key}|subsets'] = value.pop('subset_values')
 
 
 def measure_classes(
@@ -369,7 +419,7 @@ def measure_classes(
     compared: Reference,
     output: str,
     trained_on: dict[str, Any] | None,
-) -> OfClasses:
+) -> Measured:
     """Compare the samples of each class with the images of this class in the reference.
 
     Args:
@@ -381,14 +431,15 @@ def measure_classes(
         output: of the network.
         trained_on: see `measure`.
     """
-    found = OfClasses([], {}, {})
+    found = Measured([], {}, {})
     rows = {name: row for name, row in rows.items() if row.needs}
     if why := _without_classes(compared, output, trained_on, labels):
         found.left_out.update({f'{name} by class': why for name in rows})
         return found
     vectors, their_labels = compared.vectors[output], np.asarray(compared.labels)
     classes = np.unique(labels[labels >= 0]).tolist()
-    record = compared.record | {'labels_sha256': data.labels_sha256(compared.classes, their_labels)}
+    record = compared.record_for('moments', output, network.dialect)
+    record |= {'labels_sha256': data.labels_sha256(compared.classes, their_labels)}
     failed: dict[str, list[str]] = {}
     for label in classes:
         mine, theirs = labels == label, vectors[their_labels == label]
@@ -405,10 +456,7 @@ def measure_classes(
             except ValueError as error:
                 failed.setdefault(name, []).append(f'class {label}: {error}')
                 continue
-            if 'influences' in value:
-                influences = np.zeros(len(labels))
-                influences[mine] = value.pop('influences') * (len(labels) / n)  # as on a mean of all images
-                found.influences[f'{name}|{network.dialect}|{label}'] = influences
+            keep_arrays(found.influences, f'{name}|{network.dialect}|{label}', value, np.flatnonzero(mine), len(labels))
             entry = {'name': name, 'label': label, 'class': compared.classes[label]}
             entry |= {'features': network.features, 'dialect': network.dialect, **value, 'n': n}
             entry |= {'reference': record | {'count': count}, 'weights_sha256': network.weights_sha256}
@@ -455,13 +503,6 @@ def lost(folder: str, found: dict[str, Any]) -> list[str]:
     return [name for name in names if name not in {in_full(entry['name'], entry) for entry in found['metrics']}]
 
 
-def compare_features(samples: np.ndarray, compared: Reference | str, output: str, dialect: str) -> Comparison:
-    """Return the comparison of the samples' features with a reference, or with none if a text says why."""
-    if isinstance(compared, str):
-        return Comparison(samples, None, None, dialect)
-    return Comparison(samples, compared.vectors.get(output), compared.moments.get(output), dialect)
-
-
 def _data(config, plan, network, devices, trained_on):
     """The reference that config.data and config.metrics describe, or why there is none."""
     split = config.metrics.split or config.data.split
@@ -471,8 +512,9 @@ def _data(config, plan, network, devices, trained_on):
 
 def _split(config, plan, network, devices, split, trained_on, flip=False):
     """The images of a split and their reference, or why there is none."""
-    if (split, flip, str(network)) in plan.known:
-        return plan.known[split, flip, str(network)]
+    key = split, flip, network.features, network.preprocessing
+    if key in plan.known:
+        return plan.known[key]
     try:
         images = build.load_same_images(config, split)
     except RunError as error:
@@ -482,8 +524,8 @@ def _split(config, plan, network, devices, split, trained_on, flip=False):
             f'the {len(images)} images of config.data.source={config.data.source} are not the {trained_on["count"]} '
             'that the run was trained on'
         )
-    plan.known[split, flip, str(network)] = images, reference(config, network, images, split, devices, flip=flip)
-    return plan.known[split, flip, str(network)]
+    plan.known[key] = images, reference(config, network, images, split, devices, flip=flip)
+    return plan.known[key]
 
 
 def find_copies(

@@ -21,7 +21,7 @@ from diffusion.interop.pytorch_file import read_state_dict
 from diffusion.interop.weights import read_safetensors
 from diffusion.metrics import frechet
 from diffusion.metrics.frechet import Moments
-from diffusion.metrics.tables import FEATURES, METRICS, Features
+from diffusion.metrics.tables import FEATURES, METRICS, Features, preprocessing
 from diffusion.runtime import hosts, mesh
 from diffusion.runtime.compilation import compiling
 from diffusion.runtime.npz import read_npz
@@ -78,6 +78,11 @@ class Network(NamedTuple):
     dialect: str
     params: Any
     weights_sha256: str | None
+
+    @property
+    def preprocessing(self) -> str:
+        """The first dialect that preprocesses images as this one does: with both, the features are the same."""
+        return preprocessing(self.features, self.dialect)
 
     def __str__(self) -> str:
         return f'{self.features}, {self.dialect}'
@@ -196,10 +201,14 @@ class Reference(NamedTuple):
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
 
-    def record_for(self, needs: str, output: str) -> dict[str, Any]:
-        """Return the record; for a metric that needs vectors of an output, with their number if some were not kept."""
+    def record_for(self, needs: str, output: str, dialect: str) -> dict[str, Any]:
+        """Return the record, with the dialect of a metric, which may be another one that preprocesses images alike.
+
+        For a metric that needs vectors of an output, it also has their number if some were not kept.
+        """
         kept = len(self.vectors[output]) if needs == 'vectors' and output in self.vectors else None
-        return self.record | ({} if kept in (None, self.record['count']) else {'vectors': kept})
+        found = self.record | ({} if kept in (None, self.record.get('count')) else {'vectors': kept})
+        return found | ({'dialect': dialect} if 'dialect' in found else {})
 
     def path(self, output: str) -> str:
         """The file of the moments, which pytorch-fid reads as well."""
@@ -231,7 +240,7 @@ def reference(
     height, _, channels = images.images.shape[1:]
     described = {
         'features': network.features,
-        'dialect': network.dialect,
+        'dialect': network.preprocessing,
         'weights_sha256': network.weights_sha256,
         'image_size': height,
         'channels': channels,
@@ -357,6 +366,8 @@ class Statistics(NamedTuple):
         """
         asked = network._asdict() | {'image_size': shape[0], 'channels': shape[2], 'crop': crop}
         known = self.record
+        if 'dialect' in known and preprocessing(network.features, known['dialect']) == network.preprocessing:
+            known = known | {'dialect': network.dialect}
         differences = [f'{k}: {known.get(k)!r} there, {asked[k]!r} asked' for k in COMPARED if known.get(k) != asked[k]]
         if known and differences:
             raise ValueError(f'{self.path} holds statistics of something else: {"; ".join(differences)}')

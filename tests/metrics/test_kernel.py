@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from diffusion.metrics.kernel import kernel_distance
+from diffusion.metrics import kernel
+from diffusion.metrics.kernel import influence, kernel_distance
+from diffusion.modes.compare import paired_error
 
 
 def expected_kernel(mean1, mean2, variance1, variance2):
@@ -36,6 +38,40 @@ def test_the_value_is_unbiased_and_its_error_covers_the_truth():
     assert values.mean() == pytest.approx(true, abs=3 * values.std() / 14)
     assert 178 <= np.sum(np.abs(values - true) < 1.96 * errors) <= 199
     assert np.mean([one.spread for one in found]) > 1.2 * values.std()  # that of smaller samples
+
+
+def test_the_paired_error_covers_the_difference_of_sets_of_the_same_noise():
+    """200 repetitions: of sets that differ little and of sets that differ much, with all vectors and with subsets."""
+    rng = np.random.default_rng(5)
+    for noise, subsets, size in ((0.02, 20, 100), (0.3, 20, 100), (0.1, 1, 300)):
+        found, ratios, reference = [], [], rng.normal(size=(300, 4))
+        for _ in range(200):
+            first = rng.normal(0.2, 1, (300, 4))
+            second = first + 0.1 + noise * rng.normal(size=first.shape)
+            results = [kernel_distance(s, reference, subsets=subsets, subset_size=size) for s in (first, second)]
+            arrays = [{'KID': one.influences, 'KID|subsets': one.subset_values} for one in results]
+            error = paired_error(*arrays, 'KID')
+            found.append((results[0].value - results[1].value, error))
+            ratios.append(np.hypot(*(one.standard_error for one in results)) / error)
+        differences, errors = np.array(found).T
+        covered = np.sum(np.abs(differences - differences.mean()) < 1.96 * errors)
+        assert 180 <= covered <= 199 and np.median(ratios) > 2  # times as large as if they were independent
+
+
+def test_the_influence_is_that_of_loops(monkeypatch):
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(7, 3)), rng.normal(size=(4, 3)) + 1
+
+    def k(a, b):
+        return (a @ b / 3 + 1) ** 3
+
+    of_samples = [np.mean([k(x[i], x[j]) for j in range(7) if j != i]) for i in range(7)]
+    h = np.array(of_samples) - [np.mean([k(a, b) for b in y]) for a in x]
+    monkeypatch.setattr(kernel, 'BLOCK', 3)
+    np.testing.assert_allclose(influence(x, y), 2 * (h - h.mean()))
+    many = rng.normal(size=(4000, 3))
+    few, more = (influence(many, many + 1, others=others) for others in (1000, 4000))
+    assert np.corrcoef(few, more)[0, 1] > 0.99
 
 
 def test_the_same_distribution_has_a_distance_around_0():

@@ -267,6 +267,39 @@ def test_a_network_of_the_table_is_used_with_its_weights(npz, tmp_path, monkeypa
     assert entry['value'] == pytest.approx(expected, rel=1e-4) and len(entry['weights_sha256']) == 64
 
 
+def test_dialects_that_preprocess_alike_share_the_features(npz, tmp_path, monkeypatch):
+    """Metrics of both, from one pass over the samples and one reference; those of one dialect are of it alone."""
+    sizes, make = [], reference.extractor
+
+    def counted(*args):
+        extract = make(*args)
+
+        def run(images):
+            sizes.append(len(images))
+            return extract(images)
+
+        return run
+
+    dialects = ('adm', 'torch-fidelity', 'pytorch-fid')
+    monkeypatch.setitem(tables.FEATURES, 'fake', tables.FEATURES['pixels']._replace(dialects=dialects))
+    for name, of in (('FD-fake', ()), ('one', ('torch-fidelity',))):
+        row = tables.METRICS['FD-pixels']._replace(features='fake', dialects=of)
+        monkeypatch.setitem(tables.METRICS, name, row)
+    for module in (reference, evaluate):
+        monkeypatch.setattr(module, 'extractor', counted)
+    asked = ('adm', 'torch-fidelity')
+    both = measure(tmp_path / 'both', asking(npz, ('FD-fake', 'one'), dialects=asked))
+    with np.load(npz) as file:
+        assert sum(sizes) == len(file['arr_0']) + len(build.load_images(quick()))
+    found = [(entry['name'], entry['dialect'], entry['reference']['dialect']) for entry in both['metrics']]
+    assert found == [('FD-fake', dialect, dialect) for dialect in asked] + [('one', *['torch-fidelity'] * 2)]
+    assert len({entry['value'] for entry in both['metrics']}) == 1 and not both['left_out']
+    other = measure(tmp_path / 'other', asking(npz, ('FD-fake', 'one'), dialects=('adm', 'pytorch-fid')))
+    assert [entry['dialect'] for entry in other['metrics']] == ['adm', 'pytorch-fid'] and list(other['left_out']) == [
+        'one'
+    ]
+
+
 def test_an_alarm_is_no_less_rare_with_several_networks(npz, tmp_path, monkeypatch):
     monkeypatch.setitem(tables.FEATURES, 'others', tables.FEATURES['pixels'])
     for name in ('FD', 'precision'):
