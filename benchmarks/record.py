@@ -19,6 +19,20 @@ def machine() -> str:
     return re.sub(r'\W+', '-', found.lower())
 
 
+def processor() -> str:
+    """Return the model of the processor, and its widest vector instructions, where Linux tells."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            first = file.read().split('\n\n')[0]
+    except OSError:
+        return platform.processor()
+    about = {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in first.splitlines())}
+    instructions = about.get('flags', '').split()
+    widest = next((name for name in ('avx512f', 'avx2', 'avx') if name in instructions), '')
+    numbers = [f'{key} {about[name]}' for key, name in (('family', 'cpu family'), ('model', 'model')) if name in about]
+    return ', '.join(filter(None, [about.get('model name', ''), *numbers, widest]))
+
+
 def store(name: str, result: dict, arguments: str = '', **more_versions: str) -> None:
     """Print the figures of a benchmark, and replace its previous ones in the results of this machine.
 
@@ -34,6 +48,7 @@ def store(name: str, result: dict, arguments: str = '', **more_versions: str) ->
         with open(path, encoding='utf-8') as file:
             whole = json.load(file)
     command = f'python -m benchmarks.{name}{arguments}'
-    whole[name] = {**result, 'versions': versions() | more_versions, 'command': command}
+    about = {'processor': processor(), 'versions': versions() | more_versions, 'command': command}
+    whole[name] = {**result, **about}
     print(json.dumps(whole[name], indent=2))
     write_json(path, dict(sorted(whole.items())))
