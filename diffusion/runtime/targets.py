@@ -29,6 +29,9 @@ H200 = f'{XLA}; rate, link: NVIDIA H200, specifications, https://www.nvidia.com/
 B200 = f'{XLA}; rate, link: NVIDIA DGX B200, specifications, https://www.nvidia.com/en-us/data-center/dgx-b200/'
 GOOGLE = 'Google Cloud, system architecture of the TPU, https://docs.cloud.google.com/tpu/docs/'
 TPU_V4 = f'{GOOGLE}v4; link: 6 of 50 GB/s, https://arxiv.org/abs/2304.01433'
+# Of the first generations, a link sends 496 and 656 Gbit/s; four leave a chip, and a device is half a chip.
+TPU_V2 = 'Jouppi et al., A domain-specific supercomputer for training deep neural networks, 2020, doi:10.1145/3360307'
+TPU_V3 = f'{GOOGLE}v3; link: {TPU_V2}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +79,16 @@ CARDS = {
     'h100': Card('NVIDIA H100 80GB HBM3', 84942979072, 3.35232e12, 450e9, H100, HOPPER),
     'h200': Card('NVIDIA H200', 151397597184, 4.8e12, 450e9, H200, HOPPER),
     'b200': Card('NVIDIA B200', 191514411008, 7.67232e12, 900e9, B200, BLACKWELL),
+    'tpu-v2': Card('TPU v2', 8 * 2**30, 350e9, 124e9, TPU_V2, {'name': 'v2'}),
+    'tpu-v3': Card('TPU v3', 16 * 2**30, 450e9, 164e9, TPU_V3, {'name': 'v3'}),
     'tpu-v4': Card('TPU v4', 32 * 2**30, 1.2e12, 300e9, TPU_V4, {'name': 'v4', 'chip_config_name': 'megacore'}),
     'tpu-v5e': Card('TPU v5 lite', 16 * 2**30, 819e9, 200e9, f'{GOOGLE}v5e', {'name': 'v5e'}),
     'tpu-v5p': Card('TPU v5', 95 * 2**30, 2.765e12, 600e9, f'{GOOGLE}v5p', {'name': 'v5p'}),
     'tpu-v6e': Card('TPU v6 lite', 32 * 2**30, 1.638e12, 400e9, f'{GOOGLE}v6e', {'name': 'v6e'}),
+    'tpu-7x': Card('TPU7x', 96 * 2**30, 3.69e12, 300e9, f'{GOOGLE}tpu7x', {'name': 'TPU7x'}),  # half a chip
 }
 
+THREE_AXES = ('tpu-v4', 'tpu-v5p', 'tpu-7x')  # TPUs whose chips lie in a torus of three axes; others have two
 SHAPES = {True: r'\d+(x\d+)?', False: r'\d+x\d+(x\d+)?'}  # what follows the colon; True: for a GPU
 
 # A description for XLA's compiler of GPUs, in the text form of its GpuTargetConfigProto.
@@ -116,7 +123,7 @@ def parse(target: str) -> tuple[Card, str]:
     card = CARDS[name]
     if not re.fullmatch(SHAPES[card.is_gpu], shape):
         wanted = 'the number of GPUs on a host, perhaps with that of hosts' if card.is_gpu else 'the slice of the TPU'
-        example = f'{name}:8 or {name}:8x2' if card.is_gpu else f'{name}:{"2x4" if name[-1] == "e" else "2x2x1"}'
+        example = f'{name}:8 or {name}:8x2' if card.is_gpu else f'{name}:{"2x2x1" if name in THREE_AXES else "2x4"}'
         raise RunError(f'config.plan.target is {target!r}, but after {name} comes {wanted}: {example}')
     return card, shape
 

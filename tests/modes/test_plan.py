@@ -195,7 +195,7 @@ def test_what_images_take_on_each_host(shards, cache, disk):
         ('h100', 'after h100 comes the number of GPUs on a host'),
         ('h100:x', 'after h100 comes'),
         ('tpu-v5e:8', 'after tpu-v5e comes the slice of the TPU: tpu-v5e:2x4'),
-        ('h1000:8', "must be 'here' or begin with one of a100-40, a100-80, h100, h200, b200, tpu-v4"),
+        ('h1000:8', "must be 'here' or begin with one of a100-40, a100-80, h100, h200, b200, tpu-v2"),
     ],
 )
 def test_unknown_targets_are_refused_with_those_that_are_known(target, said):
@@ -242,10 +242,13 @@ KNOWN = {  # {target: its devices, hosts, and a part of their kind}
     'h100:8': (8, 1, 'H100'),
     'h200:1': (1, 1, 'H200'),
     'b200:8': (8, 1, 'B200'),
+    'tpu-v2:2x2': (8, 1, 'TPU v2'),
+    'tpu-v3:4x4': (32, 4, 'TPU v3'),
     'tpu-v4:2x2x1': (4, 1, 'TPU v4'),
     'tpu-v5e:4x4': (16, 4, 'TPU v5 lite'),
     'tpu-v5p:2x2x1': (4, 1, 'TPU v5'),
     'tpu-v6e:2x2': (4, 1, 'TPU v6 lite'),
+    'tpu-7x:2x2x1': (8, 1, 'TPU7x'),
 }
 
 
