@@ -33,7 +33,7 @@ AGAIN = 'the same command on all hosts tries again'
 ALONE = 'if there is only this process, use --config.distributed.detect=False'
 
 
-_ending = threading.Event()  # this process has failed itself
+_ending = threading.Event()  # this process is about to end with status 1, see `end_all`
 
 
 class NotMetError(Exception):
@@ -149,6 +149,8 @@ def lost(error: BaseException) -> str | None:
     """Return a message if an exception most likely means that another host failed or never came, else None."""
     if isinstance(error, NotMetError):
         return str(error)
+    while _ending.is_set():  # another thread ends this process, with the status of the host that failed
+        time.sleep(POLL)
     # JAX raises some of XLA's failures, Gloo's among them, as ValueError.
     of_xla = isinstance(error, ValueError) and STATUS.match(str(error)) is not None
     if not (of_xla or isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError))) or jax.process_count() == 1:
@@ -174,8 +176,9 @@ def _watch_failures() -> None:
                     continue
                 return  # the service has ended
             if not _ending.is_set():
+                _ending.set()
                 Output(sys.stderr, PATIENCE).write(f'\nerror: {message}\n')
-                os._exit(1)
+                _end()
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -195,8 +198,12 @@ def end_all(message: str) -> None:
     _ending.set()
     with contextlib.suppress(Exception):  # another host was faster, or the service has ended
         state.client.key_value_set(FAILED, f'process {state.process_id}: {message}')
-    if state.process_id == 0:  # which has the service
-        time.sleep(3 * POLL)
+    _end()
+
+
+def _end() -> None:
+    """End this process with status 1 once all hosts have read the message; process 0, whose service has it, last."""
+    time.sleep(2 * POLL if distributed.global_state.process_id else 4 * POLL)
     os._exit(1)
 
 

@@ -11,8 +11,8 @@ import pytest
 from tests.runs import ROOT, free_port
 
 
-def two_processes(option, program, *arguments):
-    """Start `python option program port host *arguments` for the hosts 0 and 1."""
+def processes_of(number, option, program, *arguments):
+    """Start `python option program port host *arguments` for the hosts from 0 to number − 1."""
     port = free_port()
     return [
         subprocess.Popen(
@@ -23,7 +23,7 @@ def two_processes(option, program, *arguments):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for process_id in range(2)
+        for process_id in range(number)
     ]
 
 
@@ -31,7 +31,7 @@ def two_processes(option, program, *arguments):
 def seen(tmp_path_factory):
     """What each of the two hosts of tests/runtime/two_hosts.py saw."""
     folder = tmp_path_factory.mktemp('shared')
-    processes = two_processes('-m', 'tests.runtime.two_hosts', folder)
+    processes = processes_of(2, '-m', 'tests.runtime.two_hosts', folder)
     try:
         while any(process.poll() is None for process in processes):  # a host whose peer failed would wait for it
             if any(process.poll() for process in processes):
@@ -62,14 +62,18 @@ def test_hosts_agree(seen, what, found):
 
 
 FAILS = """
-import sys, time
+import os, sys
 from diffusion.runtime import hosts
 port, process_id, failing = map(int, sys.argv[1:])
 address = f'127.0.0.1:{port}'
-hosts.connect(coordinator=address, num_processes=2, process_id=process_id, detect=False, timeout=100)
+hosts.connect(coordinator=address, num_processes=3, process_id=process_id, detect=False, timeout=100)
+hosts.any_host(False)
 if process_id == failing:
     hosts.end_all('out of device memory')
-time.sleep(60)
+try:
+    hosts.any_host(False)  # waits for the host that fails, and raises once it has ended
+except Exception as error:
+    os._exit(75 if hosts.lost(error) else 2)  # as cli.py does
 """
 
 
@@ -77,11 +81,12 @@ time.sleep(60)
 @pytest.mark.parametrize('failing', [0, 1])
 def test_a_host_that_would_fail_again_ends_all(failing):
     """With status 1, after which no launcher starts them again, whether the coordinator fails or another."""
-    processes = two_processes('-c', FAILS, failing)
+    processes = processes_of(3, '-c', FAILS, failing)
     try:
         outputs = [process.communicate(timeout=60) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [1, 1], outputs
-    assert f'error: process {failing}: out of device memory\n' in outputs[1 - failing][1]
+    assert [process.returncode for process in processes] == [1, 1, 1], outputs
+    told = [f'error: process {failing}: out of device memory\n' in errors for _, errors in outputs]
+    assert told == [process_id != failing for process_id in range(3)]
