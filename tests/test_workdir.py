@@ -498,14 +498,28 @@ def test_a_workdir_names_no_folder_of_programs(tmp_path):
     assert configs_workdir.get_config(str(tmp_path)).compile_cache == ''
 
 
-def test_the_oldest_programs_are_removed(tmp_path, monkeypatch):
+def test_the_oldest_programs_are_removed_and_nothing_else(tmp_path, monkeypatch):
+    """The folder may be one that the user has for other things as well."""
     monkeypatch.setattr(compilation, 'LARGEST_CACHE', 250)
-    for i, name in enumerate('abcd'):
+    others = ['thesis.tex', 'cache', 'a-cache.zip']
+    for i, name in enumerate([*others, 'a-cache', 'b-cache', 'c-cache', 'd-cache']):
         (tmp_path / name).write_bytes(bytes(100))
         os.utime(tmp_path / name, (i, i))
+    (tmp_path / 'pip-cache').mkdir()
     tmp_path.chmod(0o700)
     assert compilation.private_folder(str(tmp_path)) == str(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {'c', 'd'}
+    assert {path.name for path in tmp_path.iterdir()} == {*others, 'c-cache', 'd-cache', 'pip-cache'}
+
+
+def test_another_process_may_remove_the_same_programs(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, 'LARGEST_CACHE', 0)
+    for name in ('a-cache', 'b-cache'):
+        (tmp_path / name).write_bytes(bytes(100))
+    remove = os.remove
+    monkeypatch.setattr(os, 'remove', lambda path: (remove(path), remove(path)))
+    tmp_path.chmod(0o700)
+    assert compilation.private_folder(str(tmp_path)) == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # A damaged config.json.

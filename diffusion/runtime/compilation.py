@@ -44,29 +44,37 @@ def private_folder(path: str) -> str:
     return path
 
 
+def _programs(folder: str) -> list[str]:
+    """Return the files that hold programs, the newest first. Whatever else the folder holds is not ours to remove."""
+    times = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), '*-cache')):  # as JAX names them
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode):
+                times[path] = status.st_mtime
+    return sorted(times, key=lambda path: times[path], reverse=True)
+
+
 def _remove_oldest(folder: str) -> None:
     """Remove the oldest programs, so that the rest take at most LARGEST_CACHE."""
-    files = [entry for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
     total = 0
-    for entry in sorted(files, key=lambda entry: entry.stat().st_mtime, reverse=True):
-        total += entry.stat().st_size
-        if total > LARGEST_CACHE:
-            os.remove(entry.path)
+    for path in _programs(folder):
+        with contextlib.suppress(FileNotFoundError):
+            total += os.path.getsize(path)
+            if total > LARGEST_CACHE:
+                os.remove(path)
 
 
 def _remove_cut_short(folder: str) -> None:
     """Remove the newest program if its process ended while it was writing: JAX would never write it again."""
-    programs = glob.glob(os.path.join(glob.escape(folder), '*-cache'))
-    with contextlib.suppress(OSError):  # another process was faster
-        newest = max(programs, key=os.path.getmtime, default=None)
-        if newest is None:
-            return
-        with open(newest, 'rb') as file:
-            content = file.read()
-        try:
-            decompress_executable(content)
-        except Exception:  # of zstd or zlib
-            os.remove(newest)
+    for newest in _programs(folder)[:1]:
+        with contextlib.suppress(OSError):  # another process was faster
+            with open(newest, 'rb') as file:
+                content = file.read()
+            try:
+                decompress_executable(content)
+            except Exception:  # of zstd or zlib
+                os.remove(newest)
 
 
 def cache_programs(folder: str) -> None:
