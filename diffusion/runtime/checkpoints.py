@@ -300,8 +300,7 @@ class Checkpoints:
             OtherArraysError: the arrays of the newest intact one are not those requested.
         """
         messages, steps = [], self.steps()
-        seen = np.array([len(steps), sum(steps)])
-        if hosts.any_host(not np.array_equal(seen, hosts.from_first(seen))):
+        if any(seen != steps for seen in hosts.gather(steps)):
             raise DamagedError(f'the hosts do not see the same checkpoints in {self.directory}: is the folder shared?')
         for step in steps:
             try:
@@ -350,8 +349,9 @@ def read_about(checkpoint: str) -> dict[str, Any]:
         ValueError: it holds something else, or was changed since it was written.
     """
     about = read_json(os.path.join(checkpoint, 'about', 'metadata'))  # where Orbax's JsonSave puts it
-    described = isinstance(about, dict) and isinstance(about.get('record'), dict)
-    if not described or not all(isinstance(part, dict) for part in about.get('shapes', {}).values()):
+    shapes = about.get('shapes', {}) if isinstance(about, dict) else None
+    parts = [about.get('record'), *shapes.values()] if isinstance(shapes, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError('its folder about/ does not describe a checkpoint')
     written = about.pop('sha256', None)
     if written is not None and written != _sha256(about):  # checkpoints of earlier versions have no digest

@@ -54,7 +54,8 @@ def seen(tmp_path_factory):
         ('a read that failed on one host', [2, 2.0]),
         ('put aside', [1]),
         ('saved again', [2, 1]),
-        ('folders that are not shared', 'DamagedError'),
+        ('folders that are not shared', 'the hosts do not see the same checkpoints'),
+        ('steps whose sum needs more than 32 bits', 'there is no intact checkpoint'),
     ],
 )
 def test_hosts_agree(seen, what, found):

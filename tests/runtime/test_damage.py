@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.runtime.checkpoints import Checkpoints, DamagedError, checksums, read_about
+from diffusion.runtime.checkpoints import Checkpoints, DamagedError, checksums, newest_record, read_about
 from tests.runtime.common import assert_same, describe, python
 
 STEPS = (1, 2, 3)
@@ -91,6 +91,17 @@ def test_no_flipped_bit_of_the_description_passes(folder):
             continue
         # The flipped bit is in the name of the digest, without which a description is taken as it is.
         assert {key: about.get(key) for key in intact} == intact and len(about) == len(intact) + 1
+
+
+@pytest.mark.parametrize(
+    'content', ['[]', '{}', '{"record": 1}', '{"record": {}, "shapes": []}', '{"record": {}, "shapes": [1]}']
+)
+def test_what_describes_no_checkpoint_is_refused(folder, content):
+    for step in (2, 3):
+        (folder / str(step) / 'about' / 'metadata').write_text(content)
+    with pytest.raises(ValueError, match='about/ does not describe a checkpoint'):
+        read_about(folder / '3')
+    assert newest_record(folder) == read_about(folder / '1')['record']
 
 
 def test_a_description_may_have_keys_that_json_makes_strings(tmp_path):

@@ -5,6 +5,7 @@ python -m tests.runtime.two_hosts PORT PROCESS_ID FOLDER
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -30,11 +31,13 @@ def fail_once(owner, name, error):
 
 
 def outcome(function, *args, **kwargs):
-    """Return what a call returns, or the type of what it raises."""
+    """Return what a call returns, or the type of what it raises; of a DamagedError, how its message begins."""
     try:
         return function(*args, **kwargs)
-    except (OSError, ValueError, DamagedError) as error:
+    except (OSError, ValueError) as error:
         return type(error).__name__
+    except DamagedError as error:
+        return re.split(' in |:', str(error))[0]
 
 
 def main(port, process_id, folder):
@@ -76,10 +79,12 @@ def main(port, process_id, folder):
         seen['saved again'] = checkpoints.steps()
 
     with Checkpoints(os.path.join(folder, f'of host {process_id}'), writing=True) as own:
-        if process_id == 0:
-            os.makedirs(own.path(7))
-            own._manager.reload()
+        os.makedirs(own.path(7 + process_id))
         seen['folders that are not shared'] = outcome(own.restore_newest, print, params=described)
+    with Checkpoints(os.path.join(folder, f'also of host {process_id}'), writing=True) as own:
+        for step in (2**31 - 1, 2**31 - 2):
+            os.makedirs(own.path(step))
+        seen['steps whose sum needs more than 32 bits'] = outcome(own.restore_newest, print, params=described)
     print(json.dumps(seen))
 
 
