@@ -1,6 +1,7 @@
 """Reads .npz files that others made: no pipes, no pickles, and no more than a file may plausibly hold."""
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -36,10 +37,20 @@ def read_npz(path: str, names: Collection[str] | None = None) -> dict[str, np.nd
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return (shape, whether in Fortran's order, dtype) of an .npy file, and go to the start of its values."""
+    """Return (shape, whether in Fortran's order, dtype) of an .npy file, and go to the start of its values.
+
+    Raises:
+        ValueError: it is damaged, or no .npy file.
+    """
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
+    try:
+        return read(file)
+    except (
+        SyntaxError,
+        tokenize.TokenError,
+    ) as error:  # NumPy turns only some errors of Python's parser into ValueError
+        raise ValueError(f'its header is damaged ({error})') from error
 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
@@ -54,4 +65,6 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         if dtype.hasobject or not 0 <= size <= member.file_size:
             raise ValueError(f'{member.filename} is declared as {dtype} {shape}, but has {member.file_size:,} bytes')
         values: Any = np.frombuffer(file.read(size), dtype)
+        if file.read(1):  # at the end, zipfile verifies the checksum
+            raise ValueError(f'{member.filename} is declared as {dtype} {shape}, but has {member.file_size:,} bytes')
     return values.reshape(shape, order='F' if fortran else 'C')

@@ -1,5 +1,6 @@
 """Files of arrays that others made: those that NumPy writes are read; pipes, pickles and bombs are errors."""
 
+import contextlib
 import io
 import os
 import zipfile
@@ -55,6 +56,20 @@ def test_a_header_that_declares_more_than_there_is_is_refused(tmp_path, shape):
         archive.writestr('mu.npy', file.getvalue() + bytes(80))
     with pytest.raises(ValueError, match=r'mu\.npy is declared as float64'):
         read_npz(str(tmp_path / 'a.npz'))
+
+
+@pytest.mark.filterwarnings('ignore:Reading `.npy`')
+def test_no_flipped_bit_of_a_header_changes_an_array(tmp_path):
+    """One in its shape would leave rows out, for example."""
+    array, path = np.arange(1230).reshape(123, 10), tmp_path / 'a.npz'
+    np.savez(path, mu=array)
+    written = path.read_bytes()
+    for place in range(written.index(array.tobytes())):
+        flipped = bytearray(written)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with contextlib.suppress(OSError, ValueError):
+            np.testing.assert_array_equal(read_npz(str(path))['mu'], array, strict=True)
 
 
 def test_pickles_pipes_and_damaged_files_are_errors(tmp_path):
