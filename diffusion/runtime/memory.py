@@ -12,6 +12,8 @@ import jax
 from diffusion.util import RunError
 
 UNITS = {'TB': 1e12, 'GB': 1e9, 'MB': 1e6, 'kB': 1e3}
+# What XLA could not allocate: '3000000000 bytes', or '2.62GiB', or '4.39G' on TPUs, where G is 2³⁰.
+ASKED = re.compile(r'allocat(?:e|ing) (?:request for )?(\d+(?:\.\d+)?) ?([KMGT]?)')
 
 
 def of_host() -> int | None:
@@ -94,10 +96,11 @@ def exhausted(error: BaseException) -> str | None:
         return f'out of memory on the host: {error}' if str(error) else 'out of memory on the host'
     if not isinstance(error, jax.errors.JaxRuntimeError) or 'RESOURCE_EXHAUSTED' not in str(error):
         return None
-    asked = re.search(r'allocat\w+ (\d+)(?: bytes)?', str(error))
+    asked = ASKED.search(str(error))
+    nbytes = int(float(asked[1]) * 2 ** (10 * ' KMGT'.index(asked[2] or ' '))) if asked else 0
     there = of_device(jax.local_devices()[0])
     return (
         'out of device memory'
-        + (f': {size(int(asked[1]))} could not be allocated' if asked else '')
+        + (f': {size(nbytes)} could not be allocated' if nbytes else '')
         + (f'; the device has {size(there)}' if there else '')
     )

@@ -83,6 +83,21 @@ def test_a_result_whose_computation_ran_out_of_memory_is_an_error():
             jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3000000000 bytes.'),
             'out of device memory: 3.0 GB could not be allocated',
         ),
+        (
+            jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2.50GiB.'),
+            'out of device memory: 2.7 GB could not be allocated',
+        ),
+        (
+            jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Failed to allocate request for 256.00MiB (268435456B) on'),
+            'out of device memory: 268.4 MB could not be allocated',
+        ),
+        (  # on a TPU
+            jax.errors.JaxRuntimeError(
+                'RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 4.39G. That was not '
+                'possible. There are 2.30G free.; (0x0x0_HBM0)'
+            ),
+            'out of device memory: 4.7 GB could not be allocated',
+        ),
     ],
 )
 def test_running_out_of_memory_is_said_with_what_was_asked_for(error, words):
