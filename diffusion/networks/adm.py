@@ -143,7 +143,7 @@ class ADM(unet.UNet):
             groups: groups of GroupNorm; their number divides each width.
             dtype: of convolutions and matmuls. Norms, softmax, parameters and output are float32.
             rngs: random streams; 'params' gives the initial parameters.
-            remat: whether the backward pass recomputes the activations of each block.
+            remat: whether the backward pass recomputes the activations of each block of encoder and decoder.
             num_heads: attention heads, if `head_channels` is 0; 0 means one head.
             head_channels: channels of each attention head; they divide each width that has attention.
             scale_shift_norm: whether the embedding scales and shifts the second norm of each block, or is added.

@@ -267,10 +267,10 @@ class UNet(nnx.Module):
             num_blocks: residual blocks at each resolution of the encoder; the decoder has one more.
             attention_resolutions: image sizes, in pixels, at which blocks are followed by attention.
             dropout: probability, in [0, 1).
-            groups: groups of GroupNorm; their number divides each width.
+            groups: groups of GroupNorm; their number divides `channels`.
             dtype: of convolutions and matmuls. Norms, softmax, parameters and output are float32.
             rngs: random streams; 'params' gives the initial parameters.
-            remat: whether the backward pass recomputes the activations of each block.
+            remat: whether the backward pass recomputes the activations of each block of encoder and decoder.
             head_channels: channels of each attention head; they divide each width that has attention. 0 means one head.
             norm_epsilon: ε of GroupNorm.
             downsample_padding: pixels of zeros before each axis when the size is halved, 0 or 1; after it is one.
@@ -284,6 +284,8 @@ class UNet(nnx.Module):
             ValueError: sizes do not fit together; the message names them.
         """
         check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups)
+        if channels % groups:  # the width of the first convolution, which the multipliers do not change
+            raise ValueError(f'channels = {channels} is not divisible by groups = {groups}')
         parts = {'head_channels': head_channels}
         check_heads(image_size, channels, multipliers, attention_resolutions, mid_attention, parts)
         widths = [channels * m for m in multipliers]

@@ -188,6 +188,7 @@ def test_any_size_and_number_of_channels(size, channels, multipliers):
         (dict(image_size=9), '8 or 10 would do'),
         (dict(image_size=3, multipliers=(1, 1, 1)), '4 would do'),
         (dict(channels=6), 'not divisible by groups = 4'),
+        (dict(channels=6, multipliers=(2, 4)), 'channels = 6 is not divisible by groups = 4'),
         (dict(channels=5, groups=5), 'even'),
         (dict(attention_resolutions=(16,)), r'\[16\].*\[8, 4\]'),
         (dict(multipliers=()), 'multipliers'),

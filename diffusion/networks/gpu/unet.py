@@ -88,7 +88,7 @@ class UNet(unet.UNet):
     ResBlock = ResBlock
     Attention = Attention
 
-    # Whoever asks which keys of a config the network takes sees the signature of the plain one.
+    # The keys of a config that a network takes are read from its signature, so it has to be that of the plain network.
     @functools.wraps(unet.UNet.__init__)  # type: ignore[misc]
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
