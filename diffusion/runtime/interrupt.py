@@ -237,7 +237,7 @@ def until(stop: Callable[[], bool], items: Iterator[Item]) -> Iterator[Item]:
 
     Args:
         stop: called every half second while there is no item.
-        items: iterated in another thread, one item ahead.
+        items: iterated in another thread, at most two items ahead.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(1)
     over = threading.Event()

@@ -101,5 +101,5 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Yield (step, line) of each complete line of metrics.jsonl."""
     with open_regular(path, 'rb') as file:
         for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):  # the last one: a step of 1e999
                 yield int(parse_json(line)['step']), line.decode().rstrip('\n') + '\n'

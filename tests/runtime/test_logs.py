@@ -81,7 +81,15 @@ def test_repeated_steps_are_logged_once(tmp_path):
 
 @pytest.mark.parametrize(
     'torn',
-    ['[' * 100_000 + '\n', '{"step": 3, "lo', '{', '{"step": 3, "loss": 0.25', '{"step": 3, "loss": 0.25}', '\0\0\0'],
+    [
+        '[' * 100_000 + '\n',
+        '{"step": 3, "lo',
+        '{',
+        '{"step": 3, "loss": 0.25',
+        '{"step": 3, "loss": 0.25}',
+        '{"step": 1e999, "loss": 0.25}\n',
+        '\0\0\0',
+    ],
 )
 def test_a_torn_last_line_does_no_harm(tmp_path, torn):
     log(tmp_path, step=0, steps=[1, 2])
