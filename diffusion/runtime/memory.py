@@ -94,7 +94,9 @@ def exhausted(error: BaseException) -> str | None:
     """Return a message, with the size of the request, if an exception means that memory ran out; else None."""
     if isinstance(error, MemoryError):
         return f'out of memory on the host: {error}' if str(error) else 'out of memory on the host'
-    if not isinstance(error, jax.errors.JaxRuntimeError) or 'RESOURCE_EXHAUSTED' not in str(error):
+    # Where JAX puts an array on a TPU, it raises XLA's error as a ValueError.
+    of_xla = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
+    if not of_xla and not (isinstance(error, ValueError) and str(error).startswith('RESOURCE_EXHAUSTED: ')):
         return None
     asked = ASKED.search(str(error))
     nbytes = int(float(asked[1]) * 2 ** (10 * ' KMGT'.index(asked[2] or ' '))) if asked else 0
