@@ -51,7 +51,7 @@ def position_embedding(side: int, dim: int) -> Float[Array, 'side*side dim']:
 
 
 def modulate(x: Tokens, shift: Float[Array, 'B 1 D'], scale: Float[Array, 'B 1 D']) -> Tokens:
-    """LayerNorm(x)·(1 + scale) + shift, in float32; the norm has no parameters of its own."""
+    """LayerNorm(x)·(1 + scale) + shift; the norm is computed in float32 and has no parameters of its own."""
     return jax.nn.standardize(x, epsilon=1e-6) * (1 + scale) + shift
 
 
