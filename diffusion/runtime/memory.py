@@ -12,6 +12,7 @@ import jax
 from diffusion.util import RunError
 
 UNITS = {'TB': 1e12, 'GB': 1e9, 'MB': 1e6, 'kB': 1e3}
+CGROUPS, OWN_CGROUPS = '/sys/fs/cgroup', '/proc/self/cgroup'  # where Linux has the limits of containers and jobs
 # What XLA could not allocate: '3000000000 bytes', or '2.62GiB', or '4.39G' on TPUs, where G is 2³⁰.
 ASKED = re.compile(r'allocat(?:e|ing) (?:request for )?(\d+(?:\.\d+)?) ?([KMGT]?)')
 
@@ -33,16 +34,17 @@ def of_host() -> int | None:
 
 def _cgroup_limits() -> Iterator[str]:
     """Files with the limits of the container or the job that the process is in, and of those around it."""
-    yield '/sys/fs/cgroup/memory/memory.limit_in_bytes'  # version 1
-    try:
-        with open('/proc/self/cgroup', encoding='utf-8') as file:
-            group = file.read().rpartition('0::')[2].strip()
-    except OSError:
-        group = ''
-    while group.strip('/'):
-        yield f'/sys/fs/cgroup{group}/memory.max'
-        group = os.path.dirname(group)
-    yield '/sys/fs/cgroup/memory.max'
+    groups = []
+    with contextlib.suppress(OSError), open(OWN_CGROUPS, encoding='utf-8') as file:
+        groups = [line.rstrip('\n').split(':', 2) for line in file]  # number, controllers, path
+    paths = {controller: path for _, controllers, path in groups for controller in controllers.split(',')}
+    # Version 2 has one tree for all controllers, and no names of controllers; version 1 has a tree for each.
+    for controller, limit in (('', 'memory.max'), ('memory', 'memory.limit_in_bytes')):
+        path = paths.get(controller, '')
+        while path.strip('/'):
+            yield os.path.join(CGROUPS, controller, path.lstrip('/'), limit)
+            path = os.path.dirname(path)
+        yield os.path.join(CGROUPS, controller, limit)
 
 
 def of_device(device: Any) -> int | None:

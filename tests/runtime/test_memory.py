@@ -29,6 +29,31 @@ def test_the_limits_of_the_process_count(monkeypatch):
         assert memory.of_device(device) == 10**6 // 4
 
 
+@pytest.mark.parametrize(
+    ('own', 'file'),
+    [
+        ('0::/job/step\n', 'job/step/memory.max'),
+        ('0::/job/step\n', 'job/memory.max'),
+        ('0::/\n', 'memory.max'),  # in a container
+        ('11:cpu,cpuacct:/\n4:memory:/slurm/job\n0::/user\n', 'memory/slurm/job/memory.limit_in_bytes'),
+        ('4:memory:/slurm/job:1/step\n', 'memory/slurm/job:1/memory.limit_in_bytes'),
+        ('4:memory:/docker/id\n', 'memory/memory.limit_in_bytes'),  # in a container
+    ],
+)
+def test_the_limits_of_the_job_count(monkeypatch, tmp_path, own, file):
+    """In both versions of Linux's control groups, and those of the groups around it."""
+    monkeypatch.setattr(memory, 'CGROUPS', str(tmp_path / 'cgroup'))
+    monkeypatch.setattr(memory, 'OWN_CGROUPS', str(tmp_path / 'own'))
+    machine = memory.of_host()
+    (tmp_path / 'own').write_text(own)
+    limit = tmp_path / 'cgroup' / file
+    limit.parent.mkdir(parents=True)
+    limit.write_text('max\n')
+    assert memory.of_host() == machine
+    limit.write_text('1000000\n')
+    assert memory.of_host() == 10**6
+
+
 def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch):
     monkeypatch.setattr(memory, 'of_device', lambda device: 8 * 10**9)
     memory.require(8 * 10**9, 'it', 'nothing')
