@@ -1,9 +1,11 @@
 """Decode and preprocess pictures: from the bytes of a file to the uint8 image that a network is trained on."""
 
+import contextlib
 import dataclasses
 import functools
 import io
 import struct
+import sys
 from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
@@ -34,6 +36,17 @@ FORMATS = {
     'ICO': ('.ico',),
     'SGI': ('.sgi', '.rgb', '.rgba', '.bw'),
 }
+
+BITS, PHOTOMETRIC, PLANES = 258, 262, 284  # tags of TIFF files
+
+# Pillow reads only the higher byte of each 16-bit value of a colour. For each raw mode with such values, this is one
+# that takes the same bytes for pixels of the other byte order, whose higher byte is the lower one here; for LA;16B, one
+# that reads all four bytes.
+OTHER_BYTES = {
+    f'{mode};16{order}': f'{mode};16{other}'
+    for mode in ('RGB', 'RGBA', 'RGBX')
+    for order, other in (('B', 'L'), ('L', 'B'), ('N', 'B' if sys.byteorder == 'little' else 'L'))
+} | {'LA;16B': 'RGBA'}
 
 
 def suffixes() -> tuple[str, ...]:
@@ -169,9 +182,9 @@ class Preprocessing:
 def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, 'H W C']:
     """Decode the bytes of a picture file.
 
-    The EXIF orientation is applied. An animation gives its first frame. Pictures of 16 bits become 8-bit pictures: grey
-    values are rounded, and colours lose their lower 8 bits. Transparent pixels are blended with white. Palettes and
-    CMYK are converted to RGB.
+    The EXIF orientation is applied. An animation gives its first frame. 16 bits are rounded to 8; only CMYK,
+    premultiplied colours, and colours in JPEG 2000 and SGI files lose their lower bits. Transparent pixels are blended
+    with white. Palettes and CMYK are converted to RGB. Colour profiles are ignored.
 
     Args:
         content: the whole file, in one of FORMATS, whatever its name.
@@ -181,24 +194,70 @@ def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, 'H
         The picture, (H, W, 1) in grey or (H, W, 3) in RGB, values in 0 … 255.
 
     Raises:
-        ValueError: the content is not a picture, is damaged, has too many pixels or floating-point values. The
+        ValueError: the content is not a picture, is damaged, has too many pixels, or values whose range is unknown. The
             message is a predicate, such as 'is empty'; the caller puts the picture's name before it.
     """
-    image = _load(content, max_pixels)
-    if image.mode.startswith('I'):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError('has values of more than 16 bits')
-        return np.round(values / 257).astype(np.uint8)[..., None]
+    with _header(content) as image:
+        count = image.width * image.height
+        if count > max_pixels:
+            raise ValueError(
+                f'is {image.width}×{image.height}, which is more than {max_pixels:,} pixels: if that is its true size, '
+                f'reduce the picture, or allow it by --config.data.max_pixels={count}'
+            )
+        return _eight_bits(image, content)
+
+
+def _eight_bits(image: ImageFile.ImageFile, content: bytes) -> UInt8[np.ndarray, 'H W C']:
+    """Decode an image whose header is read, and convert it to grey or RGB."""
+    kind, raw_mode, tags = image.format, _raw_mode(image), getattr(image, 'tag_v2', {})
     if image.mode == 'F':
         raise ValueError('has floating-point values, whose range is unknown')
-    if image.has_transparency_data:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    elif image.mode not in ('L', 'RGB'):
-        image = image.convert('L' if image.mode == '1' else 'RGB')
-    pixels = np.asarray(image)
-    return pixels if image.mode == 'RGB' else pixels[..., None]
+    if image.mode == 'I' and kind == 'TIFF':
+        raise ValueError('has values of 32 bits or with a sign, whose range is unknown: save it with 8 or 16 bits')
+    if tags.get(PLANES) == 2 and 16 in tags.get(BITS, ()) and not image.mode.startswith('I'):
+        raise ValueError('has colours of 16 bits in planes, which Pillow misreads: save it with interleaved colours')
+    picture = _load(image)
+    transparent = picture.info.get('transparency')
+    if picture.mode.startswith('I'):
+        most = 4095 if raw_mode == 'I;12' else 65535
+        values = np.asarray(picture)
+        if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow ignores for 16 bits
+            values = most - values
+        levels = np.round(values / np.float32(most / 255)).astype(np.uint8)
+        if transparent is not None:
+            levels[values == transparent] = 255
+        return levels[..., None]
+    if raw_mode in OTHER_BYTES:
+        high, low = np.asarray(picture), np.asarray(_load_again(content, OTHER_BYTES[raw_mode]))
+        if raw_mode == 'LA;16B':
+            high, low = low[..., ::2], low[..., 1::2]
+        picture = _rounded(high, low, transparent)
+    elif raw_mode in ('L;2', 'L;4') and transparent is not None:  # Pillow spreads the other levels over 0 … 255
+        picture.info['transparency'] = transparent * (85 if raw_mode == 'L;2' else 17)
+    if picture.mode == 'La':
+        picture = picture.convert('LA')
+    if picture.has_transparency_data:
+        picture = picture if picture.mode == 'RGBA' else picture.convert('RGBA')
+        picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture).convert('RGB')
+    elif picture.mode not in ('L', 'RGB'):
+        picture = picture.convert('L' if picture.mode == '1' else 'RGB')
+    array = np.asarray(picture)
+    return array if picture.mode == 'RGB' else array[..., None]
+
+
+def _rounded(
+    high: UInt8[np.ndarray, 'H W C'], low: UInt8[np.ndarray, 'H W C'], transparent: tuple[int, ...] | None
+) -> Image.Image:
+    """Round 16 bits to 8: (256·high + low)/257 = high + (low − high)/257. `transparent` is a colour of 16 bits."""
+    levels = np.empty_like(high)
+    for row in range(len(high)):  # so that temporary arrays are small
+        difference = low[row].astype(np.int16) - high[row]
+        levels[row] = high[row] + (difference > 128) - (difference < -128)
+    image = Image.fromarray(levels)
+    if transparent is not None:
+        there = [(high[..., i] == level >> 8) & (low[..., i] == level & 255) for i, level in enumerate(transparent)]
+        image.putalpha(Image.fromarray(np.where(np.all(there, axis=0), 0, 255).astype(np.uint8)))
+    return image
 
 
 def most_bytes(pixels: int) -> int:
@@ -211,7 +270,7 @@ def is_picture(file: IO[bytes]) -> bool:
     try:
         with _open(file):
             return True
-    except Exception:  # as in `_load`
+    except Exception:  # as in `_header`
         return False
 
 
@@ -222,26 +281,41 @@ def pixels(start: bytes) -> int | None:
             return image.width * image.height
     except PIL.UnidentifiedImageError:
         return 0
-    except Exception:  # as in `_load`
+    except Exception:  # as in `_header`
         return None
 
 
-def _load(content: bytes, max_pixels: int) -> Image.Image:
-    """Decode with Pillow, upright."""
+def _header(content: bytes) -> ImageFile.ImageFile:
+    """Read the header of a picture file."""
     try:
-        with _open(io.BytesIO(content)) as image:
-            (width, height), too_large = image.size, image.width * image.height > max_pixels
-            if not too_large:
-                image.load()
-                return _upright(image)
+        return _open(io.BytesIO(content))
     except PIL.UnidentifiedImageError as error:
         raise ValueError('is not a picture in a known format' if content else 'is empty') from error
     except Exception as error:  # Pillow's decoders raise exceptions of many types for damaged files
-        raise ValueError(f'cannot be decoded ({type(error).__name__}: {str(error)[:200]})') from error
-    raise ValueError(
-        f'is {width}×{height}, which is more than {max_pixels:,} pixels: if that is its true size, reduce the picture, '
-        f'or allow it by --config.data.max_pixels={width * height}'
-    )
+        raise _damaged(error) from error
+
+
+def _load(image: ImageFile.ImageFile) -> Image.Image:
+    """Decode with Pillow, upright."""
+    try:
+        image.load()
+        return _upright(image)
+    except Exception as error:  # as in `_header`
+        raise _damaged(error) from error
+
+
+def _load_again(content: bytes, raw_mode: str) -> Image.Image:
+    """Decode, but let Pillow take the bytes of the pixels for those of another raw mode."""
+    with _header(content) as image:
+        image.tile = [
+            tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode)
+            for tile in image.tile
+        ]
+        return _load(image)
+
+
+def _damaged(error: Exception) -> ValueError:
+    return ValueError(f'cannot be decoded ({type(error).__name__}: {str(error)[:200]})')
 
 
 def _open(file: IO[bytes]) -> ImageFile.ImageFile:
@@ -261,6 +335,15 @@ def _open(file: IO[bytes]) -> ImageFile.ImageFile:
     raise PIL.UnidentifiedImageError
 
 
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    """Return Pillow's name for how the pixels are stored, such as 'RGB;16B'; '' if there is none."""
+    for tile in image.tile[:1]:
+        name = tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args
+        if isinstance(name, str):
+            return name
+    return ''
+
+
 @functools.cache
 def _readers(names: tuple[str, ...]) -> list[tuple[Callable, Callable]]:
     """Return Pillow's (reader, test of the first 16 bytes) for each format; older versions lack some."""
@@ -270,8 +353,7 @@ def _readers(names: tuple[str, ...]) -> list[tuple[Callable, Callable]]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data; the pixels are still valid
-        return image.copy()
+    """Apply the EXIF orientation, in place."""
+    with contextlib.suppress(Exception):  # damaged EXIF data; the pixels are still valid
+        ImageOps.exif_transpose(image, in_place=True)
+    return image

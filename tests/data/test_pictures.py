@@ -22,6 +22,42 @@ def places(height, width):
     return np.stack([rows, columns, np.full_like(rows, 7)], axis=-1)
 
 
+def chunk(kind, content):
+    """Return a chunk of a PNG file."""
+    return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+
+
+def png(values, bits, colour_type, *extra):
+    """Write (H, W, channels) as the PNG specification says; `extra` are chunks. Pillow writes no colours of 16 bits."""
+    height, width = values.shape[:2]
+    every_bit = np.unpackbits(values.astype('>u2')[..., None].view(np.uint8), axis=-1).reshape(*values.shape, 16)
+    rows = np.packbits(every_bit[..., 16 - bits :].reshape(height, -1), axis=-1)
+    header = struct.pack('>IIBBBBB', width, height, bits, colour_type, 0, 0, 0)
+    data = zlib.compress(b''.join(b'\0' + row.tobytes() for row in rows))
+    chunks = [chunk(b'IHDR', header), *extra, chunk(b'IDAT', data), chunk(b'IEND', b'')]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
+
+
+def tiff(strips, height, width, tags, order='<'):
+    """Write strips of bytes as the TIFF 6.0 specification says; `tags` are short numbers or tuples of them."""
+    tags = {256: width, 257: height, 259: 1, 278: height} | tags
+    fields = {tag: (3, 'H', value if isinstance(value, tuple) else (value,)) for tag, value in tags.items()}
+    fields[273] = fields[279] = (4, 'I', (0,) * len(strips))  # for the sizes; their values follow
+    place = 8 + 2 + 12 * len(fields) + 4
+    outside = {tag: struct.calcsize(order + len(values) * code) for tag, (_, code, values) in fields.items()}
+    start = place + sum(size for size in outside.values() if size > 4)
+    fields[273] = (4, 'I', tuple(start + sum(map(len, strips[:i])) for i in range(len(strips))))
+    fields[279] = (4, 'I', tuple(map(len, strips)))
+    directory = long = b''
+    for tag, (kind, code, values) in sorted(fields.items()):
+        content = struct.pack(order + len(values) * code, *values)
+        if len(content) > 4:
+            content, long = struct.pack(order + 'I', place + len(long)), long + content
+        directory += struct.pack(order + 'HHI', tag, kind, len(values)) + content.ljust(4, b'\0')
+    head = (b'II' if order == '<' else b'MM') + struct.pack(order + 'HIH', 42, 8, len(fields))
+    return head + directory + b'\0' * 4 + long + b''.join(strips)
+
+
 @pytest.mark.parametrize(
     ('crop', 'shape', 'size', 'top', 'left'),
     [
@@ -117,6 +153,109 @@ def test_sixteen_bits_are_rounded_to_eight(kind):
     np.testing.assert_array_equal(picture, np.round(values / 65535 * 255))
 
 
+# Values that rounding and truncation tell apart, and the ends.
+COLOURS = np.random.default_rng(0).integers(0, 65536, (5, 7, 4))
+COLOURS[0, :5] = np.array([0, 129, 257 * 128 + 128, 257 * 128 + 129, 65535])[:, None]
+
+
+@pytest.mark.parametrize('channels', [3, 4])
+@pytest.mark.parametrize('kind', ['png', 'tiff <', 'tiff >', 'tiff compressed'])
+def test_colours_of_sixteen_bits_are_rounded_to_eight(kind, channels):
+    """Pillow itself cuts them off."""
+    colours = COLOURS[..., :channels].copy()
+    colours[..., 3:] = 65535  # opaque
+    if kind == 'png':
+        content = png(colours, 16, 2 if channels == 3 else 6)
+    else:
+        order, compressed = kind[-1] if kind[-1] in '<>' else '<', kind.endswith('compressed')
+        strip = colours.astype(order + 'u2').tobytes()
+        tags = {258: (16,) * channels, 259: 8 if compressed else 1, 262: 2, 277: channels}
+        content = tiff(
+            [zlib.compress(strip) if compressed else strip], 5, 7, tags | ({338: 2} if channels == 4 else {}), order
+        )
+    np.testing.assert_array_equal(decode(content), np.round(colours[..., :3] / 257))
+
+
+def test_grey_with_alpha_of_sixteen_bits_is_rounded_to_eight():
+    """The colour over white is a α + 1 − α, in units of 65,535."""
+    colours = COLOURS[..., :2].copy()
+    colours[1:, :, 1] = 65535
+    picture = decode(png(colours, 16, 4))
+    np.testing.assert_array_equal(picture[1:], np.repeat(np.round(colours[1:, :, :1] / 257), 3, axis=-1))
+    grey, alpha = colours[0, :, :1] / 65535, colours[0, :, 1:] / 65535
+    np.testing.assert_allclose(picture[0], np.repeat(255 * (grey * alpha + 1 - alpha), 3, axis=-1), atol=1)
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4, 8, 16])
+def test_one_grey_level_can_be_transparent(bits):
+    """The PNG specification gives it in the units of the file, not of 0 … 255."""
+    levels = np.arange(min(2**bits, 1000)).reshape(1, -1, 1) * (65 if bits == 16 else 1)
+    most, transparent = 2**bits - 1, int(levels[0, levels.size // 3, 0])
+    content = png(levels, bits, 0, chunk(b'tRNS', struct.pack('>H', transparent)))
+    expected = np.where(levels == transparent, 255, np.round(levels / most * 255))
+    np.testing.assert_array_equal(decode(content), np.broadcast_to(expected, decode(content).shape))
+
+
+@pytest.mark.parametrize('bits', [8, 16])
+def test_one_colour_can_be_transparent(bits):
+    """One that differs from it in a single bit cannot."""
+    colours = COLOURS[..., :3] >> (16 - bits)
+    colours[1, 1] = colours[3, 3] ^ [0, 1, 0]
+    content = png(colours, bits, 2, chunk(b'tRNS', struct.pack('>HHH', *colours[3, 3])))
+    expected = np.round(colours / (2**bits - 1) * 255)
+    expected[3, 3] = 255
+    np.testing.assert_array_equal(decode(content), expected)
+
+
+@pytest.mark.parametrize('bits', [8, 12, 16])
+@pytest.mark.parametrize('photometric', [0, 1])
+def test_tiff_greys_are_spread_over_all_levels(bits, photometric):
+    """TIFF 6.0: with PhotometricInterpretation 0, white is zero. 2^bits − 1 is the other end of the range."""
+    if (bits, photometric) == (12, 0):
+        return  # Pillow refuses it
+    values = np.linspace(0, 2**bits - 1, 6).round().astype(int)
+    if bits == 12:
+        text = ''.join(f'{value:012b}' for value in values)
+        strip = bytes(int(text[i : i + 8], 2) for i in range(0, len(text), 8))
+    else:
+        strip = values.astype(f'<u{bits // 8}').tobytes()
+    picture = decode(tiff([strip], 1, 6, {258: bits, 262: photometric, 277: 1}))
+    grey = values / (2**bits - 1)
+    np.testing.assert_array_equal(picture[0, :, 0], np.round(255 * (grey if photometric else 1 - grey)))
+
+
+def test_grey_premultiplied_by_alpha_is_blended_with_white():
+    strip = bytes([0, 0, 100, 200, 50, 255])  # grey·α and α
+    picture = decode(tiff([strip], 1, 3, {258: (8, 8), 262: 1, 277: 2, 338: 1}))
+    np.testing.assert_allclose(picture[0, :, 0], [255, 100 + 55, 50], atol=1)
+
+
+@pytest.mark.parametrize(('bits', 'sample_format'), [(32, 1), (32, 2), (16, 2)])
+def test_whole_numbers_of_an_unknown_range_are_an_error(bits, sample_format):
+    """A picture of 0 … 255 in 32 bits would become black."""
+    strip = np.arange(0, 256, 51).astype(f'<i{bits // 8}').tobytes()
+    with pytest.raises(ValueError, match='range is unknown: save it with 8 or 16 bits'):
+        decode(tiff([strip], 1, 6, {258: bits, 262: 1, 277: 1, 339: sample_format}))
+
+
+@pytest.mark.parametrize('compressed', [True, False])
+def test_colours_of_sixteen_bits_in_planes_are_an_error(compressed):
+    strips = [COLOURS[..., i].astype('<u2').tobytes() for i in range(3)]
+    strips = [zlib.compress(strip) for strip in strips] if compressed else strips
+    tags = {258: (16, 16, 16), 259: 8 if compressed else 1, 262: 2, 277: 3, 284: 2}
+    with pytest.raises(ValueError, match='16 bits in planes, which Pillow misreads'):
+        decode(tiff(strips, 5, 7, tags))
+
+
+@pytest.mark.parametrize('compressed', [True, False])
+def test_colours_in_planes_are_right(compressed):
+    colours = noise(1, 5, 7, 3)[0]
+    strips = [colours[..., i].tobytes() for i in range(3)]
+    strips = [zlib.compress(strip) for strip in strips] if compressed else strips
+    tags = {258: (8, 8, 8), 259: 8 if compressed else 1, 262: 2, 277: 3, 284: 2}
+    np.testing.assert_array_equal(decode(tiff(strips, 5, 7, tags)), colours)
+
+
 def test_more_than_sixteen_bits_are_an_error():
     with pytest.raises(ValueError, match='16 bits'):
         decode(encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), 'tiff'))
@@ -178,6 +317,21 @@ def test_the_exif_orientation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     np.testing.assert_array_equal(decode(encoded(stored, exif=exif)), UPRIGHT[orientation](stored))
+
+
+@pytest.mark.parametrize('compression', [None, 'tiff_lzw'])
+def test_the_orientation_of_a_tiff_file_is_applied_once(compression):
+    stored = places(6, 9)
+    content = encoded(stored, 'tiff', tiffinfo={274: 6}, **({'compression': compression} if compression else {}))
+    np.testing.assert_array_equal(decode(content), UPRIGHT[6](stored))
+
+
+def test_the_orientation_of_colours_of_sixteen_bits_is_applied():
+    stored = places(6, 9)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = png(stored * np.uint16(257), 16, 2, chunk(b'eXIf', exif.tobytes().removeprefix(b'Exif\0\0')))
+    np.testing.assert_array_equal(decode(content), UPRIGHT[6](stored))
 
 
 def test_damaged_exif_data_are_ignored():
@@ -244,10 +398,6 @@ def test_other_files_are_errors(content, words):
 def test_a_decompression_bomb_is_not_decoded(side, filters):
     """Pillow only warns of the smaller one, whose 100 million pixels take 100 bytes. The process's warning filters do
     not matter."""
-
-    def chunk(kind, content):
-        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
-
     header = struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)
     bomb = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b'')
     with warnings.catch_warnings():

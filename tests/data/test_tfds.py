@@ -65,6 +65,14 @@ def test_features_are_read_as_tfds_writes_them(tmp_path):
     assert source.classes == ['a cat', 'a dog'] and source.label(0) == 1
 
 
+def test_floating_point_values_are_an_error(tmp_path):
+    """TFDS stores the four bytes of each in the channels of a PNG file."""
+    folder = write_tfds(tmp_path, 'mine', {'train': [(PNG[0], None)]})
+    image = tfds.features.Image(shape=(8, 8, 1), dtype=np.float32, encoding_format='png')
+    tfds.features.FeaturesDict({'image': image}).save_config(str(folder))
+    assert "floating-point values in the feature 'image'" in error_of('tfds:mine', data_dir=str(tmp_path))
+
+
 def test_labels_that_are_of_no_class_are_none(tmp_path):
     write_tfds(tmp_path, 'mine', {'train': [(PNG[0], label) for label in (1, 2, -1)]}, classes=['a', 'b'])
     source = open_source('tfds:mine', 'train', str(tmp_path))

@@ -162,7 +162,13 @@ def _features(folder: str, name: str) -> tuple[str, list[str] | None]:
     images = [key for key, kind in kinds.items() if kind == 'Image']
     if not images:
         raise ValueError(f'the dataset in {folder} has no images: its features are {", ".join(features)}')
-    return 'image' if 'image' in images else images[0], classes
+    image = 'image' if 'image' in images else images[0]
+    if features[image].get('image', {}).get('dtype') == 'float32':  # TFDS stores the four bytes of each as a colour
+        raise ValueError(
+            f'the dataset in {folder} has floating-point values in the feature {image!r}, whose range is unknown: '
+            'convert them to 8 or 16 bits, as a folder of pictures'
+        )
+    return image, classes
 
 
 def _classes(folder: str, feature: dict[str, Any]) -> list[str]:
