@@ -23,7 +23,8 @@ from diffusion.data.pictures import Preprocessing
 from diffusion.data.sources import Source
 from diffusion.util import exclusive, progress, read_json, say, unfinished, write_json
 
-CHUNK = 64  # pictures in one task of the thread pool
+CHUNK = 64  # pictures in one task of the thread pool, or fewer if they are large
+WAITING = 2**30  # bytes, at most, of images that were decoded and wait for those before them
 CHECKED = 100  # pictures whose contents are compared whenever an entry is used
 FORMAT = 2  # version of the entries' file format
 MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # errors of calls that a file system lacks
@@ -231,12 +232,14 @@ def _decode(source: Source, preprocess: Preprocessing, images: UInt8[np.memmap, 
     """Decode every picture in a thread pool, and store the images in `images`, if given."""
     labels = np.full(len(source), -1, np.int32)
     reasons: dict[int, str] = {}
+    workers = 2 * (os.cpu_count() or 1)
+    chunk, ahead = _chunk_and_ahead(math.prod(preprocess.shape), workers)
     sums, digest, stop = np.zeros(preprocess.channels), hashlib.sha256(), threading.Event()
 
-    def decode_chunk(start: int) -> tuple[list[np.ndarray], np.ndarray]:
+    def decode_chunk(start: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the good images of one chunk, and the sum of each channel over them."""
         found: list[np.ndarray] = []
-        for i in range(start, min(start + CHUNK, len(source))):
+        for i in range(start, min(start + chunk, len(source))):
             if stop.is_set():
                 break
             try:
@@ -249,24 +252,29 @@ def _decode(source: Source, preprocess: Preprocessing, images: UInt8[np.memmap, 
                 labels[i] = label
             if images is not None:
                 images[i] = image
-        return found, sum((image.sum(axis=(0, 1), dtype=np.float64) for image in found), np.zeros_like(sums))
+        good = np.asarray(found, np.uint8).reshape(-1, *preprocess.shape)
+        return good, good.sum(axis=(0, 1, 2), dtype=np.float64)
 
-    workers = 2 * (os.cpu_count() or 1)
     with (
         ThreadPoolExecutor(workers) as pool,
         progress(total=len(source), doing='decode', unit='image') as bar,
     ):
         try:
-            for found, chunk_sums in _map_ahead(pool, decode_chunk, range(0, len(source), CHUNK), 2 * workers):
-                sums += chunk_sums
-                for image in found:
-                    digest.update(image.data)
-                bar.update(min(CHUNK, len(source) - bar.n))
+            for good, good_sums in _map_ahead(pool, decode_chunk, range(0, len(source), chunk), ahead):
+                sums += good_sums
+                digest.update(good.data)
+                bar.update(min(chunk, len(source) - bar.n))
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
     return _Outcome(labels, reasons, sums, digest.hexdigest())
+
+
+def _chunk_and_ahead(image_bytes: int, workers: int) -> tuple[int, int]:
+    """Return how many images are in a chunk, and how many chunks are in memory at a time."""
+    ahead = max(1, min(2 * workers, WAITING // image_bytes))
+    return max(1, min(CHUNK, WAITING // (ahead * image_bytes))), ahead
 
 
 def _map_ahead(

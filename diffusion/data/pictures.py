@@ -15,10 +15,13 @@ from jaxtyping import UInt8
 from PIL import Image, ImageFile, ImageOps
 from PIL.Image import Resampling
 
+from diffusion.data.budget import Budget
 from diffusion.util import json_sha256
 
 MAX_PIXELS = 89_478_485  # Pillow warns above this number
 BYTES_PER_PIXEL = 8  # at most, uncompressed: 4 channels of 16 bits
+DECODING_BYTES_PER_PIXEL = 16  # at most, in memory, as measured; twice as many for colours of 16 bits
+memory = Budget(4 * 2**30)  # bytes; what all threads together take while they decode
 
 # The formats that are read, with the suffixes of their files. Pillow decodes these within the process; for some others
 # it would start programs, such as Ghostscript for EPS.
@@ -184,7 +187,8 @@ def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, 'H
 
     The EXIF orientation is applied. An animation gives its first frame. 16 bits are rounded to 8; only CMYK,
     premultiplied colours, and colours in JPEG 2000 and SGI files lose their lower bits. Transparent pixels are blended
-    with white. Palettes and CMYK are converted to RGB. Colour profiles are ignored.
+    with white. Palettes and CMYK are converted to RGB. Colour profiles are ignored. A thread waits while the pictures
+    that others are decoding leave too little of `memory`.
 
     Args:
         content: the whole file, in one of FORMATS, whatever its name.
@@ -204,7 +208,9 @@ def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, 'H
                 f'is {image.width}×{image.height}, which is more than {max_pixels:,} pixels: if that is its true size, '
                 f'reduce the picture, or allow it by --config.data.max_pixels={count}'
             )
-        return _eight_bits(image, content)
+        times = 2 if _raw_mode(image) in OTHER_BYTES else 1
+        with memory.taking(times * DECODING_BYTES_PER_PIXEL * count):
+            return _eight_bits(image, content)
 
 
 def _eight_bits(image: ImageFile.ImageFile, content: bytes) -> UInt8[np.ndarray, 'H W C']:

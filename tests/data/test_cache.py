@@ -357,6 +357,23 @@ def test_a_damaged_entry_is_named(tmp_path, file, damage):
     assert str(tmp_path / entry) in str(error.value)
 
 
+@pytest.mark.parametrize('image_bytes', [1, 192, 3 * 256**2, 3 * 1024**2, 3 * 4096**2])
+@pytest.mark.parametrize('workers', [2, 128, 512])
+def test_decoded_images_that_wait_take_little_memory(image_bytes, workers):
+    chunk, ahead = cache._chunk_and_ahead(image_bytes, workers)
+    assert chunk * ahead * image_bytes <= cache.WAITING
+    assert 1 <= chunk <= cache.CHUNK and 1 <= ahead <= 2 * workers
+    assert image_bytes > 10**6 or ahead > workers  # all threads have work
+
+
+def test_large_images_are_decoded_in_small_chunks(tmp_path, monkeypatch):
+    whole = Counted(PNG).decoded(tmp_path / 'whole')
+    monkeypatch.setattr(cache, 'WAITING', 500)  # less than three images
+    images = Counted([b'', *PNG[1:]]).decoded(tmp_path / 'small', max_bad_fraction=0.01)
+    np.testing.assert_array_equal(images[:], IMAGES[1:])
+    np.testing.assert_array_equal(images[:], whole[1:])
+
+
 # Several processes. Each reads slowly, and logs a byte for every read.
 
 SLOW = """
