@@ -16,9 +16,9 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float64, Int32, UInt8
+from jaxtyping import Float64, Int32, UInt8, UInt64
 
-from diffusion.data.images import Images, Undecoded
+from diffusion.data.images import Checksums, Images, Undecoded, checksums
 from diffusion.data.pictures import Preprocessing
 from diffusion.data.sources import Source
 from diffusion.util import exclusive, progress, read_json, say, unfinished, write_json
@@ -26,7 +26,7 @@ from diffusion.util import exclusive, progress, read_json, say, unfinished, writ
 CHUNK = 64  # pictures in one task of the thread pool, or fewer if they are large
 WAITING = 2**30  # bytes, at most, of images that were decoded and wait for those before them
 CHECKED = 100  # pictures whose contents are compared whenever an entry is used
-FORMAT = 2  # version of the entries' file format
+FORMAT = 3  # version of the entries' file format
 MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # errors of calls that a file system lacks
 
 Item = TypeVar('Item')
@@ -41,8 +41,8 @@ def decoded(
     Pictures that cannot be used are left out, listed in the entry's bad.txt with the reasons, and counted in one
     warning. The entry is named after the preprocessing and the pictures' identity (of files: their names, sizes and
     times of modification). Whenever it is used, the contents of up to CHECKED files are compared with those that were
-    decoded; if they have changed, all are decoded again. The entry appears complete or not at all. One process builds
-    it while others wait.
+    decoded; if they have changed, all are decoded again. Each image is compared with its checksum when it is first
+    read. The entry appears complete or not at all. One process builds it while others wait.
 
     Args:
         source: the pictures.
@@ -91,8 +91,11 @@ def _open(entry: str, source: Source, preprocess: Preprocessing, max_bad_fractio
         labels = np.load(os.path.join(entry, 'labels.npy'), allow_pickle=False)
         shape = (record['count'], *preprocess.shape)
         images: Any = Undecoded(source, preprocess, good, labels)
+        sums = None
         if keep and len(good):
             images = np.memmap(os.path.join(entry, 'images.bin'), np.uint8, 'r', shape=shape)
+            expected = np.load(os.path.join(entry, 'checksums.npy'), allow_pickle=False)
+            sums = Checksums(expected, str(_damaged(entry, 'an image differs from its checksum')))
         os.stat(listed)
     except (FileNotFoundError, ValueError, KeyError, EOFError) as error:
         raise _damaged(entry, error) from error
@@ -100,7 +103,7 @@ def _open(entry: str, source: Source, preprocess: Preprocessing, max_bad_fractio
     _check_bad(bad, source, listed, max_bad_fraction)
     if bad:
         say(f'warning: {_summary(bad, source, listed)}; remove that folder to check them again')
-    return Images(images, labels if source.classes else None, record)
+    return Images(images, labels if source.classes else None, record, checksums=sums)
 
 
 @contextlib.contextmanager
@@ -162,6 +165,7 @@ def _build(
         good = np.array([i for i in range(len(source)) if i not in outcome.reasons], np.int64)
         if images is not None:
             _compact(path, images, good)
+            np.save(os.path.join(new, 'checksums.npy'), outcome.checksums)
         np.save(os.path.join(new, 'good.npy'), good)
         np.save(os.path.join(new, 'labels.npy'), outcome.labels[good])
         os.replace(listed, os.path.join(new, 'bad.txt'))
@@ -225,6 +229,7 @@ class _Outcome(NamedTuple):
     labels: Int32[np.ndarray, 'N']  # −1 where there is none
     reasons: dict[int, str]  # why a picture cannot be used, by its index
     sums: Float64[np.ndarray, 'C']  # of each channel, over all images
+    checksums: UInt64[np.ndarray, 'good']  # of each image
     sha256: str  # of the pixels of all images
 
 
@@ -235,9 +240,10 @@ def _decode(source: Source, preprocess: Preprocessing, images: UInt8[np.memmap, 
     workers = 2 * (os.cpu_count() or 1)
     chunk, ahead = _chunk_and_ahead(math.prod(preprocess.shape), workers)
     sums, digest, stop = np.zeros(preprocess.channels), hashlib.sha256(), threading.Event()
+    all_checksums: list[np.ndarray] = []
 
-    def decode_chunk(start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the good images of one chunk, and the sum of each channel over them."""
+    def decode_chunk(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the good images of one chunk, the sum of each channel over them, and their checksums."""
         found: list[np.ndarray] = []
         for i in range(start, min(start + chunk, len(source))):
             if stop.is_set():
@@ -253,22 +259,23 @@ def _decode(source: Source, preprocess: Preprocessing, images: UInt8[np.memmap, 
             if images is not None:
                 images[i] = image
         good = np.asarray(found, np.uint8).reshape(-1, *preprocess.shape)
-        return good, good.sum(axis=(0, 1, 2), dtype=np.float64)
+        return good, good.sum(axis=(0, 1, 2), dtype=np.float64), checksums(good)
 
     with (
         ThreadPoolExecutor(workers) as pool,
         progress(total=len(source), doing='decode', unit='image') as bar,
     ):
         try:
-            for good, good_sums in _map_ahead(pool, decode_chunk, range(0, len(source), chunk), ahead):
+            for good, good_sums, good_checksums in _map_ahead(pool, decode_chunk, range(0, len(source), chunk), ahead):
                 sums += good_sums
+                all_checksums.append(good_checksums)
                 digest.update(good.data)
                 bar.update(min(chunk, len(source) - bar.n))
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    return _Outcome(labels, reasons, sums, digest.hexdigest())
+    return _Outcome(labels, reasons, sums, np.concatenate([np.zeros(0, np.uint64), *all_checksums]), digest.hexdigest())
 
 
 def _chunk_and_ahead(image_bytes: int, workers: int) -> tuple[int, int]:
@@ -313,7 +320,7 @@ def too_many(bad: int, count: int, max_bad_fraction: float) -> str:
     )
 
 
-def _damaged(entry: str, error: Exception) -> ValueError:
+def _damaged(entry: str, error: Exception | str) -> ValueError:
     return ValueError(f'the decoded images in {entry} are damaged ({error}): remove that folder')
 
 

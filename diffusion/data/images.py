@@ -1,17 +1,25 @@
 """The images of one split, in memory, in a file, or decoded whenever they are needed."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8, UInt64
 
 from diffusion.data.pictures import Preprocessing
 from diffusion.data.sources import Source
-from diffusion.util import say
+from diffusion.util import RunError, say
+
+PART = 2**24  # bytes of images whose checksums are computed at a time
+
+
+class UnreadableError(RunError, ValueError):
+    """Images that could be used when the data set was opened cannot be read any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +32,71 @@ class Images:
         record: a description as JSON: count, classes, preprocessing, fingerprint, channel_means, sha256; and
             labels_sha256 if it comes from `labelled`.
         shards: the parts that they were joined from; () if they are one array.
+        checksums: with which each image is compared when it is read for the first time; None compares nothing.
     """
 
     images: Any
     labels: Int32[np.ndarray, 'N'] | None
     record: dict[str, Any]
     shards: Sequence['Images'] = ()
+    checksums: 'Checksums | None' = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, indices: Any) -> UInt8[np.ndarray, '*batch H W C']:
-        return self.images[indices]
+        found = self.images[indices]
+        if self.checksums is not None:
+            self.checksums.require(indices, found)
+        return found
+
+
+class Checksums:
+    """The checksums of the images in a file, which may be damaged.
+
+    Args:
+        expected: (N,) as `checksums` returned them when the file was written.
+        advice: what the user can do if an image has another checksum, for the error.
+    """
+
+    def __init__(self, expected: UInt64[np.ndarray, 'N'], advice: str):
+        self._expected, self._advice, self._unread = expected, advice, np.ones(len(expected), bool)
+
+    def require(self, indices: Any, images: UInt8[np.ndarray, '*batch H W C']) -> None:
+        """Compare images that are read for the first time.
+
+        Raises:
+            UnreadableError: an image differs from the one that was written.
+        """
+        if not self._unread.any():
+            return
+        integers = isinstance(indices, np.ndarray) and indices.dtype != bool
+        rows = np.ravel(indices if integers else np.arange(len(self._unread))[indices])
+        images = np.reshape(images, (len(rows), *images.shape[-3:]))
+        count = max(1, PART // math.prod(images.shape[1:]))
+        for start in range(0, len(rows), count):
+            part, found = rows[start : start + count], images[start : start + count]
+            new = self._unread[part]
+            if not new.all():  # otherwise this would only copy them
+                part, found = part[new], found[new]
+            if (checksums(found) != self._expected[part]).any():
+                raise UnreadableError(self._advice)
+            self._unread[part] = False
+
+
+def checksums(images: UInt8[np.ndarray, 'N H W C']) -> UInt64[np.ndarray, 'N']:
+    """Return Σ wᵢ·xᵢ mod 2⁶⁴ of each image, where wᵢ are fixed odd numbers and xᵢ its bytes, by eights if that divides.
+
+    A flipped bit always changes the sum, and other damage almost always.
+    """
+    words = np.ascontiguousarray(images).reshape(len(images), math.prod(images.shape[1:]))
+    words = words.view('<u8') if words.shape[1] % 8 == 0 else words.astype(np.uint64)
+    return np.einsum('nw,w->n', words, _weights(words.shape[1]))
+
+
+@functools.lru_cache(maxsize=4)
+def _weights(count: int) -> UInt64[np.ndarray, 'count']:
+    return np.random.Philox(np.random.SeedSequence(count)).random_raw(count) | np.uint64(1)
 
 
 def labelled(images: Images, num_classes: int) -> Images:
@@ -124,7 +185,7 @@ class Undecoded:
 
     Every picture could be decoded when the data set was opened. If one cannot be read any more, the next readable
     picture of the same class replaces it, with a warning, so that a moved file does not end a run. Indexing raises
-    ValueError after RETRIES unreadable pictures.
+    UnreadableError after RETRIES unreadable pictures.
 
     Args:
         source: the pictures.
@@ -166,7 +227,9 @@ class Undecoded:
                 if i not in self._reported:
                     self._reported.add(i)
                     say(f'warning: {reason}; the next picture replaces it')
-        raise ValueError(f'{reason}; {self.RETRIES - 1} pictures before it failed as well: is the disk still there?')
+        raise UnreadableError(
+            f'{reason}; {self.RETRIES - 1} pictures before it failed as well: is the disk still there?'
+        )
 
     def _like(self, row: int) -> Iterator[int]:
         """Yield the row, and then the next ones of its class."""

@@ -20,9 +20,11 @@ import pytest
 
 from diffusion import data
 from diffusion.data import cache
+from diffusion.data import images as images_module
 from diffusion.data.cache import decoded
 from diffusion.data.pictures import Preprocessing, decode
 from diffusion.data.sources import Source
+from diffusion.util import RunError
 from tests.galleries import encoded, fill, noise, zipped
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -342,7 +344,7 @@ def test_a_cache_below_a_file_is_named(tmp_path):
         Counted(PNG).decoded(tmp_path / 'file' / 'cache')
 
 
-@pytest.mark.parametrize('file', ['images.bin', 'index.json', 'labels.npy', 'good.npy', 'bad.txt'])
+@pytest.mark.parametrize('file', ['images.bin', 'index.json', 'labels.npy', 'good.npy', 'checksums.npy', 'bad.txt'])
 @pytest.mark.parametrize('damage', ['truncated', 'missing'])
 def test_a_damaged_entry_is_named(tmp_path, file, damage):
     source = Counted([b'', *PNG[1:]])
@@ -355,6 +357,41 @@ def test_a_damaged_entry_is_named(tmp_path, file, damage):
     with pytest.raises(ValueError, match='remove that folder') as error:
         source.decoded(tmp_path, max_bad_fraction=1)
     assert str(tmp_path / entry) in str(error.value)
+
+
+@pytest.mark.parametrize('size', [8, 5])  # an image has a multiple of eight bytes, or not
+@pytest.mark.parametrize('damage', ['flipped', 'zeros', 'swapped'])
+@pytest.mark.parametrize('read', [np.array([3, 70]), slice(None), slice(60, 80), 70, np.arange(150) == 70])
+def test_a_damaged_image_is_noticed_when_it_is_read(tmp_path, size, damage, read):
+    """And not before. The file keeps its length."""
+    images = noise(150, size, size, 3)
+    source = Counted([encoded(image) for image in images])
+    source.decoded(tmp_path, Preprocessing('', size, 3))
+    (entry,) = entries(tmp_path)
+    stored = np.memmap(tmp_path / entry / 'images.bin', np.uint8, 'r+', shape=images.shape)
+    if damage == 'flipped':
+        stored[70, 4, 2, 1] ^= 128
+    elif damage == 'zeros':
+        stored[70, 1:] = 0
+    else:
+        stored[[70, 71]] = stored[[71, 70]]
+    stored.flush()
+    found = source.decoded(tmp_path, Preprocessing('', size, 3))
+    np.testing.assert_array_equal(found[np.array([[0, 69], [149, 69]])], images[[[0, 69], [149, 69]]])
+    np.testing.assert_array_equal(found[-30:], images[-30:])
+    for error in (RunError, ValueError):  # one line in all modes; and training, which catches the latter, saves
+        with pytest.raises(error, match=f'{entry} are damaged .*checksum.*: remove that folder'):
+            found[read]
+
+
+def test_each_image_is_compared_once(tmp_path, monkeypatch):
+    compared, original = [], images_module.checksums
+    Counted(PNG).decoded(tmp_path)
+    monkeypatch.setattr(images_module, 'checksums', lambda images: (compared.append(len(images)), original(images))[1])
+    images = Counted(PNG).decoded(tmp_path)
+    for indices in (np.array([3, 5]), slice(4, 8), slice(None), slice(None), np.array([9])):
+        np.testing.assert_array_equal(images[indices], IMAGES[indices])
+    assert sum(compared) == 150
 
 
 @pytest.mark.parametrize('image_bytes', [1, 192, 3 * 256**2, 3 * 1024**2, 3 * 4096**2])
