@@ -7,9 +7,11 @@
 # Settings are environment variables; the arguments of main.py follow after --:
 #
 #     NAME=ddpm ZONE=us-central2-b TYPE=v4-32 SHARE=10.0.0.2:/runs launch/tpu_vm.sh keep -- \
-#         --config=configs/lsun_bedroom.py --workdir=/mnt/runs/bedroom --config.model.dtype=bfloat16
+#         --config=configs/lsun_bedroom.py --workdir=/mnt/runs/bedroom --config.model.dtype=bfloat16 \
+#         --config.data.data_dir=/mnt/runs/tensorflow_datasets
 #
-# SHARE is an NFS export (Filestore) that all workers mount as /mnt/runs. The workdir must be below it.
+# SHARE is an NFS export (Filestore) that all workers mount as /mnt/runs. The workdir and the data must be below it. To
+# connect to several workers, gcloud needs its key in the SSH agent: ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
 
 NAME=${NAME:-diffusion}
@@ -36,9 +38,13 @@ create() {
   tpu create "$NAME" --accelerator-type="$TYPE" --version="$VERSION" $SPOT
 }
 
-# Runs on each worker. A second installation only updates the code.
+# The next three run on a worker. The pattern matches the Python process only (^).
+running_here() { pgrep --full '^[.]venv/bin/python main[.]py' >/dev/null; }
+
+# A second installation only updates the code.
 install_here() {
   set -e
+  if running_here; then echo 'the training is running: nothing is installed' >&2 && return; fi
   local python=python3.11 needed=
   mkdir -p diffusion
   tar -xzf diffusion.tar.gz -C diffusion
@@ -48,9 +54,13 @@ install_here() {
   if ! $python -c 'import ensurepip' 2>/dev/null; then needed="$python $python-venv"; fi
   if test -n "$SHARE" && ! command -v mount.nfs >/dev/null; then needed="$needed nfs-common"; fi
   if test -n "$needed"; then
-    sudo apt-get -q update
+    # A new machine installs updates by itself; meanwhile it locks apt.
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      if sudo apt-get -q update; then break; fi
+      sleep 30
+    done
     # shellcheck disable=SC2086 # several words
-    sudo apt-get -q install -y $needed
+    sudo DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600 install -y $needed
   fi
   test -x .venv/bin/python || $python -m venv .venv
   .venv/bin/python -m pip install --quiet -e . 'jax[tpu]'
@@ -59,6 +69,26 @@ install_here() {
     sudo mount -t nfs "$SHARE" /mnt/runs
     sudo chmod a+rwx /mnt/runs
   fi
+}
+
+# gcloud runs a command again if its connection breaks. The training does not end with the connection, so the second run
+# waits for the first one, whose exit status it takes over.
+start_here() {
+  local status
+  cd diffusion || return
+  if running_here; then
+    echo 'the training is running: waiting for it to end' >&2
+    while running_here; do sleep 10; done
+    sleep 5 # until its shell has written the file
+  else
+    rm -f stopped exit-status
+    status=0
+    .venv/bin/python main.py "$@" || status=$?
+    if test $status = 75 && test -e stopped; then echo stopped; else echo $status; fi >exit-status
+  fi
+  status=$(cat exit-status) || return
+  if test "$status" = stopped; then status=75; fi
+  return "$status"
 }
 
 # Each step is checked explicitly: `keep` calls this function in a condition, where bash ignores `set -e`.
@@ -71,20 +101,19 @@ install() {
     return 1
   fi
   rm -f "$archive"
-  on all "$(declare -f install_here)
+  on all "$(declare -f running_here install_here)
     SHARE=$(printf %q "$SHARE")
     install_here"
 }
 
 start() {
-  on all "cd diffusion && rm -f exit-status stopped && .venv/bin/python main.py $(printf '%q ' "$@"); \
-    status=\$?; if test \$status = 75 && test -e stopped; then echo stopped; else echo \$status; fi > exit-status; \
-    exit \$status"
+  on all "set -- $(printf '%q ' "$@"); $(declare -f running_here start_here)
+    start_here \"\$@\""
 }
 
 stop() {
-  # The pattern matches the Python process only (^). SIGTERM to one worker makes all save and exit with status 75.
-  # The file `stopped` tells `keep` that this was not a preemption.
+  # SIGTERM to one worker makes all save and exit with status 75. The file `stopped` tells `keep` that this was not a
+  # preemption.
   on 0 "cd diffusion && touch stopped && pkill --signal TERM --full '^[.]venv/bin/python main[.]py' || \
     { rm -f stopped; echo 'nothing is running' >&2; exit 1; }"
 }
@@ -127,5 +156,5 @@ if [ "${1:-}" = -- ]; then shift; fi
 case $action in
   create | install | stop | delete) "$action" ;;
   start | keep) "$action" "$@" ;;
-  *) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2 && exit 2 ;;
+  *) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2 && exit 2 ;;
 esac

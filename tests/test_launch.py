@@ -65,6 +65,7 @@ def test_slurm_requeues_what_can_continue(tmp_path, status, restarts, queued):
     assert done.returncode == status
     calls = called(bin_)
     assert calls[0].endswith('main.py --workdir=a b')
+    assert ' --cpus-per-task=8 ' in calls[0]  # since 22.05 srun does not inherit it from sbatch
     assert ('scontrol requeue 17' in calls) is queued
 
 
@@ -185,6 +186,7 @@ def worker(tmp_path):
     pretend(bin_, 'gcloud', WORKER.format(home=home, bin=bin_))
     pretend(bin_, 'sudo', '')
     pretend(bin_, 'mountpoint', 'exit 1')
+    pretend(bin_, 'pgrep', 'exit 1')  # nothing is running
     return bin_, home
 
 
@@ -239,6 +241,30 @@ def test_workers_record_how_a_run_ended(worker, ends, noted):
     done = run('tpu_vm.sh', bin_, 'start', '--', '--config=configs/digits.py')
     assert done.returncode == int(re.search(r'\d+', ends)[0])
     assert (home / 'diffusion' / 'exit-status').read_text().strip() == noted
+
+
+@pytest.mark.parametrize(('noted', 'status'), [('0', 0), ('1', 1), ('stopped', EXIT_STATUS)])
+def test_a_command_that_is_repeated_waits_for_the_training(worker, noted, status):
+    """gcloud repeats it after a broken connection, which does not end the training. A second one must not start."""
+    bin_, home = worker
+    python = home / 'diffusion' / '.venv' / 'bin' / 'python'
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/usr/bin/env bash\ntouch "{home}/second"\n')
+    python.chmod(0o755)
+    pretend(bin_, 'pgrep', f'test ! -e "{home}/diffusion/exit-status"')
+    pretend(bin_, 'sleep', f'echo {noted} > "{home}/diffusion/exit-status"')  # meanwhile the training ends
+    done = run('tpu_vm.sh', bin_, 'start', '--', '--config=configs/digits.py')
+    assert done.returncode == status and 'waiting for it' in done.stderr
+    assert not (home / 'second').exists()
+    assert (home / 'diffusion' / 'exit-status').read_text().strip() == noted
+
+
+def test_nothing_is_installed_below_a_training(worker):
+    bin_, home = worker
+    pretend(bin_, 'pgrep', '')
+    done = run('tpu_vm.sh', bin_, 'install')
+    assert done.returncode == 0 and 'nothing is installed' in done.stderr
+    assert not (home / 'diffusion').exists()
 
 
 def test_stop_signals_the_training_and_not_its_shell(worker):
@@ -308,6 +334,7 @@ def test_pods_have_the_volumes_they_mount(cluster):
     pod = cluster['Job']['spec']['template']['spec']
     (container,) = pod['containers']
     assert {m['name'] for m in container['volumeMounts']} == {v['name'] for v in pod['volumes']}
-    workdir = next(arg for arg in container['args'] if arg.startswith('--workdir=')).partition('=')[2]
     shared = {v['name'] for v in pod['volumes'] if 'persistentVolumeClaim' in v}
-    assert any(m['name'] in shared and workdir.startswith(m['mountPath']) for m in container['volumeMounts'])
+    for flag in ('--workdir=', '--config.data.data_dir='):
+        folder = next(arg for arg in container['args'] if arg.startswith(flag)).partition('=')[2]
+        assert any(m['name'] in shared and folder.startswith(m['mountPath']) for m in container['volumeMounts'])
