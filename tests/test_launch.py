@@ -327,6 +327,7 @@ def test_pods_that_can_continue_are_started_again(cluster):
             assert codes['containerName'] == container['name'] and codes['operator'] == 'In'
             actions |= dict.fromkeys(codes['values'], rule['action'])
     assert actions[EXIT_STATUS] == actions[134] == 'Ignore' and actions[1] == 'FailJob'
+    assert 137 not in actions and 0 < job['backoffLimit'] < 100  # killed for its memory: not for ever
     assert pod['terminationGracePeriodSeconds'] >= 120
 
 
