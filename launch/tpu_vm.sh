@@ -119,11 +119,20 @@ stop() {
 }
 
 keep() {
-  local failures=0 status started
+  local failures=0 status started messages
   while true; do
     case $(state) in
       READY) ;;
-      NONE) say 'creating' && { create || sleep 60; } && continue ;;
+      NONE)
+        say 'creating'
+        if ! messages=$(create 2>&1 | tee >(cat >&2)); then
+          case $messages in # what is lacking may come: capacity, for example
+            *PERMISSION_DENIED* | *UNAUTHENTICATED* | *INVALID_ARGUMENT*) say 'refused, see above' && return 1 ;;
+          esac
+          sleep 60
+        fi
+        continue
+        ;;
       CREATING | STARTING | RESTARTING | REPAIRING) sleep 30 && continue ;;
       *) say "the state is $(state): deleting" && { delete || sleep 60; } && continue ;; # preempted
     esac

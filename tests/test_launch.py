@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -106,6 +107,28 @@ def test_preempted_tpus_are_created_again(tmp_path):
     started = [line for line in calls if '--config=configs/digits.py --workdir=/mnt/runs/digits' in line]
     assert len(started) == 2 and '--worker=all' in started[0]
     assert 'complete' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('message', 'again'),
+    [
+        ("PERMISSION_DENIED: Permission denied on 'locations/us-central2-b' (or it may not exist).", False),
+        ('{ "code": 8, "message": "There is no more capacity in the zone" }', True),
+    ],
+)
+def test_tpus_are_created_later_unless_it_is_forbidden(tmp_path, message, again):
+    bin_ = tmp_path / 'bin'
+    refuse = f"""case "$*" in *" create "*)
+      if [ ! -e "{tmp_path}/asked" ]; then touch "{tmp_path}/asked"; echo {shlex.quote(message)} >&2; exit 1; fi
+    esac
+    """
+    pretend(bin_, 'gcloud', refuse + GCLOUD.format(folder=tmp_path, status=0, after='READY'))
+    pretend(bin_, 'sleep', '')
+    (tmp_path / 'second').touch()  # main.py is complete at once
+    done = run('tpu_vm.sh', bin_, 'keep', '--', '--config=configs/digits.py')
+    assert sum(' create ' in call for call in called(bin_)) == 1 + again
+    assert done.returncode == (0 if again else 1) and message in done.stderr
+    assert ('complete' if again else 'refused, see above') in done.stderr
 
 
 @pytest.mark.parametrize(('spot', 'asked'), [({}, True), ({'SPOT': ''}, False)])
