@@ -69,7 +69,7 @@ def prepare_folder(source: str, name: str, data_dir: str | None) -> str:
         name=name,
         version='1.0.0',
         features=tfds.features.FeaturesDict(features),
-        split_datasets={split: _examples(pictures) for split, pictures in splits.items()},
+        split_datasets={split: _examples(pictures, bool(classes)) for split, pictures in splits.items()},
         data_dir=data_dir,
         file_format='array_record',
         disable_shuffling=True,
@@ -78,8 +78,8 @@ def prepare_folder(source: str, name: str, data_dir: str | None) -> str:
     return builder.data_dir
 
 
-def _examples(pictures: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Generate (key, example) of each readable picture."""
+def _examples(pictures: Source, labelled: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Generate (key, example) of each readable picture. The label of one without a class is −1, as TFDS has it."""
     assert pictures.encoded is not None  # a folder has files
     for i, name in enumerate(pictures.names):
         try:
@@ -87,7 +87,8 @@ def _examples(pictures: Source) -> Iterator[tuple[int, dict[str, Any]]]:
         except ValueError as error:
             say(f'warning: {name!r} {error}; it is left out')
             continue
-        yield i, example | ({'label': pictures.label(i)} if pictures.classes else {})
+        label = pictures.label(i) if pictures.classes else None
+        yield i, example | ({'label': -1 if label is None else label} if labelled else {})
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from diffusion import data
+from diffusion.data import prepare
 from diffusion.data.sources import open_source, riegeli
 from tests.galleries import encoded, feature, fill, noise, picture_feature, write_records, write_tfds
 
@@ -77,6 +78,23 @@ def test_labels_that_are_of_no_class_are_none(tmp_path):
     write_tfds(tmp_path, 'mine', {'train': [(PNG[0], label) for label in (1, 2, -1)]}, classes=['a', 'b'])
     source = open_source('tfds:mine', 'train', str(tmp_path))
     assert [source.label(i) for i in range(3)] == [1, None, None]
+
+
+@pytest.mark.parametrize('labelled', ['train', 'test', 'train test', ''])
+def test_splits_with_and_without_classes_are_prepared_together(tmp_path, labelled):
+    """TFDS wants the same features of all examples. Those of the training pictures decide."""
+    files = {f'{split}/{"a/" if split in labelled else ""}{split}.png': PNG[0] for split in ('train', 'test')}
+    root = fill(tmp_path / 'pictures', files)
+    features = {'image': tfds.features.Image()}
+    if 'train' in labelled:
+        features['label'] = tfds.features.ClassLabel(names=open_source(f'folder:{root}', 'train').classes)
+    features = tfds.features.FeaturesDict(features)
+    for split in ('train', 'test'):
+        examples = prepare._examples(open_source(f'folder:{root}', split), 'train' in labelled)
+        found = [features.encode_example(example) for _, example in examples]
+        assert [example.get('label') for example in found] == [
+            (0 if split in labelled else -1) if 'train' in labelled else None
+        ]
 
 
 def test_the_newest_version_is_used(tmp_path):
