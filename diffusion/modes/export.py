@@ -16,7 +16,7 @@ from diffusion import build, compat, workdir
 from diffusion.build import Experiment
 from diffusion.interop import diffusers, diffusers_export
 from diffusion.interop.tensors import to_arrays
-from diffusion.networks import unet
+from diffusion.networks import embedding
 from diffusion.runtime import hosts, mesh
 from diffusion.util import naming, open_regular, read_json, replacing, versions, with_error, write_json, write_text
 
@@ -111,7 +111,7 @@ def run(config: ConfigDict, path: str) -> int:
     theirs = params
     if config.model.first_level == 1:  # diffusers' timestep is our level less one
         model = config.model
-        kernel = unet.advance(params['time1']['kernel'], model.embedding_order, model.embedding_shift)
+        kernel = embedding.advance(params['time1']['kernel'], model.embedding_order, model.embedding_shift)
         theirs = params | {'time1': params['time1'] | {'kernel': kernel}}
 
     # Record and report.

@@ -15,13 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from diffusion.networks import unet
+from diffusion.networks.checks import check_heads, check_sizes
+from diffusion.networks.embedding import Embedding, Label
 from diffusion.networks.unet import (
     Attention,
     DropoutKey,
-    Embedding,
     GroupNorm,
     Images,
-    Label,
     Upsample,
     fan_avg,
     zeros,
@@ -160,9 +160,9 @@ class ADM(unet.UNet):
         Raises:
             ValueError: sizes do not fit together; the message names them.
         """
-        unet.check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups)
+        check_sizes(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups)
         parts = {'head_channels': head_channels} if head_channels else {'num_heads': num_heads}
-        unet.check_heads(image_size, channels, multipliers, attention_resolutions, mid_attention, parts)
+        check_heads(image_size, channels, multipliers, attention_resolutions, mid_attention, parts)
         widths = [channels * m for m in multipliers]
         sizes = [image_size >> level for level in range(len(widths))]
         attends = [size in attention_resolutions for size in sizes]

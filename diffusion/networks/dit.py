@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from diffusion.networks.unet import DropoutKey, Embedding, Images, Label, fan_avg, time_embedding, zeros
+from diffusion.networks.embedding import Embedding, Label, time_embedding
+from diffusion.networks.unet import DropoutKey, Images, fan_avg, zeros
 
 Tokens = Float[Array, 'B N D']  # one for each patch, row by row
 Patches = Float[Array, 'B N P']  # pixels of each patch, row by row, channels last

@@ -7,69 +7,22 @@ attention heads and the ε of GroupNorm are not DDPM's. `UNet` has an argument f
 DDPM's.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Num
 
+from diffusion.networks.checks import check_heads, check_sizes
+from diffusion.networks.embedding import Embedding, Label, time_embedding
+
 Images = Float[Array, 'B H W C']
-Embedding = Float[Array, 'B E']
 DropoutKey = Key[Array, ''] | None  # None: no dropout
 
 fan_avg = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 zeros = nnx.initializers.zeros_init()
-
-
-def time_embedding(
-    t: Num[Array, 'B'], dim: int, embedding_order: str = 'sin_cos', embedding_shift: int = 1
-) -> Float[Array, 'B dim']:
-    """Embed noise levels: sin(t·ωᵢ) ‖ cos(t·ωᵢ) with ωᵢ = 10000^(−i/(dim/2−shift)) (Vaswani et al. 2017, §3.5).
-
-    Args:
-        t: noise levels, integer or real.
-        dim: even, at least 4.
-        embedding_order: which half comes first, 'sin_cos' or 'cos_sin'.
-        embedding_shift: 1, with which the last frequency is 1/10000, or 0.
-
-    Returns:
-        Values in [−1, 1], float32.
-    """
-    angles = t.astype(jnp.float32)[:, None] * _frequencies(dim, embedding_shift)
-    halves = {'sin': jnp.sin(angles), 'cos': jnp.cos(angles)}
-    return jnp.concatenate([halves[name] for name in embedding_order.split('_')], axis=1)
-
-
-def _frequencies(dim, shift):
-    half = dim // 2
-    return jnp.exp(-math.log(10_000) / (half - shift) * jnp.arange(half, dtype=jnp.float32))
-
-
-def advance(
-    kernel: Float[np.ndarray, 'dim features'], embedding_order: str = 'sin_cos', embedding_shift: int = 1
-) -> Float[np.ndarray, 'dim features']:
-    """Change the linear layer after `time_embedding` so that it returns at t what it returned at t + 1.
-
-        sin((t+1)ω) = sin tω·cos ω + cos tω·sin ω,    cos((t+1)ω) = cos tω·cos ω − sin tω·sin ω
-
-    Args:
-        kernel: the layer's matrix.
-        embedding_order: see `time_embedding`.
-        embedding_shift: see `time_embedding`.
-
-    Returns:
-        The new matrix, float32, computed in float64.
-    """
-    angles = np.asarray(_frequencies(len(kernel), embedding_shift), np.float64)
-    sin, cos = np.sin(angles)[:, None], np.cos(angles)[:, None]
-    names = embedding_order.split('_')
-    rows = dict(zip(names, np.split(np.asarray(kernel, np.float64), 2), strict=True))
-    later = {'sin': cos * rows['sin'] - sin * rows['cos'], 'cos': sin * rows['sin'] + cos * rows['cos']}
-    return np.concatenate([later[name] for name in names]).astype(np.float32)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -154,20 +107,6 @@ class Attention(nnx.Module):
         """Return the queries, keys and values of normalized activations."""
         h = self.norm(x)
         return [layer(h) for layer in (self.query, self.key, self.value)]
-
-
-class Label(nnx.Linear):
-    """The embedding of classes, (B,) → (B, E). The last row is that of −1, no class.
-
-    It is a matrix product, because GPUs do not fix the order in which the gradient of a lookup is summed.
-    """
-
-    def __init__(self, num_classes: int, emb_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, std: float = 1.0):
-        init = nnx.initializers.normal(std)
-        super().__init__(num_classes + 1, emb_dim, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
-
-    def __call__(self, labels: Int[Array, 'B']) -> Embedding:  # type: ignore[override]
-        return super().__call__(jax.nn.one_hot(labels % self.in_features, self.in_features))
 
 
 class Stage(nnx.Module):
@@ -283,7 +222,7 @@ class UNet(nnx.Module):
         Raises:
             ValueError: sizes do not fit together; the message names them.
         """
-        check(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups)
+        check_sizes(image_size, channels, multipliers, num_blocks, attention_resolutions, dropout, groups)
         if channels % groups:  # the width of the first convolution, which the multipliers do not change
             raise ValueError(f'channels = {channels} is not divisible by groups = {groups}')
         parts = {'head_channels': head_channels}
@@ -354,7 +293,7 @@ class UNet(nnx.Module):
             The prediction, of the shape of x but for `out_channels`. The loss decides what it predicts.
         """
 
-        key = (lambda: None) if deterministic else self.dropout_keys(rngs)  # type: ignore[arg-type]
+        key = (lambda: None) if deterministic else rngs.dropout  # type: ignore[union-attr]
         emb = self.embed(t, labels)
         x = self.conv_in(x)
         skips = [x]
@@ -376,64 +315,9 @@ class UNet(nnx.Module):
                 x = stage.leave(x, emb, key)
         return self.conv_out(nnx.silu(self.norm_out(x))).astype(jnp.float32)
 
-    def dropout_keys(self, rngs: nnx.Rngs) -> Callable[[], DropoutKey]:
-        """Return the function that gives each residual block its key."""
-        return rngs.dropout
-
     def embed(self, t: Num[Array, 'B'], labels: Int[Array, 'B'] | None) -> Embedding:
         """Embed noise levels and classes, see `__call__`, for all residual blocks."""
         emb = self.time2(nnx.silu(self.time1(time_embedding(t, *self.embedding))))
         if self.label is not None:
             emb += self.label(jnp.full(t.shape, -1) if labels is None else labels)
         return emb
-
-
-def check(
-    image_size: int,
-    channels: int,
-    multipliers: Sequence[int],
-    num_blocks: int,
-    attention_resolutions: Sequence[int],
-    dropout: float,
-    groups: int,
-) -> None:
-    """Raise ValueError if sizes do not fit together."""
-    if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
-        raise ValueError(f'multipliers is {multipliers}, but must be positive integers, one per resolution')
-    if num_blocks < 1 or groups < 1:
-        raise ValueError(f'num_blocks is {num_blocks} and groups is {groups}, but both must be at least 1')
-    if not 0 <= dropout < 1:
-        raise ValueError(f'dropout is {dropout}, but must lie in [0, 1)')
-    unit = 2 ** (len(multipliers) - 1)
-    if image_size < unit or image_size % unit:
-        below = image_size // unit * unit
-        possible = f'{below} or {below + unit}' if below else f'{unit}'
-        raise ValueError(
-            f'image_size is {image_size}, which cannot be halved {len(multipliers) - 1} times, as '
-            f'{len(multipliers)} multipliers need; {possible} would do, or fewer multipliers'
-        )
-    if channels < 4 or channels % 2:
-        raise ValueError(f'channels is {channels}, but the time embedding needs an even number of at least 4')
-    for m in multipliers:
-        if channels * m % groups:
-            raise ValueError(f'channels × multiplier = {channels * m} is not divisible by groups = {groups}')
-    sizes = [image_size >> level for level in range(len(multipliers))]
-    absent = [size for size in attention_resolutions if size not in sizes]
-    if absent:
-        raise ValueError(f'attention_resolutions has {absent}, but the sizes of this network are {sizes}')
-
-
-def check_heads(
-    image_size: int,
-    channels: int,
-    multipliers: Sequence[int],
-    attention_resolutions: Sequence[int],
-    mid_attention: bool,
-    parts: dict[str, int],
-) -> None:
-    """Raise ValueError if a width that has attention is not divisible by one of the named `parts`, unless that is 0."""
-    attended = {m for level, m in enumerate(multipliers) if image_size >> level in attention_resolutions}
-    for m in sorted(attended | ({multipliers[-1]} if mid_attention else set())):
-        for name, part in parts.items():
-            if part and channels * m % part:
-                raise ValueError(f'channels × multiplier = {channels * m} is not divisible by {name} = {part}')

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from diffusion.configs import workdir as configs_workdir
 from diffusion.modes import export
-from diffusion.networks.unet import time_embedding
+from diffusion.networks.embedding import time_embedding
 from diffusion.util import RunError
 from tests.runs import make_run, quick, random_params, tiny
 

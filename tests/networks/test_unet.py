@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from diffusion.networks import make_rngs
-from diffusion.networks.unet import Attention, GroupNorm, ResBlock, UNet, advance, time_embedding
+from diffusion.networks.embedding import advance, time_embedding
+from diffusion.networks.unet import Attention, GroupNorm, ResBlock, UNet
 from tests.xla_flags import QUICK
 
 SMALL = dict(

@@ -16,7 +16,8 @@ from diffusion import compat, sampler, schedule
 from diffusion.interop import diffusers as folders
 from diffusion.interop.tensors import to_params, to_tensors
 from diffusion.networks import make_rngs
-from diffusion.networks.unet import UNet, advance
+from diffusion.networks.embedding import advance
+from diffusion.networks.unet import UNet
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')

@@ -12,8 +12,9 @@ from flax import nnx
 from diffusion.networks import unet
 from diffusion.networks.cpu.conv import conv
 from diffusion.networks.cpu.order import LARGE, in_order, recomputed
+from diffusion.networks.embedding import Embedding
 from diffusion.networks.norm import GroupNorm
-from diffusion.networks.unet import DropoutKey, Embedding, Images
+from diffusion.networks.unet import DropoutKey, Images
 
 
 class Conv(nnx.Conv):

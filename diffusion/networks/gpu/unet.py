@@ -5,7 +5,8 @@ before the norm, which it reads for their gradient anyway.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Int, Num
 
 from diffusion.networks import unet
+from diffusion.networks.embedding import Embedding
 from diffusion.networks.norm import GroupNorm
-from diffusion.networks.unet import DropoutKey, Embedding, Images
+from diffusion.networks.unet import DropoutKey, Images
 
 
 def _convolve(layer, norm, x, *, shift=None, mask=None, keep=1.0):
@@ -104,8 +106,11 @@ class UNet(unet.UNet):
         shifts = nnx.silu(super().embed(t, labels)).astype(kernel.dtype) @ kernel + bias
         return shifts + jnp.concatenate([block.conv1.bias[...] for block in blocks]).astype(shifts.dtype)
 
-    def dropout_keys(self, rngs: nnx.Rngs) -> Callable[[], DropoutKey]:
-        return iter(rngs.dropout.many(len(self._blocks()))).__next__
+    def __call__(self, *inputs: Any, deterministic: bool = True, rngs: Any = None) -> Images:
+        """Apply the network, with the keys of all blocks drawn at once."""
+        if not deterministic:
+            rngs = types.SimpleNamespace(dropout=iter(rngs.dropout.many(len(self._blocks()))).__next__)
+        return super().__call__(*inputs, deterministic=deterministic, rngs=rngs)
 
     def _blocks(self) -> list[Any]:
         stages = [*self.down, *self.up]
