@@ -37,8 +37,9 @@ class _Storage:
         self.dtype, self.key, self.count = np.dtype(dtype), key, count
         self.values: np.ndarray | None = None
 
-    def fill(self, content: bytes) -> None:
-        self.values = np.frombuffer(content, self.dtype.newbyteorder('<'), self.count)
+    def fill(self, content: bytes, byte_order: str = '<') -> None:
+        raw = np.frombuffer(content, f'{byte_order}u{self.dtype.itemsize}', self.count)
+        self.values = raw.astype(raw.dtype.newbyteorder('='), copy=False).view(self.dtype)
 
 
 class _Tensor:
@@ -49,7 +50,7 @@ class _Tensor:
         self._shape, self._strides = (tuple(map(operator.index, numbers)) for numbers in (shape, strides))
 
     def array(self) -> np.ndarray:
-        """Return a copy of the values. Raises ValueError if the view leaves its storage."""
+        """Return the values, read-only and not copied. Raises ValueError if the view leaves its storage."""
         values, shape, strides = self._storage.values, self._shape, self._strides
         if values is None or len(shape) != len(strides) or min((self._offset, *shape, *strides)) < 0:
             raise ValueError('a tensor has no values')
@@ -59,10 +60,10 @@ class _Tensor:
             raise ValueError('a tensor is larger than its storage')
         if math.prod(shape) > len(values):
             raise ValueError('a tensor repeats its values')  # a small file may expand to any size
-        view = np.lib.stride_tricks.as_strided(
+        # Not a copy: many tensors of a small file may share one storage.
+        return np.lib.stride_tricks.as_strided(
             values[self._offset :], shape, [step * values.itemsize for step in strides], writeable=False
         )
-        return view.astype(values.dtype.newbyteorder('='))
 
 
 class _Unpickler(pickle.Unpickler):
@@ -73,15 +74,16 @@ class _Unpickler(pickle.Unpickler):
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        # A pickle may set attributes of what it gets here: nothing that outlives it is returned, unless immutable.
         known: dict[str, Callable] = {
             'collections.OrderedDict': collections.OrderedDict,
-            'torch._utils._rebuild_tensor_v2': _Tensor,
+            'torch._utils._rebuild_tensor_v2': lambda *arguments: _Tensor(*arguments),
             'torch._utils._rebuild_parameter': lambda tensor, *unused: tensor,
         }
         if f'{module}.{name}' in known:
             return known[f'{module}.{name}']
         if module == 'torch' and name in STORAGES:
-            return STORAGES[name]
+            return name
         raise pickle.UnpicklingError(
             f'it holds {module}.{name}, but only named tensors are read; no code in it was run'
         )
@@ -90,7 +92,7 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, _, count, *view = reference
         if kind != 'storage' or any(view):
             raise pickle.UnpicklingError(f'it refers to a {kind} that is not a plain storage')
-        return self.storages.setdefault(key, _Storage(dtype, key, count))
+        return self.storages.setdefault(key, _Storage(STORAGES[dtype], key, count))
 
 
 def read_state_dict(path: str) -> dict[str, np.ndarray]:
@@ -117,8 +119,9 @@ def _read_zip(path: str) -> Any:
         with archive.open(pickled) as file:
             unpickler = _Unpickler(file)  # type: ignore[arg-type]
             state = unpickler.load()
+        written_by = archive.read(f'{folder}byteorder') if f'{folder}byteorder' in archive.namelist() else b'little'
         for storage in unpickler.storages.values():
-            storage.fill(archive.read(f'{folder}data/{storage.key}'))
+            storage.fill(archive.read(f'{folder}data/{storage.key}'), '>' if written_by == b'big' else '<')
     return state
 
 

@@ -1,5 +1,6 @@
-"""Files of PyTorch that could block or fill the memory; tests/peers compares what is read with PyTorch itself."""
+"""Malformed and malicious files of PyTorch; tests/peers compares what is read with PyTorch itself."""
 
+import contextlib
 import os
 import struct
 import zipfile
@@ -26,22 +27,35 @@ def test_compressed_members_are_refused_before_they_are_read(tmp_path, monkeypat
         read_state_dict(str(tmp_path / 'model.pth'))
 
 
-def view(path, offset, shape, strides):
-    """A file of PyTorch with one tensor, 'w', a view of the storage 0, 1, 2, 3."""
+# Parts of pickles.
+REBUILD = b'ctorch._utils\n_rebuild_tensor_v2\n'
 
-    def text(word):
-        return b'X' + struct.pack('<I', len(word)) + word.encode()
+
+def text(word):
+    return b'X' + struct.pack('<I', len(word)) + word.encode()
+
+
+def tensor(offset, shape, strides):
+    """A view of the storage 0, 1, 2, 3."""
 
     def numbers(values):
         return b'(' + b''.join(b'K' + bytes([value]) for value in values) + b't'
 
     storage = b'(' + text('storage') + b'ctorch\nFloatStorage\n' + text('0') + text('cpu') + b'K\x04tQ'
-    arguments = storage + b'K' + bytes([offset]) + numbers(shape) + numbers(strides) + b'\x89}'
-    pickled = b'\x80\x02}' + text('w') + b'ctorch._utils\n_rebuild_tensor_v2\n(' + arguments + b'tRs.'
+    return REBUILD + b'(' + storage + b'K' + bytes([offset]) + numbers(shape) + numbers(strides) + b'\x89}tR'
+
+
+def write(path, named, *, before=b'', byte_order='little'):
+    """A file of PyTorch with a state dict, given as the pickles of its keys and values, and others before it."""
     with zipfile.ZipFile(path, 'w') as archive:
-        archive.writestr('model/data.pkl', pickled)
-        archive.writestr('model/data/0', np.arange(4, dtype='<f4').tobytes())
+        archive.writestr('model/data.pkl', b'\x80\x02' + before + b'}(' + named + b'u.')
+        archive.writestr('model/byteorder', byte_order)
+        archive.writestr('model/data/0', np.arange(4, dtype='<f4' if byte_order == 'little' else '>f4').tobytes())
     return str(path)
+
+
+def view(path, offset, shape, strides, **how):
+    return write(path, text('w') + tensor(offset, shape, strides), **how)
 
 
 @pytest.mark.parametrize(
@@ -62,3 +76,26 @@ def test_a_view_stays_within_its_storage(tmp_path, offset, shape, strides, value
         return
     with pytest.raises(ValueError, match=values):
         read_state_dict(path)
+
+
+def test_a_file_of_a_big_endian_machine(tmp_path):
+    path = view(tmp_path / 'model.pth', 1, (3,), (1,), byte_order='big')
+    np.testing.assert_array_equal(read_state_dict(path)['w'], [1, 2, 3])
+
+
+def test_many_names_of_one_tensor_take_no_memory(tmp_path):
+    """A small file may have any number of them."""
+    first = text('a') + tensor(0, (4,), (1,)) + b'q\x01'
+    named = first + text('b') + b'h\x01' + text('c') + tensor(2, (2,), (1,))
+    tensors = read_state_dict(write(tmp_path / 'model.pth', named))
+    assert np.shares_memory(tensors['a'], tensors['b']) and np.shares_memory(tensors['a'], tensors['c'])
+
+
+@pytest.mark.parametrize('target', [REBUILD, b'ctorch\nFloatStorage\n', b'ccollections\nOrderedDict\n'])
+def test_a_file_does_not_change_how_the_next_one_is_read(tmp_path, target):
+    """A pickle can set attributes of whatever it refers to: here `array`, the method that returns the values."""
+    attribute = b'N}' + text('array') + b'ccollections\nOrderedDict\ns\x86'  # (None, {'array': OrderedDict})
+    malicious = view(tmp_path / 'malicious.pth', 0, (4,), (1,), before=target + attribute + b'b0')
+    with contextlib.suppress(ValueError):
+        read_state_dict(malicious)
+    np.testing.assert_array_equal(read_state_dict(view(tmp_path / 'model.pth', 0, (4,), (1,)))['w'], [0, 1, 2, 3])
