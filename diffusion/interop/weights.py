@@ -60,13 +60,18 @@ def load_torch(path: str) -> Any:
     """Return what PyTorch saved in a file: tensors, and plain containers of them.
 
     Raises:
-        ValueError: PyTorch is not installed, or the file is damaged or holds anything else.
+        ValueError: PyTorch is not installed or too old, or the file is damaged or holds anything else.
     """
     require_file(path)
     try:
         import torch
     except ImportError as error:
         raise ValueError(f'{path} is a PyTorch file, and PyTorch is not installed: pip install torch') from error
+    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
+        raise ValueError(
+            f'{path} could run code in PyTorch {torch.__version__}, despite weights_only=True (CVE-2025-32434): '
+            "pip install 'torch>=2.6'"
+        )
     try:
         damaged = _damaged_member(path)
         saved = None if damaged else torch.load(path, map_location='cpu', weights_only=True)

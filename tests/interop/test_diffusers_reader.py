@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -374,6 +375,16 @@ def test_pytorch_is_asked_for_only_where_it_is_needed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='not installed: pip install torch'):
         read(folder)
     with pytest.raises(ValueError, match='not installed: pip install torch'):
+        READERS['ddim'](str(tmp_path / 'model.ckpt'), image_size=8)
+
+
+@pytest.mark.parametrize('version', ['1.13.1', '2.5.1+cu124'])
+def test_versions_of_pytorch_in_which_a_file_may_run_code(version, tmp_path, monkeypatch):
+    """CVE-2025-32434."""
+    torch = types.SimpleNamespace(__version__=version, load=lambda *_, **__: pytest.fail('it was read'))
+    monkeypatch.setitem(sys.modules, 'torch', torch)
+    (tmp_path / 'model.ckpt').write_bytes(b'')
+    with pytest.raises(ValueError, match=r"model\.ckpt could run code .* pip install 'torch>=2\.6'"):
         READERS['ddim'](str(tmp_path / 'model.ckpt'), image_size=8)
 
 
