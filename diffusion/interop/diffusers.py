@@ -123,8 +123,9 @@ def read(place: str, *, image_size: int = 0) -> Found:
     settings, betas = network_settings(_read_json(unet), unet, image_size), None
     if os.path.exists(scheduler):
         values = _read_json(scheduler)
+        theirs = scheduler_settings(values, scheduler)
         _check_variance(values, scheduler, settings['model']['variance'])
-        for part, keys in scheduler_settings(values, scheduler).items():
+        for part, keys in theirs.items():
             settings[part] = settings.get(part, {}) | keys
         betas = values.get('trained_betas')
     tensors = read_tensors(os.path.dirname(unet))
@@ -183,7 +184,7 @@ class _Keys:
         """Raise ValueError for a key that has a value and was not read."""
         for key, value in self._values.items():
             if key not in ignored and value is not None:
-                raise self.error(key, value, 'the key is unknown (unless diffusers warns that it ignores it, too)')
+                raise self.error(key, value, 'the key is unknown: delete it only if diffusers warns that it ignores it')
 
     def error(self, key: str, value: Any, problem: str) -> ValueError:
         shown = repr(value) if len(repr(value)) <= 200 else f'{repr(value)[:200]} …'
@@ -314,7 +315,8 @@ def _blocks(keys: _Keys, levels: int) -> dict[str, list[_Block]]:
         plain, attention, _ = table
         default = [attention] * 3 + [plain] if direction == 'up' else [plain] + [attention] * 3
         types = keys.get(f'{direction}_block_types', default)
-        if not isinstance(types, list) or len(types) != levels or any(t not in table for t in types):
+        known = isinstance(types, list) and all(isinstance(block, str) and block in table for block in types)
+        if not known or len(types) != levels:
             names = ', '.join(map(repr, table))
             problem = f'must list {levels} of {names}, as many as block_out_channels'
             raise keys.error(f'{direction}_block_types', types, problem)
@@ -358,12 +360,15 @@ def scheduler_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[s
         ValueError: our schedules and samplers cannot express it.
     """
     name = values.get('_class_name')
-    if name not in SCHEDULERS:
+    if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f'{path}: _class_name is {name!r}, but must be one of {", ".join(map(repr, SCHEDULERS))}')
     keys = _Keys(values, path)
     T = keys.positive_integer('num_train_timesteps', 1000)
     stochastic = SCHEDULERS[name]
-    kind = 'epsilon' if keys.get('predict_epsilon', True) else 'sample'  # the key of older files
+    predict_epsilon = keys.get('predict_epsilon', None)  # of older files
+    if predict_epsilon is not None and not isinstance(predict_epsilon, bool):
+        raise keys.error('predict_epsilon', predict_epsilon, 'must be true, false or null')
+    kind = 'sample' if predict_epsilon is False else 'epsilon'
     clip = keys.get('clip_sample', True)
     if not isinstance(clip, bool):
         raise keys.error('clip_sample', clip, 'must be true or false')
@@ -399,11 +404,9 @@ def scheduler_settings(values: Mapping[str, Any], path: str) -> dict[str, dict[s
 
 
 def _check_variance(values: Mapping[str, Any], path: str, ours: str) -> None:
-    """Raise ValueError unless a DDPM's scheduler uses what the network outputs."""
-    if not SCHEDULERS.get(values.get('_class_name', ''), False):
-        return
+    """Raise ValueError unless a DDPM's scheduler, of a known class, uses what the network outputs."""
     theirs = values.get('variance_type', 'fixed_small')
-    if theirs in VARIANCES and (theirs == 'learned_range') != (ours == 'learned'):
+    if SCHEDULERS[values['_class_name']] and (theirs == 'learned_range') != (ours == 'learned'):
         outputs = 'as many output channels again' if ours == 'learned' else 'none'
         raise ValueError(
             f'{path}: variance_type is {theirs!r}, but the network has {outputs} for a learned variance: diffusers '

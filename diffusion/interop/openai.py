@@ -187,6 +187,8 @@ def split(
         if not found:
             parts[name] = tensor
             continue
+        if not tensor.size or (tensor.ndim < 2 if found[2] == 'weight' else tensor.ndim != 1):
+            raise ValueError(f'{path}: {name} has shape {tensor.shape}, but queries, keys and values were expected')
         width, rest = len(tensor) // 3, len(tensor) % 3
         heads, remainder = divmod(width, head_channels) if head_channels else (num_heads, width % num_heads)
         if rest or remainder or not heads:

@@ -45,6 +45,7 @@ def read(place):
         ('downsample_type', 'fir'),
         ('center_input_sample', True),
         ('down_block_types', ['DownBlock2D', 'SkipDownBlock2D']),
+        ('down_block_types', [['DownBlock2D'], {}]),
         ('up_block_types', ['AttnUpBlock2D', 'AttnUpBlock2D']),
         ('out_channels', 3),
         ('sample_size', [8, 16]),
@@ -89,6 +90,7 @@ def test_an_image_size_that_the_file_does_not_say_is_the_config_s(tmp_path):
         ('beta_schedule', 'laplace'),
         ('variance_type', 'learned'),
         ('variance_type', 'learned_range'),  # but the network has no outputs for it
+        ('variance_type', ['fixed_small']),
         ('prediction_type', 'flow_prediction'),
         ('prediction_type', ['epsilon']),
         ('num_train_timesteps', 0),
@@ -99,6 +101,8 @@ def test_an_image_size_that_the_file_does_not_say_is_the_config_s(tmp_path):
         ('timestep_spacing', 'even'),
         ('snr_shift_scale', 3.0),
         ('_class_name', 'ScoreSdeVeScheduler'),
+        ('_class_name', ['DDPMScheduler']),
+        ('predict_epsilon', 'no'),
     ],
 )
 def test_other_schedulers_are_refused(key, value, tmp_path):
@@ -154,6 +158,13 @@ def test_keys_that_a_scheduler_does_not_use_are_ignored(tmp_path):
     changes = {'clip_sample': False, 'clip_sample_range': 3.0, 'timestep_spacing': 'trailing', 'steps_offset': 1}
     sample = read(fixture.changed(tmp_path, fixture.SCHEDULER, **changes)).settings['sample']
     assert (sample['clip'], sample['spacing']) == (False, 'trailing')
+
+
+@pytest.mark.parametrize(('old', 'kind'), [(True, 'eps'), (False, 'x0'), (None, 'eps')])
+def test_the_key_of_older_files_for_what_is_predicted(old, kind):
+    """As diffusers 0.10 converts it; null is no value."""
+    values = {'_class_name': 'DDPMScheduler', 'predict_epsilon': old}
+    assert diffusers.scheduler_settings(values, 'scheduler_config.json')['model'] == {'kind': kind}
 
 
 def test_the_config_of_the_google_ddpms():

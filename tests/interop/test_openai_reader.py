@@ -165,6 +165,9 @@ def without(prefix):
         ({'out.2.weight': (3, 32, 3, 3)}, {}, ('1 channels', 'returns 3')),
         ({'time_embed.0.weight': (256, 64)}, {}, ('[32, 32]', '64 channels of the time embedding')),
         ({'time_embed.0.weight': (256,)}, {}, ('time_embed.0.weight has shape (256,)',)),
+        ({'middle_block.1.qkv.weight': ()}, {}, ('middle_block.1.qkv.weight has shape (), but queries, keys',)),
+        ({'middle_block.1.qkv.weight': (0, 32, 1)}, {}, ('middle_block.1.qkv.weight has shape (0, 32, 1)',)),
+        ({'middle_block.1.qkv.bias': (96, 2)}, {}, ('middle_block.1.qkv.bias has shape (96, 2)',)),
     ],
 )
 def test_what_is_missing_or_does_not_fit_is_named(change, asked, words, tmp_path):
