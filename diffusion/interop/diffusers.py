@@ -2,9 +2,10 @@
 
     model_index.json
     unet/config.json       unet/diffusion_pytorch_model.safetensors (or in parts, with an index; or a .bin)
+    unet_ema/ (only in the checkpoints of diffusers' training scripts)
     scheduler/scheduler_config.json
 
-Older pipelines have the same files without the two subfolders. diffusers is not needed, and PyTorch only for a .bin.
+Older pipelines have the same files without subfolders. diffusers is not needed, and PyTorch only for a .bin.
 """
 
 import os
@@ -77,6 +78,16 @@ NOT_TRAINED = (
     'timestep_spacing',
     'variance_type',
 )
+# Keys in the config.json of unet_ema, which describe the average and not the network.
+EMA_KEYS = (
+    'decay',
+    'inv_gamma',
+    'min_decay',
+    'optimization_step',
+    'power',
+    'update_after_step',
+    'use_ema_warmup',
+)
 # Their value → ours.
 EMBEDDING_ORDERS = {True: 'cos_sin', False: 'sin_cos'}  # flip_sin_to_cos
 SCALE_SHIFT = {'default': False, 'scale_shift': True}  # resnet_time_scale_shift
@@ -111,7 +122,8 @@ def read(place: str, *, image_size: int = 0) -> Found:
         image_size: height and width of the images in pixels, used if the files do not state it.
 
     Returns:
-        What the files hold. Without a scheduler's file, the settings have no 'schedule' and no 'sample'.
+        What the files hold. Without a scheduler's file, the settings have no 'schedule' and no 'sample'. The weights
+        include 'ema' if there is a folder unet_ema.
 
     Raises:
         ValueError: a file cannot be read, or has a value that our network and schedules cannot express; the message
@@ -119,8 +131,12 @@ def read(place: str, *, image_size: int = 0) -> Found:
     """
     folder = place if os.path.isdir(place) else hub.download_pipeline(place)
     unet = _find(folder, 'unet', 'config.json')
+    ema = os.path.join(folder, 'unet_ema', 'config.json')
     scheduler = _find(folder, 'scheduler', 'scheduler_config.json')
     settings, betas = network_settings(_read_json(unet), unet, image_size), None
+    configs = {'params': unet} | ({'ema': ema} if os.path.exists(ema) else {})
+    if 'ema' in configs and network_settings(_read_json(ema), ema, image_size) != settings:
+        raise ValueError(f'{ema} describes another network than {unet}')
     if os.path.exists(scheduler):
         values = _read_json(scheduler)
         theirs = scheduler_settings(values, scheduler)
@@ -128,10 +144,11 @@ def read(place: str, *, image_size: int = 0) -> Found:
         for part, keys in theirs.items():
             settings[part] = settings.get(part, {}) | keys
         betas = values.get('trained_betas')
-    tensors = read_tensors(os.path.dirname(unet))
-    if (embedding := tensors.get('class_embedding.weight', np.zeros(()))).ndim == 2:
-        tensors['class_embedding.weight'] = with_no_class(embedding)
-    return Found(settings, {'params': tensors}, names, {}, betas)
+    weights = {which: read_tensors(os.path.dirname(config)) for which, config in configs.items()}
+    for tensors in weights.values():
+        if (embedding := tensors.get('class_embedding.weight', np.zeros(()))).ndim == 2:
+            tensors['class_embedding.weight'] = with_no_class(embedding)
+    return Found(settings, weights, names, {}, betas)
 
 
 def _find(folder: str, part: str, file: str) -> str:
@@ -280,7 +297,7 @@ def network_settings(values: Mapping[str, Any], path: str, image_size: int = 0) 
     if settings['model']['network'] == 'adm':
         settings['model'] |= {'scale_shift_norm': scale_shift, 'resblock_updown': bool(updown), 'num_heads': 0}
         settings['model'] |= {'updown_levels': updown} if updown else {}
-    keys.refuse_others(ignored=('num_train_timesteps',))
+    keys.refuse_others(ignored=('num_train_timesteps', *EMA_KEYS))
     return settings
 
 

@@ -264,6 +264,28 @@ def test_a_network_without_a_scheduler_leaves_schedule_and_sampling_open():
 # Files of weights
 
 
+def test_the_average_of_a_training_script_s_checkpoint(tmp_path):
+    """unet_ema has the same tensors with other values, and keys that say how they were averaged."""
+    folder = fixture.copy(tmp_path)
+    (folder / 'scheduler' / 'scheduler_config.json').unlink()
+    shutil.copytree(folder / 'unet', folder / 'unet_ema')
+    config = json.loads((folder / fixture.NETWORK).read_text())
+    average = {'decay': 0.9999, 'inv_gamma': 1.0, 'min_decay': 0.0, 'optimization_step': 500, 'power': 0.75}
+    average |= {'update_after_step': 0, 'use_ema_warmup': True}
+    (folder / 'unet_ema' / 'config.json').write_text(json.dumps(config | average))
+    path = folder / 'unet_ema' / 'diffusion_pytorch_model.safetensors'
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    found, alone = read(folder), read(folder / 'unet_ema')
+    assert found.weights.keys() == {'params', 'ema'} and found.settings == alone.settings
+    for name, tensor in found.weights['params'].items():
+        np.testing.assert_array_equal(found.weights['ema'][name], 2 * tensor)
+        np.testing.assert_array_equal(alone.weights['params'][name], 2 * tensor)
+
+    (folder / 'unet_ema' / 'config.json').write_text(json.dumps(config | average | {'norm_eps': 0.01}))
+    with pytest.raises(ValueError, match=r'unet_ema/config\.json describes another network than .*unet/config\.json'):
+        read(folder)
+
+
 def test_a_truncated_file(tmp_path):
     """The first incomplete tensor is named; a header that is cut or senseless is an error, too."""
     folder = fixture.copy(tmp_path)

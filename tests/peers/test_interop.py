@@ -21,6 +21,7 @@ from tests.runs import make_run, random_params, tiny
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
+EMAModel = pytest.importorskip('diffusers.training_utils').EMAModel
 pytestmark = pytest.mark.peers
 
 # ruff: noqa: E402 (after what may be missing)
@@ -116,6 +117,26 @@ def test_every_form_of_folder(form, network, tmp_path):
         network = diffusers.UNet2DModel.from_pretrained(folder / 'unet')
     import_to(workdir, f'diffusers:{folder}')
     assert_equal_networks(workdir, network.float())
+
+
+def test_a_checkpoint_of_the_training_script(network, tmp_path):
+    """The network as it was at that step and, in unet_ema, its average."""
+    folder, path = tmp_path / 'checkpoint-500', tmp_path / 'ours'
+    ema = EMAModel(network.parameters(), model_cls=diffusers.UNet2DModel, model_config=network.config)
+    ema.save_pretrained(folder / 'unet_ema')
+    raw = randomized(diffusers.UNet2DModel.from_config(network.config))
+    with torch.no_grad():
+        for parameter in raw.parameters():
+            parameter.mul_(1.5)
+    raw.save_pretrained(folder / 'unet')
+    import_to(path, f'diffusers:{folder}')
+    config = configs_workdir.get_config(str(path))
+    exp = build.build(config)
+    x, t = inputs(LAYOUT, t=[1, 2, 38, 1000])
+    ours = jit(lambda params: exp.network.net(params)(x, t))
+    for which, theirs in (('raw', raw), ('ema', network)):
+        _, params = workdir.load_params(exp.abstract_state(), config, str(path), which)
+        assert distance(ours(params), call(theirs, x, t - 1)) < 1e-5
 
 
 # UNet2DModels that others train: by diffusers' script, in its course, with all defaults; narrower than these are.
