@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from diffusion.interop.diffusers import (
     BLOCKS,
@@ -20,6 +19,7 @@ from diffusion.interop.diffusers import (
     names,
 )
 from diffusion.interop.tensors import to_tensors
+from diffusion.interop.weights import write_safetensors
 from diffusion.util import write_json
 
 
@@ -36,11 +36,10 @@ def write(folder: str, params: Mapping[Any, Any], *, network: dict[str, Any], sc
         OSError, safetensors.SafetensorError: a file cannot be written.
     """
     unet = os.path.join(folder, 'unet')
-    os.makedirs(unet, exist_ok=True)
     tensors = to_tensors(params, names)
     if (num_classes := network['num_class_embeds']) is not None:
         tensors['class_embedding.weight'] = np.ascontiguousarray(tensors['class_embedding.weight'].T[:num_classes])
-    save_file(tensors, os.path.join(unet, WEIGHTS), metadata={'format': 'pt'})
+    write_safetensors(os.path.join(unet, WEIGHTS), tensors, {'format': 'pt'})
     write_json(os.path.join(unet, 'config.json'), network)
     write_json(os.path.join(folder, 'scheduler', 'scheduler_config.json'), scheduler)
     if num_classes is not None:

@@ -1,15 +1,21 @@
-"""Reads files of named tensors: safetensors, and those of PyTorch. No code in a file is ever run."""
+"""Reads files of named tensors, safetensors and those of PyTorch, and writes safetensors.
+
+No code in a file is ever run.
+"""
 
 import os
 import pickle
 import re
+import stat
 import zipfile
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from diffusion.util import parse_json
+from diffusion.util import parse_json, replacing
 
 FLOATING = 'floating point of at least 16 bits was expected'
 
@@ -28,6 +34,23 @@ def read_safetensors(path: str) -> dict[str, np.ndarray]:
             return {name: _read_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise ValueError(f'{path} cannot be read{_truncated_at(path)} ({error}): download it again') from error
+
+
+def write_safetensors(path: str, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write {name: tensor} atomically, with the permissions of any new file: safetensors lets only the owner read.
+
+    Args:
+        path: the file; a link of this name is replaced.
+        tensors: contiguous arrays.
+        metadata: texts for the header of the file.
+
+    Raises:
+        OSError, safetensors.SafetensorError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        permissions = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        save_file(dict(tensors), file.name, metadata=metadata)
+        os.chmod(file.name, permissions)
 
 
 def require_file(path: str) -> None:

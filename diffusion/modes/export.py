@@ -10,12 +10,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from diffusion import build, compat, workdir
 from diffusion.build import Experiment
 from diffusion.interop import diffusers, diffusers_export
 from diffusion.interop.tensors import to_arrays
+from diffusion.interop.weights import write_safetensors
 from diffusion.networks import embedding
 from diffusion.runtime import hosts, mesh
 from diffusion.util import naming, open_regular, read_json, replacing, versions, with_error, write_json, write_text
@@ -127,7 +127,7 @@ def write_arrays(config: ConfigDict, path: str, step: int, params: Any) -> int:
     """Write the parameters in one file, each as the array that it is, and a record of what they are."""
     folder = workdir.output_folder(config, path, 'interop', 'export', f'step{step}-{config.interop.weights}-arrays')
     with workdir.writing(folder, SafetensorError, key='interop.folder'):
-        save_file(to_arrays(params), os.path.join(folder, 'params.safetensors'))
+        write_safetensors(os.path.join(folder, 'params.safetensors'), to_arrays(params))
         write_json(os.path.join(folder, 'record.json'), make_record(config, step, workdir.digest(params)))
     workdir.wrote(folder, 'params.safetensors', 'record.json')
     return 0

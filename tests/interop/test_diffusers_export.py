@@ -156,7 +156,6 @@ def test_classes_read_back(no_class, tmp_path):
 
 
 def test_a_link_in_place_of_the_weights_is_replaced(tmp_path):
-    """By safetensors itself."""
     precious = tmp_path / 'precious'
     precious.write_text('mine')
     (tmp_path / WEIGHTS).parent.mkdir()

@@ -1,6 +1,8 @@
 """--mode=export: what is refused, and the model card; tests/peers/test_interop.py loads exports with diffusers."""
 
 import json
+import os
+import stat
 
 import numpy as np
 import pytest
@@ -71,6 +73,20 @@ def test_a_network_that_diffusers_cannot_express_is_refused(tmp_path):
     with pytest.raises(RunError, match=r'config\.model: multipliers is \(2,\).*interop\.format=arrays'):
         export.run(config, str(run))
     assert not (run / 'export').exists()
+
+
+@pytest.mark.parametrize(('umask', 'mode'), [(0o022, 0o644), (0o007, 0o660)])
+@pytest.mark.parametrize('layout', ['diffusers', 'arrays'])
+def test_weights_have_the_permissions_of_new_files(run, layout, umask, mode):
+    """Not those of safetensors, which lets only the owner read."""
+    before = os.umask(umask)
+    try:
+        assert export.run(tiny({'interop.format': layout}), str(run)) == 0
+    finally:
+        os.umask(before)
+    (weights,) = run.glob('export/**/*.safetensors')
+    assert stat.S_IMODE(weights.stat().st_mode) == mode
+    assert {path.suffix for path in weights.parent.iterdir()} == {'.json', '.safetensors'}  # nothing is left over
 
 
 def test_any_network_is_exported_as_named_arrays(tmp_path):
