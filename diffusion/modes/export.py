@@ -266,7 +266,9 @@ def spacing_note(spacing: str) -> str:
 def public(source: str) -> str:
     """Return a source of images or weights, PROJECT:PLACE, without the folders of this machine."""
     project, _, place = source.partition(':')
-    return f'{project}:{os.path.basename(place.rstrip("/"))}' if os.path.exists(os.path.expanduser(place)) else source
+    place = os.path.expanduser(place)
+    is_path = os.path.isabs(place) or place.startswith('.') or os.path.exists(place)  # it may be gone by now
+    return f'{project}:{os.path.basename(place.rstrip("/"))}' if is_path else source
 
 
 def newest(path: str, kind: str, file: str, accept: Callable[[dict], bool]) -> tuple[str, dict[str, Any]]:

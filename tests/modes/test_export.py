@@ -75,6 +75,14 @@ def test_a_network_that_diffusers_cannot_express_is_refused(tmp_path):
     assert not (run / 'export').exists()
 
 
+@pytest.mark.parametrize(
+    'source', ['ddim:/private/model.ckpt', 'ddim:~/private/model.ckpt', 'ddim:../private/model.ckpt']
+)
+def test_a_file_that_is_gone_is_shown_without_its_folder(source):
+    assert export.public(source) == 'ddim:model.ckpt'
+    assert export.public('diffusers:google/ddpm-cifar10-32') == 'diffusers:google/ddpm-cifar10-32'  # of the hub
+
+
 @pytest.mark.parametrize(('umask', 'mode'), [(0o022, 0o644), (0o007, 0o660)])
 @pytest.mark.parametrize('layout', ['diffusers', 'arrays'])
 def test_weights_have_the_permissions_of_new_files(run, layout, umask, mode):
