@@ -160,7 +160,12 @@ def scheduler_config(
 
     Returns:
         The content of scheduler_config.json.
+
+    Raises:
+        ValueError: diffusers does not have this kind.
     """
+    if kind not in KINDS.values():
+        raise ValueError(f'kind is {kind!r}, but diffusers has only {", ".join(map(repr, KINDS.values()))}')
     # DDIMScheduler has no sigmoid schedule.
     theirs = {ours: theirs for theirs, ours in SCHEDULES.items() if theirs != 'sigmoid'}
     return {

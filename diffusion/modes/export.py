@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -100,9 +100,10 @@ def run(config: ConfigDict, path: str) -> int:
     params = jax.tree.map(mesh.gather, params)  # all hosts take part
     if asked.format == 'arrays':
         return write_arrays(config, path, step, params) if hosts.is_first() else 0
-    with naming('config.model'):
-        network = diffusers_network(config, no_class)
     with naming('config.sample'):
+        exp.network.require_variance(config.sample.variance)
+    with naming('config.model'), advising_arrays():
+        network = diffusers_network(config, no_class)
         scheduler = diffusers_scheduler(config, exp)
     if not hosts.is_first():
         return 0
@@ -144,19 +145,29 @@ def diffusers_network(config: ConfigDict, no_class: bool = False) -> dict[str, A
         ValueError: there is none.
     """
     arguments = inspect.signature(diffusers_export.network_config).parameters
+    return diffusers_export.network_config(
+        image_size=config.data.image_size,
+        image_channels=config.data.channels,
+        no_class=no_class,
+        **{key: value for key, value in config.model.items() if key in arguments},
+    )
+
+
+@contextlib.contextmanager
+def advising_arrays() -> Iterator[None]:
+    """Add to a ValueError within the context how the parameters can be exported nevertheless."""
     try:
-        return diffusers_export.network_config(
-            image_size=config.data.image_size,
-            image_channels=config.data.channels,
-            no_class=no_class,
-            **{key: value for key, value in config.model.items() if key in arguments},
-        )
+        yield
     except ValueError as error:
         raise ValueError(f'{error}; --config.interop.format=arrays exports any network, for other programs') from error
 
 
 def diffusers_scheduler(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
-    """Return the config of a scheduler that equals config.schedule and config.sample."""
+    """Return the config of a scheduler that equals config.schedule, config.sample and config.model.kind.
+
+    Raises:
+        ValueError: there is none.
+    """
     schedule, asked = config.schedule, config.sample
     same = schedule.name != 'cosine' or (schedule.offset, schedule.max_beta) == (0.008, 0.999)
     return diffusers_export.scheduler_config(

@@ -111,6 +111,12 @@ def test_zero_terminal_snr_reads_back():
         assert diffusers.scheduler_settings(written, 'x')['schedule']['zero_terminal_snr'] == zero
 
 
+def test_a_kind_that_diffusers_lacks_is_refused():
+    """A config may add kinds."""
+    with pytest.raises(ValueError, match="kind is 'score', but diffusers has only 'eps', 'x0', 'v'"):
+        diffusers_export.scheduler_config(**SCHEDULE | {'kind': 'score'})
+
+
 def test_a_spacing_that_diffusers_lacks_becomes_leading():
     config = diffusers_export.scheduler_config(**SCHEDULE | {'spacing': 'quad'})
     assert config['timestep_spacing'] == 'leading'

@@ -9,6 +9,7 @@ import pytest
 from jax.tree_util import tree_leaves_with_path
 from safetensors.numpy import load_file
 
+from diffusion import gaussian
 from diffusion.configs import workdir as configs_workdir
 from diffusion.modes import export
 from diffusion.networks.embedding import time_embedding
@@ -73,6 +74,17 @@ def test_a_network_that_diffusers_cannot_express_is_refused(tmp_path):
     with pytest.raises(RunError, match=r'config\.model: multipliers is \(2,\).*interop\.format=arrays'):
         export.run(config, str(run))
     assert not (run / 'export').exists()
+
+
+def test_what_diffusers_cannot_sample_is_refused(run, monkeypatch):
+    """A kind that a config has added, and a learned variance of a network that learns none."""
+    with pytest.raises(RunError, match=r"config\.sample: variance is 'learned', but .* model\.variance='fixed'"):
+        export.run(tiny({'sample.variance': 'learned'}), str(run))
+    monkeypatch.setitem(gaussian.KINDS, 'score', gaussian.KINDS['eps'])
+    other = run_of(run.parent / 'other', tiny({'model.kind': 'score'}))
+    with pytest.raises(RunError, match=r"config\.model: kind is 'score', but diffusers .*interop\.format=arrays"):
+        export.run(tiny({'model.kind': 'score'}), str(other))
+    assert not (run / 'export').exists() and not (other / 'export').exists()
 
 
 @pytest.mark.parametrize(
