@@ -43,9 +43,12 @@ def run(config: ConfigDict, path: str) -> int:
     source = config.interop.source
     with naming('config.interop.source'):
         found = read(source, config)
+        given = config.command.overrides
         config, settings = merge(config, found, source)
+    asked = config.copy_and_resolve_references()
+    asked.command.overrides = given  # so that no warning is about a key that only the files state
     with naming_files(source, settings):
-        exp = build.build(config)
+        exp = build.build(asked)
 
     # Compute.
     abstract = exp.abstract_state()

@@ -303,6 +303,17 @@ def test_what_the_command_line_says_is_not_overridden_in_silence():
         import_weights.merge(config, found, 'theirs')
 
 
+def test_no_warning_is_about_a_key_that_only_the_files_state(tmp_path, capsys):
+    """A linear schedule comes with the constants of a cosine one, which have no effect on it."""
+    config = tiny({'interop.source': f'diffusers:{PIPELINE}', 'schedule.max_beta': 0.999})
+    config.command.overrides = ('interop.source', 'schedule.max_beta')
+    assert import_weights.run(config, str(tmp_path / 'run')) == 0
+    said = capsys.readouterr().out
+    assert 'config.schedule.max_beta has no effect' in said and 'schedule.offset' not in said
+    stored = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert {'schedule.offset', 'schedule.max_beta'} <= set(stored['command']['overrides'])
+
+
 COSINE = np.cos((np.arange(101) / 100 + 0.008) / 1.008 * np.pi / 2) ** 2
 # What files may list instead of naming a schedule, and the keys of ours.
 LISTED = {
