@@ -185,8 +185,17 @@ def diffusers_scheduler(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
     )
 
 
+def as_imported(config: ConfigDict, step: int) -> bool:
+    """Return whether the parameters are those of another project: this one has not trained them."""
+    return step == 0 and bool(config.interop.source)
+
+
 def make_record(config: ConfigDict, step: int, digest: str) -> dict[str, Any]:
-    """Return {name: value} of what the parameters are, without the folders of this machine."""
+    """Return {name: value} of what the parameters are, without the folders of this machine.
+
+    The images and settings of a training are left out if there was none.
+    """
+    trained = not as_imported(config, step)
     return {
         'checkpoint step': step,
         'weights': config.interop.weights,
@@ -196,8 +205,9 @@ def make_record(config: ConfigDict, step: int, digest: str) -> dict[str, Any]:
             for part in ('data', 'model', 'schedule', 'train')
             for key, value in config[part].to_dict().items()
             if key not in workdir.INCIDENTAL
+            and (trained or part in ('model', 'schedule') or key in ('image_size', 'channels'))
         },
-        'data.source': public(config.data.source),
+        **({'data.source': public(config.data.source)} if trained else {}),
         **({'imported from': public(config.interop.source)} if config.interop.source else {}),
         **versions(),
     }
@@ -208,6 +218,7 @@ def write_card(folder: str, config: ConfigDict, path: str, step: int, params: An
     digest = workdir.digest(params)
     data, num_classes = config.data, config.model.num_classes
     learned = config.model.variance == 'learned'
+    origin = config.interop.source if as_imported(config, step) else data.source
     usage = (CONDITIONAL if num_classes else LEARNED if learned else PIPELINES).format(
         T=config.schedule.T,
         short=min(50, config.schedule.T),
@@ -219,7 +230,7 @@ def write_card(folder: str, config: ConfigDict, path: str, step: int, params: An
         image_size=data.image_size,
     )
     card = CARD.format(
-        title=f'{public(data.source)} at {data.image_size}×{data.image_size}, DDPM',
+        title=f'{public(origin)} at {data.image_size}×{data.image_size}, DDPM',
         size=f'{data.image_size}×{data.image_size}×{data.channels}',
         count=sum(leaf.size for leaf in jax.tree.leaves(params)),
         usage=usage,

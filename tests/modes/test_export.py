@@ -76,6 +76,18 @@ def test_a_network_that_diffusers_cannot_express_is_refused(tmp_path):
     assert not (run / 'export').exists()
 
 
+def test_the_card_of_imported_weights_names_no_training(tmp_path):
+    """The config's images and settings of training are not those by which another project trained them."""
+    config = tiny({'interop.source': f'ddim:{tmp_path}/celeba.ckpt'})
+    params = random_params(config, 1)
+    run = make_run(tmp_path / 'run', config, 0, params=params, ema=params)
+    assert export.run(config, str(run)) == 0
+    card = (run / 'export' / 'step0-ema' / 'README.md').read_text()
+    assert '# ddim:celeba.ckpt at 8×8, DDPM' in card and '| imported from | ddim:celeba.ckpt |' in card
+    assert '| data.image_size | 8 |' in card and '| schedule.T | 4 |' in card
+    assert 'digits' not in card and 'train.' not in card
+
+
 def test_what_diffusers_cannot_sample_is_refused(run, monkeypatch):
     """A kind that a config has added, and a learned variance of a network that learns none."""
     with pytest.raises(RunError, match=r"config\.sample: variance is 'learned', but .* model\.variance='fixed'"):
