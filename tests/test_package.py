@@ -7,7 +7,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 
 import pytest
@@ -76,17 +75,17 @@ def test_the_extras_exist(wheel):
 
 def test_help_is_quick_and_imports_no_jax(site, tmp_path):
     program = (
-        'import atexit, sys\n'
+        'import atexit, sys, time\n'
         "sys.argv = ['diffusion', '--help']\n"
         'from diffusion.cli import main\n'
-        "atexit.register(lambda: print('imported:', *sys.modules))\n"
+        "atexit.register(lambda: print('seconds:', time.process_time(), *sys.modules))\n"
         'main()\n'
     )
-    start = time.perf_counter()
-    text, _, imported = run(site, tmp_path, sys.executable, '-c', program).partition('imported:')
-    assert time.perf_counter() - start < 2
+    text, _, printed = run(site, tmp_path, sys.executable, '-c', program).partition('seconds:')
+    seconds, *imported = printed.split()
+    assert float(seconds) < 2  # of the processor, so that other programs change little
     assert '--workdir' in text
-    assert not {'jax', 'numpy', 'flax', 'tensorflow'} & set(imported.split())
+    assert not {'jax', 'numpy', 'flax', 'tensorflow'} & set(imported)
 
 
 @pytest.mark.slow
