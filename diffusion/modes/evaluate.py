@@ -144,8 +144,10 @@ def open_npz(path: str, name: str = 'arr_0') -> np.ndarray:
     with open(path, 'rb') as file:
         file.seek(member.header_offset + 26)  # the lengths of the name and of the extra field
         lengths = np.frombuffer(file.read(4), '<u2')
-        file.seek(member.header_offset + 30 + int(lengths.sum()))
+        begin = file.seek(member.header_offset + 30 + int(lengths.sum()))
         shape, fortran, dtype = read_header(file)
+        if file.tell() + math.prod(shape) * dtype.itemsize != begin + member.file_size:
+            raise ValueError(f'its header says {dtype} {shape}, but it has {member.file_size} bytes')
         return np.memmap(path, dtype, 'r', file.tell(), shape, 'F' if fortran else 'C')
 
 

@@ -46,10 +46,7 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         return read(file)
-    except (
-        SyntaxError,
-        tokenize.TokenError,
-    ) as error:  # NumPy turns only some errors of Python's parser into ValueError
+    except (SyntaxError, tokenize.TokenError) as error:  # NumPy turns only some of its parser's errors into ValueError
         raise ValueError(f'its header is damaged ({error})') from error
 
 

@@ -121,6 +121,16 @@ def test_labels_that_are_damaged_are_an_error(held_out, tmp_path):
         evaluate.run(asking(path), str(tmp_path / 'run'))
 
 
+def test_a_header_that_names_fewer_images_than_the_file_has_is_refused(held_out, tmp_path):
+    path = tmp_path / 'samples.npz'
+    np.savez(path, held_out)
+    content = path.read_bytes()
+    count, fewer = (f'({number}, 8'.encode() for number in (len(held_out), len(held_out) - 1))
+    path.write_bytes(content.replace(count, fewer))
+    with pytest.raises(RunError, match=rf'its header says uint8 .*, but it has {held_out.nbytes + 128} bytes'):
+        evaluate.run(asking(path), str(tmp_path / 'run'))
+
+
 def test_labels_beyond_the_classes_of_the_reference_have_no_metrics_by_class(held_out, tmp_path):
     path = tmp_path / 'samples.npz'
     np.savez(path, held_out, np.full(len(held_out), 10))
