@@ -349,10 +349,7 @@ def load_same_images(config: ConfigDict, split: str = '', key: str = '', labelle
         RunError: the images differ, or a host has none; raised on all hosts.
     """
     images = _on_all_hosts(lambda: load_images(config, split, key, labelled))
-    found = f'{len(images)} images with SHA-256 {images.record["sha256"]}'
-    if labelled:
-        found += f' and their labels with {images.record["labels_sha256"]}'
-    require_same({'config.data.source': found}, SAME_IMAGES)
+    require_same({'config.data.source': _digests(images.record)}, SAME_IMAGES)
     return images
 
 
@@ -374,6 +371,9 @@ def load_training_images(config: ConfigDict) -> data.Images:
     if asked.shards == 1:
         return load_same_images(config, labelled=asked.labels)
 
+    def of_host(host):
+        return data.own_shards(asked.shards, host, jax.process_count())
+
     def open_pictures():
         with naming('config.data'):
             preprocess = Preprocessing(asked.crop, asked.image_size, asked.channels)
@@ -381,7 +381,7 @@ def load_training_images(config: ConfigDict) -> data.Images:
 
     def decode():
         how = {key: asked[key] for key in ('cache', 'cache_dir', 'max_bad_fraction')}
-        shards = data.own_shards(asked.shards, jax.process_index(), jax.process_count())
+        shards = of_host(jax.process_index())
         with naming('config.data'):
             images = data.decode(pictures, preprocess, **how, num_shards=asked.shards, shards=shards)
             return data.labelled(images, config.model.num_classes) if asked.labels else images
@@ -390,11 +390,35 @@ def load_training_images(config: ConfigDict) -> data.Images:
     found = f'{len(pictures)} pictures whose names and sizes have SHA-256 {pictures.sha256_everywhere}'
     require_same({'config.data.source': found, 'the preprocessing': str(preprocess.record())}, SAME_IMAGES)
     images = _on_all_hosts(decode)
-    records = hosts.gather([shard.record for shard in images.shards])
-    record = data.join_records([record for of_host in records for record in of_host])
+    gathered = hosts.gather([shard.record for shard in images.shards])
+    record = data.join_records(_one_of_each([of_host(host) for host in range(len(gathered))], gathered))
     with naming('config.data'):
         data.require_usable(record['count'], len(pictures), asked.max_bad_fraction)
     return dataclasses.replace(images, record=record)
+
+
+def _one_of_each(shards: Sequence[Sequence[int]], records: Sequence[Sequence[dict]]) -> list[dict]:
+    """Return the record of each shard, from the shards of each host and their records.
+
+    Raises:
+        RunError: hosts that have a shard in common decoded other images.
+    """
+    found: dict[int, tuple[int, dict]] = {}
+    for host, (numbers, of_host) in enumerate(zip(shards, records, strict=True)):
+        for number, record in zip(numbers, of_host, strict=True):
+            first, known = found.setdefault(number, (host, record))
+            if _digests(known) != _digests(record):
+                raise RunError(
+                    f'config.data.source is not the same on all hosts\n    shard {number}: process {first} has '
+                    f'{_digests(known)}, process {host} has {_digests(record)}\n{SAME_IMAGES}'
+                )
+    return [found[number][1] for number in sorted(found)]
+
+
+def _digests(record: dict[str, Any]) -> str:
+    """The digests in the record of images."""
+    labels = f' and their labels with {record["labels_sha256"]}' if 'labels_sha256' in record else ''
+    return f'{record["count"]} images with SHA-256 {record["sha256"]}{labels}'
 
 
 def _on_all_hosts(function: Callable[[], Result]) -> Result:

@@ -128,23 +128,35 @@ def test_two_hosts_resume_as_four(stopped, tmp_path, aside):
 
 
 @pytest.mark.slow
-def test_two_hosts_that_decode_half_of_the_images_each_train_as_one(tmp_path, aside):
-    """The second host's copies of the pictures have other times of modification."""
-    one, two = tmp_path / 'one', tmp_path / 'two'
-    pictures = [folder_of_pictures(tmp_path / str(host)) for host in range(2)]
+def test_hosts_that_decode_only_their_own_images_train_as_one(tmp_path, aside):
+    """Two hosts begin, and three continue, which do not divide the four shards.
+
+    The second host's copies of the pictures have other times of modification.
+    """
+    one, several = tmp_path / 'one', tmp_path / 'several'
+    pictures = [folder_of_pictures(tmp_path / str(host)) for host in range(3)]
     for picture in pictures[1].iterdir():
         os.utime(picture, (1, 1))
     changes = dict(data__source='folder:pictures', data__shards=4, data__labels=False, mesh__fsdp=1)
-    own = [[f'--config.data.{key}={tmp_path / str(host)}' for key in ('data_dir', 'cache_dir')] for host in range(2)]
+    changes |= dict(train__batch_size=24, train__num_steps=8)
+    own = [[f'--config.data.{key}={tmp_path / str(host)}' for key in ('data_dir', 'cache_dir')] for host in range(3)]
     on_one = aside.submit(train, 1, 2, one, own=lambda _: [*own[0], f'--config.data.cache_dir={tmp_path}'], **changes)
-    (output, _) = train(2, 1, two, own=own.__getitem__, **changes)
-    on_one.result()
+
+    def kept():
+        """The sizes of the decoded shards of each host."""
+        files = [(tmp_path / str(host)).glob('*/images.bin') for host in range(3)]
+        return [[file.stat().st_size for file in of_host] for of_host in files]
+
+    (output, _) = train(2, 1, several, own=own.__getitem__, **(changes | dict(train__num_steps=4)))
     assert '40 images of folder:pictures' in output
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
-    recorded = [json.loads((workdir / 'config.json').read_text())['images'] for workdir in (one, two)]
+    assert kept() == [[10 * 8 * 8] * count for count in (2, 2, 0)]  # the shards 0 and 1, 2 and 3
+    (output, *_) = train(3, 1, several, own=own.__getitem__, **changes)
+    assert 'step 4 of 8' in output and '3 hosts' in output
+    assert kept() == [[10 * 8 * 8] * count for count in (2, 3, 2)]  # 0 and 1; 1 and 2; 2 and 3
+    on_one.result()
+    np.testing.assert_allclose(losses(several), losses(one), rtol=1e-5)
+    recorded = [json.loads((workdir / 'config.json').read_text())['images'] for workdir in (one, several)]
     assert recorded[0] == recorded[1] and recorded[0]['count'] == 40
-    kept = [list((tmp_path / str(host)).glob('*/images.bin')) for host in range(2)]
-    assert [[file.stat().st_size for file in files] for files in kept] == [[10 * 8 * 8] * 2] * 2
 
 
 def folder_of_pictures(folder):

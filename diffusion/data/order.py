@@ -19,7 +19,7 @@ class Order:
 
     If the images are divided into several shards, a batch consists of equally many images of each, and each shard has
     its own epochs. A batch therefore depends on the number of shards, but not on how hosts share them: a host needs
-    only the shards that its part of each batch comes from.
+    only the shards that its rows of a batch come from, see `own_shards`.
 
     Args:
         num_images: number of images of the training split; with several shards, of each shard that this host has.
@@ -30,7 +30,7 @@ class Order:
         shards: number of shards, summed over all hosts.
 
     Raises:
-        ValueError: hosts or shards do not divide batch_size, or hosts do not divide several shards.
+        ValueError: hosts or shards do not divide batch_size, or num_images are not those of this host's shards.
     """
 
     def __init__(
@@ -78,14 +78,9 @@ class Order:
 
 
 def own_shards(shards: int, host: int, hosts: int) -> range:
-    """Return the shards of a host: an equal part of several, in order; if there is only one, all hosts have it.
+    """Return the shards that a host's rows of each batch come from. Neighbouring hosts may have one in common.
 
-    Raises:
-        ValueError: hosts do not divide several shards evenly.
+    Host h of H has the rows from h/H to (h+1)/H of a batch, and shard s of S the rows from s/S to (s+1)/S. The host
+    therefore has the shards from ⌊h·S/H⌋ to ⌈(h+1)·S/H⌉ − 1.
     """
-    if shards == 1:
-        return range(1)
-    if shards % hosts:
-        raise ValueError(f'{shards} shards cannot be divided evenly among {hosts} hosts')
-    share = shards // hosts
-    return range(host * share, (host + 1) * share)
+    return range(host * shards // hosts, -(-(host + 1) * shards // hosts))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import build, conditions, workdir
+from diffusion import build, conditions, data, workdir
 from diffusion.build import Experiment
 from diffusion.data.prefetch import BATCHES_AHEAD
 from diffusion.modes import likelihood, sample, train
@@ -46,7 +46,7 @@ def run(config: ConfigDict, path: str) -> int:
     exp = build.build(config, devices)
     num_hosts = len({device.process_index for device in devices})
     train.require_equal_parts(config, exp)
-    train.require_shards(config, num_hosts)
+    train.require_shards(config)
     folder = workdir.output_folder(config, path, 'plan', 'plan')
 
     # Compute.
@@ -331,9 +331,10 @@ def state_bytes(exp: Experiment) -> dict[str, int]:
 def on_each_host(config: ConfigDict, num_hosts: int) -> dict[str, int]:
     """Return what the images take on each of `num_hosts` hosts: disk for decoded ones, memory for batches that wait."""
     nbytes = config.data.image_size**2 * config.data.channels
-    divided = num_hosts if config.data.shards > 1 else 1
+    shards = config.data.shards
+    most = max(len(data.own_shards(shards, host, num_hosts)) for host in range(num_hosts))
     return {
-        'disk_bytes_of_a_million_images': 10**6 * nbytes // divided if config.data.cache else 0,
+        'disk_bytes_of_a_million_images': 10**6 * nbytes * most // shards if config.data.cache else 0,
         'memory_bytes_of_batches': BATCHES_AHEAD * config.train.batch_size // num_hosts * nbytes,
     }
 

@@ -62,7 +62,7 @@ def run(config: ConfigDict, path: str) -> int:
     require_loss(config)
     require_memory(config, exp)
     workdir.check_config(config, path)  # before the images are decoded
-    require_shards(config, jax.process_count())
+    require_shards(config)
     images = build.load_training_images(config)
     require_enough(config, images)
 
@@ -426,14 +426,9 @@ def require_equal_parts(config: ConfigDict, exp: Experiment) -> None:
         )
 
 
-def require_shards(config: ConfigDict, num_hosts: int) -> None:
-    """Raise RunError unless hosts divide data.shards evenly, and these the batch."""
+def require_shards(config: ConfigDict) -> None:
+    """Raise RunError unless a batch has equally many images of each of data.shards."""
     shards = config.data.shards
-    if shards > 1 and shards % num_hosts:
-        raise RunError(
-            f'config.data.shards is {shards}, which {num_hosts} hosts cannot divide evenly: use another number of '
-            f'hosts, or for a new run a multiple of {num_hosts}'
-        )
     if config.train.batch_size % shards:
         raise RunError(
             f'config.train.batch_size is {config.train.batch_size}, which data.shards={shards} cannot divide evenly: '

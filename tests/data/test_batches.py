@@ -84,23 +84,25 @@ def test_a_batch_that_hosts_cannot_divide_is_an_error():
 
 @settings(max_examples=30)
 @given(
-    st.lists(st.integers(1, 30), min_size=4, max_size=4),
-    st.integers(1, 8),
+    st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    st.integers(1, 12),
     st.integers(0, 2**32 - 1),
     st.integers(0, 50),
 )
 def test_a_batch_of_shards_is_the_same_for_any_number_of_hosts(sizes, size, seed, step):
-    """And a host needs only its own shards. Indices count the images of a host's shards."""
-    whole = data.Order(sizes, 4 * size, seed, shards=4)[step]
+    """And a host needs only the shards of its own rows. Indices count the images of a host's shards."""
+    shards, batch = len(sizes), len(sizes) * size
+    whole = data.Order(sizes, batch, seed, shards=shards)[step]
     starts = np.cumsum([0, *sizes])
-    for hosts in (2, 4):
-        share = 4 // hosts
-        for host in range(hosts):
-            mine = range(host * share, (host + 1) * share)
-            assert data.own_shards(4, host, hosts) == mine
-            order = data.Order(sizes[mine.start : mine.stop], 4 * size, seed, host=host, hosts=hosts, shards=4)
-            part = order[step] + starts[mine.start]
-            np.testing.assert_array_equal(part, whole[host * share * size : (host + 1) * share * size])
+    of_rows = np.searchsorted(starts, whole, side='right') - 1  # the shard of each image of the batch
+    for hosts in range(1, batch + 1):
+        if batch % hosts:
+            continue
+        for host, rows in enumerate(np.split(np.arange(batch), hosts)):
+            mine = data.own_shards(shards, host, hosts)
+            assert list(mine) == np.unique(of_rows[rows]).tolist()
+            order = data.Order(sizes[mine.start : mine.stop], batch, seed, host=host, hosts=hosts, shards=shards)
+            np.testing.assert_array_equal(order[step] + starts[mine.start], whole[rows])
 
 
 def test_each_shard_gives_its_images_once_in_each_of_its_epochs():
@@ -127,8 +129,9 @@ def test_shards_have_orders_of_their_own():
     ('sizes', 'changes', 'words'),
     [
         ((9, 9, 9), {'shards': 3}, 'a batch of 8 images cannot be divided evenly among 3 shards'),
-        ((9,), {'shards': 4, 'hosts': 8}, '4 shards cannot be divided evenly among 8 hosts'),
+        ((9,), {'shards': 4, 'hosts': 3}, 'a batch of 8 images cannot be divided evenly among 3 hosts'),
         ((9, 9), {'shards': 4}, 'num_images has 2 sizes, but this host has 4 shards'),
+        ((9, 9), {'shards': 4, 'hosts': 8}, 'num_images has 2 sizes, but this host has 1 shards'),
     ],
 )
 def test_shards_that_cannot_be_divided_are_an_error(sizes, changes, words):

@@ -1,11 +1,14 @@
 """From images on disk to the batches of a training run: the same for every placement and from every first step."""
 
+import concurrent.futures
 import dataclasses
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -17,7 +20,7 @@ import pytest
 from diffusion import build, data, workdir
 from diffusion.configs import celeba
 from diffusion.modes import train
-from diffusion.runtime import mesh
+from diffusion.runtime import hosts, mesh
 from diffusion.util import RunError
 from tests.galleries import encoded, fill, noise, picture_feature, write_tfds
 from tests.runs import ROOT, TINY, assert_bitwise, assert_refused, main, saved, tiny
@@ -71,20 +74,74 @@ def test_a_step_gets_images_of_each_shard(pictures, placement):
             }
 
 
-@pytest.mark.parametrize(
-    ('changes', 'hosts', 'words'),
-    [
-        (
-            dict(data__shards=3),
-            2,
-            'config.data.shards is 3, which 2 hosts cannot divide evenly: use another number of hosts, or for',
-        ),
-        (dict(data__shards=3), 1, 'config.train.batch_size is 16, which data.shards=3 cannot divide evenly'),
-    ],
-)
-def test_shards_that_hosts_or_batches_cannot_share_are_refused(pictures, changes, hosts, words):
-    with pytest.raises(RunError, match=re.escape(words)):
-        train.require_shards(config_of(pictures, **changes), hosts)
+def on_hosts(monkeypatch, count, function):
+    """Return what a function of the host returns on each of several, which are threads here."""
+    here, barrier, given = threading.local(), threading.Barrier(count), {}
+
+    def gather(value):
+        given[here.host] = json.dumps(value)
+        barrier.wait(60)
+        values = [json.loads(given[host]) for host in range(count)]
+        barrier.wait(60)
+        return values
+
+    def differences(values):
+        of_hosts = gather(values)
+        return {name: f'{text} and others' for name, text in of_hosts[0].items() if of_hosts != [of_hosts[0]] * count}
+
+    def on(host):
+        here.host = host
+        try:
+            return function(host)
+        except RunError as error:
+            return error
+
+    monkeypatch.setattr(jax, 'process_count', lambda: count)
+    monkeypatch.setattr(jax, 'process_index', lambda: getattr(here, 'host', 0))
+    monkeypatch.setattr(hosts, 'gather', gather)
+    monkeypatch.setattr(hosts, 'differences', differences)
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(on, range(count)))
+
+
+@pytest.mark.parametrize(('count', 'shards'), [(2, 8), (3, 4), (4, 6), (8, 2), (3, 1)])
+def test_several_hosts_feed_the_batches_of_one(pictures, tmp_path, monkeypatch, count, shards):
+    """Bit by bit, from any step on, whether or not they divide the shards; a resume may have other hosts."""
+    changes = dict(data__shards=shards, data__placement='host', train__batch_size=24, train__num_steps=7)
+    config = config_of(pictures, **changes)
+    exp, images = build.build(config), build.load_training_images(config)
+    monkeypatch.setattr(mesh, 'put', lambda array, sharding: array)
+    whole = [batch for batch, _ in train.feed(config, exp, images, 3)]
+
+    def on(host):
+        own = config_of(pictures, **changes, data__cache_dir=str(tmp_path / str(host)))
+        images = build.load_training_images(own)
+        return images.record, [batch for batch, _ in train.feed(own, exp, images, 3)]
+
+    records, parts = zip(*on_hosts(monkeypatch, count, on), strict=True)
+    assert all(record == images.record for record in records)
+    for k, batch in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([part[k] for part in parts]), batch)
+
+
+def test_hosts_that_have_a_shard_in_common_compare_it(pictures, tmp_path, monkeypatch):
+    """Three hosts have four shards. A picture of the second shard differs on the first host, but not in size."""
+    flat = [encoded(np.full((8, 8), grey, np.uint8)) for grey in (10, 11)]
+    assert len(flat[0]) == len(flat[1])
+
+    def on(host):
+        own = fill(tmp_path / str(host), {f'{i:02d}.png': flat[host == 0] if i == 15 else PNG[i] for i in range(40)})
+        changes = dict(data__shards=4, data__cache_dir=str(tmp_path / 'cache' / str(host)), train__batch_size=24)
+        return build.load_training_images(config_of(own, **changes))
+
+    for error in on_hosts(monkeypatch, 3, on):
+        assert isinstance(error, RunError)
+        assert re.search(r'shard 1: process 0 has 10 images with SHA-256 \w+, process 1 has 10 images', str(error))
+
+
+def test_shards_that_do_not_divide_the_batch_are_refused(pictures):
+    with pytest.raises(RunError, match=r'config.train.batch_size is 16, which data.shards=3 cannot divide evenly'):
+        train.require_shards(config_of(pictures, data__shards=3))
 
 
 def test_a_host_that_has_only_its_own_images_cannot_put_all_on_the_devices(pictures, monkeypatch):
