@@ -1,4 +1,7 @@
-"""Choose what a config leaves open (0 in data.image_size, data.channels or model.channels) from the pictures."""
+"""Choose what a config leaves open from the pictures.
+
+That is 0 in data.image_size, data.channels, model.channels, or data.shards, which is chosen when training opens them.
+"""
 
 import math
 from collections import Counter
@@ -15,6 +18,9 @@ from diffusion.util import RunError, naming, say, signature
 
 CHOSEN = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'groups')  # the keys of `choose_network`
 LARGEST_SIZE = 64  # pixels: what a first network can be trained for
+WHOLE = 8_000_000_000  # bytes of decoded images, up to which each host keeps all of them
+SHARDS = (1, 2, 4, 8, 16, 32, 64)
+PICTURES_OF_SHARD = 100  # at least
 
 
 def is_complete(config: ConfigDict) -> bool:
@@ -181,3 +187,22 @@ def choose_network(image_size: int, num_images: int, platform: str) -> dict[str,
         'attention_resolutions': tuple(size for size in sizes if size <= 16)[:1],
         'groups': 8 if channels == 32 else 32,
     }
+
+
+def choose_shards(config: ConfigDict, num_pictures: int) -> int:
+    """Choose data.shards: the most of which a batch can have equally many images, or 1 for images of up to 8 GB.
+
+    The number does not depend on the hosts, which may change from start to start.
+
+    Args:
+        config: a config that leaves neither image size nor channels open.
+        num_pictures: number of training pictures.
+
+    Returns:
+        One of SHARDS, and 1 if data.placement asks that each device keep all images.
+    """
+    nbytes = num_pictures * config.data.image_size**2 * config.data.channels
+    if nbytes <= WHOLE or config.data.placement == 'device':
+        return 1
+    most = max(1, num_pictures // PICTURES_OF_SHARD)
+    return max(number for number in SHARDS if number <= most and config.train.batch_size % number == 0)

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diffusion import data, gaussian, schedule, workdir
+from diffusion import autoconfig, data, gaussian, schedule, workdir
 from diffusion.data.pictures import Preprocessing
 from diffusion.loss import WEIGHTINGS, History, init_history
 from diffusion.networks import IMPLEMENTATIONS, NETWORKS, make_rngs, round_parameters
@@ -326,7 +326,9 @@ def load_images(config: ConfigDict, split: str = '', key: str = '', labelled: bo
     """
     keys = ('image_size', 'channels', 'crop', 'data_dir', 'cache', 'cache_dir', 'max_bad_fraction', 'max_pixels')
     asked = f'config.{key}={split!r}' if key else f'config.data, split {split!r}' if split else 'config.data'
-    num_shards = config.data.shards if split in ('', config.data.split) else 1  # only what is trained on is divided
+    num_shards: int | Callable[[int], int] = 1
+    if split in ('', config.data.split):  # only what is trained on is divided
+        num_shards = config.data.shards or functools.partial(autoconfig.choose_shards, config)
     with naming(asked):
         arguments = {key: config.data[key] for key in keys} | {'num_shards': num_shards}
         images = data.load(config.data.source, split or config.data.split, **arguments)
@@ -354,12 +356,12 @@ def load_same_images(config: ConfigDict, split: str = '', key: str = '', labelle
 
 
 def load_training_images(config: ConfigDict) -> data.Images:
-    """Load the images that this host trains on: all of them, or its part of config.data.shards.
+    """Load the images that this host trains on: all of them, or its own shards.
 
     In the second case the hosts compare the names and sizes of all pictures, before any is decoded.
 
     Args:
-        config: the whole config.
+        config: the whole config. If it leaves data.shards open, the number is chosen, see `Images.num_shards`.
 
     Returns:
         The images of this host, with labels if config.data.labels. Their record is that of the images of all hosts.
@@ -367,12 +369,7 @@ def load_training_images(config: ConfigDict) -> data.Images:
     Raises:
         RunError: the images differ, or a host cannot load its own; raised on all hosts.
     """
-    asked = config.data
-    if asked.shards == 1:
-        return load_same_images(config, labelled=asked.labels)
-
-    def of_host(host):
-        return data.own_shards(asked.shards, host, jax.process_count())
+    asked, count = config.data, jax.process_count()
 
     def open_pictures():
         with naming('config.data'):
@@ -381,17 +378,26 @@ def load_training_images(config: ConfigDict) -> data.Images:
 
     def decode():
         how = {key: asked[key] for key in ('cache', 'cache_dir', 'max_bad_fraction')}
-        shards = of_host(jax.process_index())
         with naming('config.data'):
-            images = data.decode(pictures, preprocess, **how, num_shards=asked.shards, shards=shards)
+            shards = of_host[jax.process_index()]
+            images = data.decode(pictures, preprocess, **how, num_shards=num_shards, shards=shards)
             return data.labelled(images, config.model.num_classes) if asked.labels else images
 
     pictures, preprocess = _on_all_hosts(open_pictures)
-    found = f'{len(pictures)} pictures whose names and sizes have SHA-256 {pictures.sha256_everywhere}'
-    require_same({'config.data.source': found, 'the preprocessing': str(preprocess.record())}, SAME_IMAGES)
+    num_shards = asked.shards or autoconfig.choose_shards(config, len(pictures))
+    compared = {'config.data.shards': str(num_shards)}
+    if num_shards > 1:
+        found = f'{len(pictures)} pictures whose names and sizes have SHA-256 {pictures.sha256_everywhere}'
+        compared |= {'config.data.source': found, 'the preprocessing': str(preprocess.record())}
+    require_same(compared, SAME_IMAGES)
+    if num_shards > 1 and not asked.shards:
+        say(f'{len(pictures)} pictures; chosen: data.shards={num_shards}')
+    of_host = [data.own_shards(num_shards, host, count) for host in range(count)]
     images = _on_all_hosts(decode)
-    gathered = hosts.gather([shard.record for shard in images.shards])
-    record = data.join_records(_one_of_each([of_host(host) for host in range(len(gathered))], gathered))
+    if num_shards == 1:
+        require_same({'config.data.source': _digests(images.record)}, SAME_IMAGES)
+        return images
+    record = data.join_records(_one_of_each(of_host, hosts.gather([shard.record for shard in images.shards])))
     with naming('config.data'):
         data.require_usable(record['count'], len(pictures), asked.max_bad_fraction)
     return dataclasses.replace(images, record=record)

@@ -193,7 +193,7 @@ LIMITS: dict[str, Limit] = {
     'data.crop': OneOf(table='diffusion.data.pictures:CROPS'),
     'data.max_bad_fraction': Reals(0, 1),
     'data.max_pixels': Integers(1),
-    'data.shards': Integers(1),
+    'data.shards': Integers(0),
     'data.placement': OneOf('auto', 'device', 'host'),
     'model.network': OneOf(table='diffusion.networks:NETWORKS'),
     'model.implementation': OneOf('auto', table='diffusion.networks:IMPLEMENTATIONS'),

@@ -47,6 +47,9 @@ INCIDENTAL = (
 )
 INTERVALS = ('num_steps', 'checkpoint_every', 'keep_checkpoints', 'log_every', 'sample_every')  # change no parameter
 
+# The values that keys have in runs from before the key existed, where that is not the default.
+BEFORE: dict[str, dict[str, Any]] = {'data': {'shards': 1}}
+
 # The types of what is read from a config.json, and from its record of the images.
 STORED = {
     'data': dict,
@@ -86,8 +89,8 @@ def resolve(config: ConfigDict, workdir: str, *, training: bool = False, platfor
             if not config.data.image_size:
                 allowed = stored['data'].get('max_bad_fraction', 0.0)  # chosen with the image size
                 config.data.max_bad_fraction = max(config.data.max_bad_fraction, allowed)
-            for key in ('image_size', 'channels'):
-                config.data[key] = config.data[key] or stored['data'][key]
+            for key in ('image_size', 'channels', 'shards'):
+                config.data[key] = config.data[key] or (BEFORE['data'] | stored.get('data', {}))[key]
             if not config.model.channels:
                 config.model.update({key: stored['model'][key] for key in autoconfig.CHOSEN})
             if config.data.labels and not config.model.num_classes:
@@ -294,14 +297,19 @@ def _differences(config: ConfigDict, stored: dict[str, Any]) -> list[str]:
     asked, defaults = plain(config), plain(default.get_config())
     lines = []
     for part in IDENTITY:
-        # A run from before a key existed has the key's default.
-        before = {key: defaults[part].get(key) for key in asked[part]} | stored.get(part, {})
+        # A run from before a key existed has the key's default, unless BEFORE says otherwise.
+        before = {key: defaults[part].get(key) for key in asked[part]} | BEFORE.get(part, {}) | stored.get(part, {})
         lines += [
             f'    config.{part}.{key}: {before.get(key)!r} there, {asked[part].get(key)!r} asked'
             for key in sorted(asked[part].keys() | before.keys())
-            if key not in INCIDENTAL and before.get(key) != asked[part].get(key)
+            if not _agree(key, before.get(key), asked[part].get(key))
         ]
     return lines
+
+
+def _agree(key: str, before: Any, asked: Any) -> bool:
+    """Whether a run and a config agree in a key. If one of them leaves the number of shards open, they do."""
+    return before == asked or key in INCIDENTAL or (key == 'shards' and 0 in (before, asked))
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

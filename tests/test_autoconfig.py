@@ -147,6 +147,31 @@ def test_a_network_is_wider_on_an_accelerator():
     assert widths == sorted(set(widths))
 
 
+# The shards.
+
+
+@pytest.mark.parametrize(
+    ('count', 'size', 'batch', 'shards'),
+    [
+        (60_000, 32, 128, 1),  # 0.2 GB
+        (162_770, 64, 128, 1),  # CelebA, 2 GB
+        (1_281_167, 64, 128, 64),  # ImageNet, 16 GB
+        (3_033_042, 256, 64, 64),  # LSUN bedrooms, 596 GB
+        (3_033_042, 256, 96, 32),
+        (3_033_042, 256, 9, 1),
+        (1000, 4096, 64, 8),  # 50 GB
+        (199, 4096, 64, 1),  # 10 GB
+    ],
+)
+def test_many_images_are_divided_into_shards(count, size, batch, shards):
+    """Not those of less than 8 GB, and none into shards of fewer than 100 pictures."""
+    config = default.get_config()
+    config.data.image_size, config.train.batch_size = size, batch
+    assert autoconfig.choose_shards(config, count) == shards
+    config.data.placement = 'device'
+    assert autoconfig.choose_shards(config, count) == 1
+
+
 # A whole config.
 
 

@@ -61,6 +61,26 @@ def test_a_run_from_before_a_key_existed_has_its_default(tmp_path):
         workdir.check_config(quick({'model.first_level': 0}), str(tmp_path))
 
 
+@pytest.mark.parametrize(('stored', 'kept', 'others'), [(None, 1, [4]), (1, 1, [4]), (4, 4, [1]), (0, 0, [])])
+def test_a_run_keeps_its_number_of_shards(tmp_path, stored, kept, others):
+    """A run from before the key has one. An imported run has no number until it is trained."""
+    config = quick({'data.shards': stored or 0}).to_dict()
+    if stored is None:
+        del config['data']['shards']
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    for training in (True, False):
+        config = workdir.resolve(quick(), str(tmp_path), training=training)
+        assert config.data.shards == kept
+        workdir.check_config(config, str(tmp_path))
+    for other in (1, 4):
+        config = workdir.resolve(quick({'data.shards': other}), str(tmp_path), training=True)
+        if other in others:
+            with pytest.raises(RunError, match=f'config.data.shards: {kept} there, {other} asked'):
+                workdir.check_config(config, str(tmp_path))
+        else:
+            workdir.check_config(config, str(tmp_path))
+
+
 def test_a_renamed_picture_is_told_from_a_run_on_other_images(tmp_path):
     """The number of images and the preprocessing are the same on both sides."""
     root = fill(tmp_path / 'p', {f'{i}.png': encoded(noise(1, 8, 8, seed=i)[0]) for i in range(3)})

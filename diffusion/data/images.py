@@ -41,6 +41,11 @@ class Images:
     shards: Sequence['Images'] = ()
     checksums: 'Checksums | None' = None
 
+    @property
+    def num_shards(self) -> int:
+        """The number of shards that the record describes, which are those of all hosts; 1 for one array."""
+        return len(self.record['counts']) if self.shards else 1
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -1,7 +1,7 @@
 """Load the images of one split."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from diffusion.data.cache import decoded, too_many
 from diffusion.data.images import Images, join
@@ -23,7 +23,7 @@ def load(
     cache_dir: str = '',
     max_bad_fraction: float = 0.01,
     max_pixels: int = MAX_PIXELS,
-    num_shards: int = 1,
+    num_shards: int | Callable[[int], int] = 1,
 ) -> Images:
     """Load the images of one split. It prints what the source found and left out.
 
@@ -38,7 +38,7 @@ def load(
         cache_dir: see `decode`.
         max_bad_fraction: see `decode`.
         max_pixels: larger pictures cannot be used.
-        num_shards: see `decode`.
+        num_shards: see `decode`; or a function that returns it for a number of pictures.
 
     Returns:
         The images, uint8 (N, image_size, image_size, channels), with their labels.
@@ -48,13 +48,14 @@ def load(
             to get it.
     """
     preprocess = Preprocessing(crop, image_size, channels)
+    pictures = open_pictures(source, split, data_dir, max_pixels)
     return decode(
-        open_pictures(source, split, data_dir, max_pixels),
+        pictures,
         preprocess,
         cache=cache,
         cache_dir=cache_dir,
         max_bad_fraction=max_bad_fraction,
-        num_shards=num_shards,
+        num_shards=num_shards(len(pictures)) if callable(num_shards) else num_shards,
     )
 
 

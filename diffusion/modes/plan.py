@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import build, conditions, data, workdir
+from diffusion import autoconfig, build, conditions, data, workdir
 from diffusion.build import Experiment
 from diffusion.data.prefetch import BATCHES_AHEAD
 from diffusion.modes import likelihood, sample, train
@@ -300,7 +300,7 @@ def largest_batch(config: ConfigDict, exp: Experiment, card: Card) -> dict[str, 
     """
     if card.usable is None:
         return {'images': None, 'complete': False}
-    unit = math.lcm(exp.mesh.size * config.train.accumulate, config.data.shards)
+    unit = math.lcm(exp.mesh.size * config.train.accumulate, config.data.shards or 1)
 
     def fits(units: int) -> bool:
         changed = config.copy_and_resolve_references()
@@ -329,9 +329,12 @@ def state_bytes(exp: Experiment) -> dict[str, int]:
 
 
 def on_each_host(config: ConfigDict, num_hosts: int) -> dict[str, int]:
-    """Return what the images take on each of `num_hosts` hosts: disk for decoded ones, memory for batches that wait."""
+    """Return what the images take on each of `num_hosts` hosts: disk for decoded ones, memory for batches that wait.
+
+    If data.shards is open, it is the number that would be chosen for a million images.
+    """
     nbytes = config.data.image_size**2 * config.data.channels
-    shards = config.data.shards
+    shards = config.data.shards or autoconfig.choose_shards(config, 10**6)
     most = max(len(data.own_shards(shards, host, num_hosts)) for host in range(num_hosts))
     return {
         'disk_bytes_of_a_million_images': 10**6 * nbytes * most // shards if config.data.cache else 0,
@@ -405,5 +408,6 @@ NOTE = (
     'step in parts are those of one part and of the update. How many steps that solver takes is not known. '
     '"At least" is the time that arithmetic or messages of the whole row, such as a chain, take at the '
     "manufacturer's rates, whichever is longer: a bound, not a prediction. "
-    '"Fits" leaves out the images that training keeps on the devices (data.placement).'
+    '"Fits" leaves out the images that training keeps on the devices (data.placement). Unless data.shards is given, '
+    'each host keeps all decoded images if they take up to 8 GB.'
 )

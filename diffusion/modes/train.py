@@ -64,6 +64,7 @@ def run(config: ConfigDict, path: str) -> int:
     workdir.check_config(config, path)  # before the images are decoded
     require_shards(config)
     images = build.load_training_images(config)
+    config.data.shards = images.num_shards  # chosen, if the config and the run left it open
     require_enough(config, images)
 
     with workdir.lock(path) as lock, contextlib.ExitStack() as stack:
@@ -394,7 +395,7 @@ def feed(
             "config.data.placement is 'device', but config.data.cache=False decodes images anew for each batch: "
             "use placement 'host', or cache=True"
         )
-    index, count, shards = jax.process_index(), jax.process_count(), config.data.shards
+    index, count, shards = jax.process_index(), jax.process_count(), images.num_shards
     divided = count > 1 and shards > 1
     if placement == 'device' and divided:
         raise RunError(
@@ -427,8 +428,8 @@ def require_equal_parts(config: ConfigDict, exp: Experiment) -> None:
 
 
 def require_shards(config: ConfigDict) -> None:
-    """Raise RunError unless a batch has equally many images of each of data.shards."""
-    shards = config.data.shards
+    """Raise RunError unless a batch has equally many images of each of data.shards, if their number is known."""
+    shards = config.data.shards or 1
     if config.train.batch_size % shards:
         raise RunError(
             f'config.train.batch_size is {config.train.batch_size}, which data.shards={shards} cannot divide evenly: '

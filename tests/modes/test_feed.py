@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -17,13 +18,13 @@ import numpy as np
 import PIL
 import pytest
 
-from diffusion import build, data, workdir
+from diffusion import autoconfig, build, data, workdir
 from diffusion.configs import celeba
 from diffusion.modes import train
 from diffusion.runtime import hosts, mesh
 from diffusion.util import RunError
 from tests.galleries import encoded, fill, noise, picture_feature, write_tfds
-from tests.runs import ROOT, TINY, assert_bitwise, assert_refused, main, saved, tiny
+from tests.runs import ROOT, TINY, assert_bitwise, assert_refused, main, quick, saved, tiny
 
 IMAGES = noise(40, 8, 8, 1)
 PNG = [encoded(image) for image in IMAGES]
@@ -137,6 +138,72 @@ def test_hosts_that_have_a_shard_in_common_compare_it(pictures, tmp_path, monkey
     for error in on_hosts(monkeypatch, 3, on):
         assert isinstance(error, RunError)
         assert re.search(r'shard 1: process 0 has 10 images with SHA-256 \w+, process 1 has 10 images', str(error))
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """Let 40 pictures be many, and five of them enough for a shard."""
+    monkeypatch.setattr(autoconfig, 'WHOLE', 0)
+    monkeypatch.setattr(autoconfig, 'PICTURES_OF_SHARD', 5)
+
+
+def test_the_chosen_number_of_shards_does_not_depend_on_the_hosts(pictures, tmp_path, many, monkeypatch):
+    """Three hosts do not divide it. Other modes load what was trained on."""
+    changes = dict(train__batch_size=24)
+    config = config_of(pictures, **changes)
+    images = build.load_training_images(config)
+    assert images.num_shards == 8 and len(images) == 40
+    assert build.load_images(config).record == images.record
+
+    def on(host):
+        own = config_of(pictures, **changes, data__cache_dir=str(tmp_path / str(host)))
+        return build.load_training_images(own)
+
+    of_hosts = on_hosts(monkeypatch, 3, on)
+    assert all(own.record == images.record and own.num_shards == 8 for own in of_hosts)
+    assert [len(own) for own in of_hosts] == [15, 20, 15]  # the shards 0 to 2, 2 to 5, and 5 to 7
+
+
+def test_hosts_compare_the_number_of_shards_that_they_choose(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(autoconfig, 'WHOLE', 39 * 8 * 8)
+    monkeypatch.setattr(autoconfig, 'PICTURES_OF_SHARD', 5)
+
+    def on(host):
+        own = fill(tmp_path / str(host), {f'{i:02d}.png': PNG[i] for i in range(40 - host)})
+        return build.load_training_images(config_of(own, data__cache_dir=str(tmp_path / 'cache' / str(host))))
+
+    for error in on_hosts(monkeypatch, 2, on):
+        assert isinstance(error, RunError) and 'config.data.shards' in str(error)
+
+
+def test_a_few_images_are_not_divided_unless_asked(pictures):
+    record = build.load_training_images(config_of(pictures)).record
+    assert record == build.load_training_images(config_of(pictures, data__shards=1)).record
+    assert record['sha256'] == hashlib.sha256(IMAGES[IN_ORDER].tobytes()).hexdigest()
+
+
+def test_a_run_keeps_the_number_of_shards_that_was_chosen(pictures, tmp_path, many, monkeypatch, capsys):
+    """Also if fewer would now be chosen: for another batch, or because the images are not many any more."""
+
+    def begin(**changes):
+        config = quick(
+            {'data.source': f'folder:{pictures}'} | {key.replace('__', '.'): v for key, v in changes.items()}
+        )
+        with pytest.raises(RunError, match='enough'):
+            train.run(config, str(tmp_path / 'run'))
+        return workdir.read_config(str(tmp_path / 'run'))
+
+    def stop(*_, **__):
+        raise RunError('enough')
+
+    monkeypatch.setattr(train, 'feed', stop)
+    stored = begin()
+    assert stored['data']['shards'] == 8 and len(stored['images']['counts']) == 8
+    assert '40 pictures; chosen: data.shards=8' in capsys.readouterr().out
+    monkeypatch.setattr(autoconfig, 'WHOLE', 10**9)
+    assert begin(train__batch_size=8)['images'] == stored['images']
+    with pytest.raises(RunError, match=r'train.batch_size is 4, which data.shards=8 cannot divide evenly'):
+        train.run(quick({'data.source': f'folder:{pictures}', 'train.batch_size': 4}), str(tmp_path / 'run'))
 
 
 def test_shards_that_do_not_divide_the_batch_are_refused(pictures):

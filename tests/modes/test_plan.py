@@ -182,12 +182,20 @@ def test_what_is_not_known_is_not_zero(usable, said):
 
 @pytest.mark.parametrize(
     ('shards', 'cache', 'disk'),
-    [(1, True, 49.152e9), (64, True, 6.144e9), (64, False, 0), (4, True, 12.288e9), (12, True, 2 * 4.096e9)],
+    [
+        (1, True, 49.152e9),
+        (64, True, 6.144e9),
+        (64, False, 0),
+        (4, True, 12.288e9),
+        (12, True, 2 * 4.096e9),
+        (0, True, 6.144e9),
+    ],
 )
 def test_what_images_take_on_each_host(shards, cache, disk):
     """Of a million images of 128×128×3 on eight hosts; and 16 batches of 256 wait in memory, an eighth on each.
 
-    A host of eight has one of four shards, which it shares with another host; or two of twelve, one of them shared.
+    A host of eight has one of four shards, which it shares with another host; or two of twelve, one of them shared. If
+    the number is open, so many images are divided into 64.
     """
     config = tiny({'data.image_size': 128, 'data.channels': 3, 'data.shards': shards, 'data.cache': cache})
     config.train.batch_size = 256
