@@ -58,7 +58,8 @@ test: install
 	$(pytest)
 
 test-slow: install
-	$(pytest) -m slow
+	$(pytest) -m 'slow and not optimized'
+	$(pytest) -m optimized
 
 # With PYTHON and VENV of a newer Python, for which newer versions of JAX exist.
 test-newer: install

@@ -31,8 +31,8 @@ def pytest_configure(config):
     os.environ['XDG_CACHE_HOME'] = folder = tempfile.mkdtemp(prefix='diffusion-tests-')
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     # Compilation is most of the suite's time: each program is compiled once for all tests, processes included, and
-    # without optimization, except for the slow tests, which run their programs longer than they compile them.
-    if config.option.markexpr == 'not slow and not peers':
+    # without optimization, except for the tests that run their programs longer than they compile them.
+    if config.option.markexpr != 'optimized':
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FAST_TO_COMPILE}'.strip()
     os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(folder, 'compiled')
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'

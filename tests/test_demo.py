@@ -10,7 +10,7 @@ import pytest
 from benchmarks.digits import quality
 from tests.runs import CONFIG, ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 
 @pytest.fixture(scope='module')

@@ -62,6 +62,7 @@ def training(*, batch=16):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized  # with the options that runs have
 def test_three_threads_get_what_one_gets():
     """Two samplings and a training step. With convolutions by Eigen the first images of a batch went wrong."""
     functions = [sampling(0), sampling(1), training()]
