@@ -41,12 +41,12 @@ def test_the_value_is_unbiased_and_its_error_covers_the_truth():
 
 
 def test_the_paired_error_covers_the_difference_of_sets_of_the_same_noise():
-    """200 repetitions: of sets that differ little and of sets that differ much, with all vectors and with subsets."""
+    """100 repetitions: of sets that differ little and of sets that differ much, with subsets and with all vectors."""
     rng = np.random.default_rng(5)
-    for noise, subsets, size in ((0.02, 20, 100), (0.3, 20, 100), (0.1, 1, 300)):
-        found, ratios, reference = [], [], rng.normal(size=(300, 4))
-        for _ in range(200):
-            first = rng.normal(0.2, 1, (300, 4))
+    for noise, subsets, size in ((0.02, 10, 60), (0.3, 10, 60), (0.1, 1, 200)):
+        found, ratios, reference = [], [], rng.normal(size=(200, 4))
+        for _ in range(100):
+            first = rng.normal(0.2, 1, (200, 4))
             second = first + 0.1 + noise * rng.normal(size=first.shape)
             results = [kernel_distance(s, reference, subsets=subsets, subset_size=size) for s in (first, second)]
             arrays = [{'KID': one.influences, 'KID|subsets': one.subset_values} for one in results]
@@ -55,7 +55,7 @@ def test_the_paired_error_covers_the_difference_of_sets_of_the_same_noise():
             ratios.append(np.hypot(*(one.standard_error for one in results)) / error)
         differences, errors = np.array(found).T
         covered = np.sum(np.abs(differences - differences.mean()) < 1.96 * errors)
-        assert 180 <= covered <= 199 and np.median(ratios) > 2  # times as large as if they were independent
+        assert 88 <= covered <= 99 and np.median(ratios) > 2  # times as large as if they were independent
 
 
 def test_the_influence_is_that_of_loops(monkeypatch):
