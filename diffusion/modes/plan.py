@@ -1,5 +1,6 @@
 """--mode=plan: what fits on accelerators that need not be here, and what it costs, from programs compiled for them."""
 
+import contextlib
 import math
 import os
 import re
@@ -18,8 +19,19 @@ from diffusion.modes import likelihood, sample, train
 from diffusion.networks import Program
 from diffusion.runtime import hlo, memory, mesh, targets
 from diffusion.runtime.compilation import compiling
+from diffusion.runtime.interrupt import leaves
 from diffusion.runtime.targets import Card
-from diffusion.util import RunError, first_line, json_sha256, naming, say, versions, write_json, write_text
+from diffusion.util import (
+    RunError,
+    first_line,
+    json_sha256,
+    naming,
+    read_json,
+    say,
+    versions,
+    write_json,
+    write_text,
+)
 
 LARGEST_BATCH = 2**16  # images; larger ones are not tried unless asked for
 STEP_OF_BATCH = 1 / 8  # how exactly the largest batch is found
@@ -49,13 +61,6 @@ def run(config: ConfigDict, path: str) -> int:
     train.require_shards(config)
     folder = workdir.output_folder(config, path, 'plan', 'plan')
 
-    # Compute.
-    compilers = {'train': compile_train, 'sample': compile_sample, 'likelihood': compile_likelihood}
-    programs = {name: measure(compilers[name], config, exp, card, name) for name in asked.programs}
-    others = alternatives(config, exp, card) if asked.alternatives else []
-    largest = largest_batch(config, exp, card) if asked.largest_batch else None
-
-    # Record.
     settings = {
         'target': asked.target,
         'devices': len(devices),
@@ -65,6 +70,27 @@ def run(config: ConfigDict, path: str) -> int:
         **settings_of_programs(config),
         'versions': versions(),
     }
+    # The name contains a digest of all settings: plans of others do not replace each other.
+    digest = json_sha256(settings)[:8]
+    about = f'{asked.target}-fsdp{config.mesh.fsdp}-batch{config.train.batch_size}-{config.model.dtype}'
+    name = re.sub(r'\W+', '-', f'{about}-{digest}')
+
+    # Compute. Compiling may take an hour, so each program is kept as soon as it is measured.
+    compilers = {'train': compile_train, 'sample': compile_sample, 'likelihood': compile_likelihood}
+    unfinished = os.path.join(folder, f'{name}.unfinished')
+    programs: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        programs = read_json(unfinished)
+    for what in asked.programs:
+        if what not in programs:
+            programs[what] = measure(compilers[what], config, exp, card, what)
+            with workdir.writing(folder, key='plan.folder'):
+                write_json(unfinished, programs)
+        leaves(f'{", ".join(programs)} of the plan are kept; the same command goes on')
+    others = alternatives(config, exp, card) if asked.alternatives else []
+    largest = largest_batch(config, exp, card) if asked.largest_batch else None
+
+    # Record.
     record = settings | {
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(exp.abstract_state().params)),
         'state_bytes': state_bytes(exp),
@@ -73,14 +99,12 @@ def run(config: ConfigDict, path: str) -> int:
         'largest_batch': largest,
         'host': on_each_host(config, num_hosts),
     }
-    # The name contains a digest of all settings: plans of others do not replace each other.
-    digest = json_sha256(settings)[:8]
-    about = f'{asked.target}-fsdp{config.mesh.fsdp}-batch{config.train.batch_size}-{config.model.dtype}'
-    name = re.sub(r'\W+', '-', f'{about}-{digest}')
     text = markdown(record)
     with workdir.writing(folder, key='plan.folder'):
         write_json(os.path.join(folder, f'{name}.json'), record)
         write_text(os.path.join(folder, f'{name}.md'), text)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(unfinished)
 
     # Report.
     say(f'\n{text}')

@@ -143,6 +143,29 @@ def test_what_the_config_leaves_open_is_chosen_for_the_devices_of_the_target(mon
         plan.run(quick(), str(tmp_path))
 
 
+def test_an_interrupted_plan_goes_on_with_the_next_program(monkeypatch, tmp_path):
+    compiled, stop_at = [], 'likelihood'
+
+    def measure(compile_program, config, exp, card, what):
+        if what == stop_at:
+            raise KeyboardInterrupt
+        compiled.append(what)
+        return dict.fromkeys(plan.UNKNOWN) | {'of': what, 'fits': False, 'why': 'it is too large'}
+
+    monkeypatch.setattr(plan, 'measure', measure)
+    with pytest.raises(KeyboardInterrupt):
+        plan.run(quick(), str(tmp_path))
+    assert compiled == ['train', 'sample'] and not list(tmp_path.glob('plan/*.json'))
+    stop_at = None
+    assert plan.run(quick(), str(tmp_path)) == 0
+    assert compiled == ['train', 'sample', 'likelihood']
+    (record,) = tmp_path.glob('plan/*.json')
+    assert list(json.loads(record.read_text(encoding='utf-8'))['programs']) == compiled
+    assert {file.suffix for file in record.parent.iterdir()} == {'.json', '.md'}
+    assert plan.run(quick(), str(tmp_path)) == 0
+    assert compiled[3:] == ['train', 'sample', 'likelihood']  # a finished plan is made anew
+
+
 def test_an_alternative_that_does_not_divide_the_batch_is_said_to_be_left_out(monkeypatch, capsys):
     monkeypatch.setattr(plan, 'measure', lambda *arguments: {})
     config = quick({'train.batch_size': 1})
