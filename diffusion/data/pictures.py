@@ -227,6 +227,8 @@ def _eight_bits(image: ImageFile.ImageFile, content: bytes) -> UInt8[np.ndarray,
     if picture.mode.startswith('I'):
         most = 4095 if raw_mode == 'I;12' else 65535
         values = np.asarray(picture)
+        if picture.mode == 'I' and (values.min() < 0 or values.max() > most):  # of a format that a config has added
+            raise ValueError(f'has values from {values.min()} to {values.max()}, but 0 … {most} was expected')
         if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow ignores for 16 bits
             values = most - values
         levels = np.round(values / np.float32(most / 255)).astype(np.uint8)

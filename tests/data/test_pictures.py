@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffusion.data import pictures
 from diffusion.data.pictures import CROPS, Preprocessing, decode
 from tests.galleries import encoded, noise
 
@@ -240,6 +241,17 @@ def test_whole_numbers_of_an_unknown_range_are_an_error(bits, sample_format):
     strip = np.arange(0, 256, 51).astype(f'<i{bits // 8}').tobytes()
     with pytest.raises(ValueError, match='range is unknown: save it with 8 or 16 bits'):
         decode(tiff([strip], 1, 6, {258: bits, 262: 1, 277: 1, 339: sample_format}))
+
+
+def test_values_of_more_than_sixteen_bits_in_a_format_of_a_config_are_an_error(monkeypatch):
+    """They would wrap around."""
+    monkeypatch.setitem(pictures.FORMATS, 'FITS', ('.fits',))
+    cards = {'SIMPLE': 'T', 'BITPIX': 32, 'NAXIS': 2, 'NAXIS1': 2, 'NAXIS2': 1}
+    header = ''.join(f'{key:8}= {value:>20}'.ljust(80) for key, value in cards.items()) + 'END'
+    for values in ([-5, 3], [3, 70000]):
+        content = header.ljust(2880).encode() + np.array(values, '>i4').tobytes().ljust(2880, b'\0')
+        with pytest.raises(ValueError, match=f'has values from {values[0]} to {values[1]}, but 0 … 65535'):
+            decode(content)
 
 
 @pytest.mark.parametrize('compressed', [True, False])
