@@ -96,8 +96,10 @@ def test_donated_buffers_are_reused(name):
 
 
 def test_implementations_replace_networks_by_subclasses():
-    """Which have the same parameters, unless they override the constructor."""
+    """Which have the same parameters, unless they override the constructor, and are called in the same way."""
     assert plain.NETWORKS == {}
     for name, network in [*cpu.NETWORKS.items(), *gpu.NETWORKS.items()]:
         assert issubclass(network, NETWORKS[name])
         assert inspect.unwrap(network.__init__) is NETWORKS[name].__init__
+        own, plain_ones = (list(inspect.signature(cls.__call__).parameters) for cls in (network, NETWORKS[name]))
+        assert own == plain_ones

@@ -106,11 +106,19 @@ class UNet(unet.UNet):
         shifts = nnx.silu(super().embed(t, labels)).astype(kernel.dtype) @ kernel + bias
         return shifts + jnp.concatenate([block.conv1.bias[...] for block in blocks]).astype(shifts.dtype)
 
-    def __call__(self, *inputs: Any, deterministic: bool = True, rngs: Any = None) -> Images:
+    def __call__(
+        self,
+        x: Images,
+        t: Num[Array, 'B'],
+        labels: Int[Array, 'B'] | None = None,
+        *,
+        deterministic: bool = True,
+        rngs: Any = None,
+    ) -> Images:
         """Apply the network, with the keys of all blocks drawn at once."""
         if not deterministic:
             rngs = types.SimpleNamespace(dropout=iter(rngs.dropout.many(len(self._blocks()))).__next__)
-        return super().__call__(*inputs, deterministic=deterministic, rngs=rngs)
+        return super().__call__(x, t, labels, deterministic=deterministic, rngs=rngs)
 
     def _blocks(self) -> list[Any]:
         stages = [*self.down, *self.up]
