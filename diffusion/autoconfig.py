@@ -1,6 +1,6 @@
 """Choose what a config leaves open from the pictures.
 
-That is 0 in data.image_size, data.channels, model.channels, or data.shards, which is chosen when training opens them.
+0 leaves open data.image_size, data.channels, model.channels and data.shards. The last is chosen when images are loaded.
 """
 
 import math
@@ -20,7 +20,7 @@ CHOSEN = ('channels', 'multipliers', 'num_blocks', 'attention_resolutions', 'gro
 LARGEST_SIZE = 64  # pixels: what a first network can be trained for
 WHOLE = 8_000_000_000  # bytes of decoded images, up to which each host keeps all of them
 SHARDS = (1, 2, 4, 8, 16, 32, 64)
-PICTURES_OF_SHARD = 100  # at least
+PICTURES_OF_SHARD = 100  # in each shard, at least
 
 
 def is_complete(config: ConfigDict) -> bool:
@@ -190,7 +190,7 @@ def choose_network(image_size: int, num_images: int, platform: str) -> dict[str,
 
 
 def choose_shards(config: ConfigDict, num_pictures: int) -> int:
-    """Choose data.shards: the most of which a batch can have equally many images, or 1 for images of up to 8 GB.
+    """Choose data.shards: 1 for images of up to 8 GB, else the largest of SHARDS that divides the batch.
 
     The number does not depend on the hosts, which may change from start to start.
 
@@ -199,7 +199,8 @@ def choose_shards(config: ConfigDict, num_pictures: int) -> int:
         num_pictures: number of training pictures.
 
     Returns:
-        One of SHARDS, and 1 if data.placement asks that each device keep all images.
+        One of SHARDS; 1 if data.placement asks that each device keep all images. Of several shards, each has at least
+        PICTURES_OF_SHARD pictures.
     """
     nbytes = num_pictures * config.data.image_size**2 * config.data.channels
     if nbytes <= WHOLE or config.data.placement == 'device':

@@ -407,7 +407,7 @@ def _one_of_each(shards: Sequence[Sequence[int]], records: Sequence[Sequence[dic
     """Return the record of each shard, from the shards of each host and their records.
 
     Raises:
-        RunError: hosts that have a shard in common decoded other images.
+        RunError: hosts that have a shard in common decoded different images.
     """
     found: dict[int, tuple[int, dict]] = {}
     for host, (numbers, of_host) in enumerate(zip(shards, records, strict=True)):
@@ -422,7 +422,7 @@ def _one_of_each(shards: Sequence[Sequence[int]], records: Sequence[Sequence[dic
 
 
 def _digests(record: dict[str, Any]) -> str:
-    """The digests in the record of images."""
+    """Return the number of images and the digests in their record, for messages."""
     labels = f' and their labels with {record["labels_sha256"]}' if 'labels_sha256' in record else ''
     return f'{record["count"]} images with SHA-256 {record["sha256"]}{labels}'
 

@@ -47,7 +47,7 @@ INCIDENTAL = (
 )
 INTERVALS = ('num_steps', 'checkpoint_every', 'keep_checkpoints', 'log_every', 'sample_every')  # change no parameter
 
-# The values that keys have in runs from before the key existed, where that is not the default.
+# In a run from before a key existed, the key has its default, or else the value given here.
 BEFORE: dict[str, dict[str, Any]] = {'data': {'shards': 1}}
 
 # The types of what is read from a config.json, and from its record of the images.

@@ -90,9 +90,10 @@ class Checksums:
 
 
 def checksums(images: UInt8[np.ndarray, 'N H W C']) -> UInt64[np.ndarray, 'N']:
-    """Return Σ wᵢ·xᵢ mod 2⁶⁴ of each image, where wᵢ are fixed odd numbers and xᵢ its bytes, by eights if that divides.
+    """Return Σ wᵢ·xᵢ mod 2⁶⁴ of each image, where wᵢ are fixed odd numbers.
 
-    A flipped bit always changes the sum, and other damage almost always.
+    xᵢ are the bytes of the image, or its words of eight bytes if it has a multiple of eight. A flipped bit always
+    changes the sum, and other damage almost always.
     """
     words = np.ascontiguousarray(images).reshape(len(images), math.prod(images.shape[1:]))
     words = words.view('<u8') if words.shape[1] % 8 == 0 else words.astype(np.uint64)

@@ -42,9 +42,8 @@ FORMATS = {
 
 BITS, PHOTOMETRIC, PLANES = 258, 262, 284  # tags of TIFF files
 
-# Pillow reads only the higher byte of each 16-bit value of a colour. For each raw mode with such values, this is one
-# that takes the same bytes for pixels of the other byte order, whose higher byte is the lower one here; for LA;16B, one
-# that reads all four bytes.
+# Of a colour of 16 bits, Pillow reads only the high byte of each value. For each of its raw modes of such colours, this
+# is the raw mode that reads the low bytes: that of the other byte order. For LA;16B, it is one that reads all bytes.
 OTHER_BYTES = {
     f'{mode};16{order}': f'{mode};16{other}'
     for mode in ('RGB', 'RGBA', 'RGBX')
@@ -313,7 +312,7 @@ def _load(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _load_again(content: bytes, raw_mode: str) -> Image.Image:
-    """Decode, but let Pillow take the bytes of the pixels for those of another raw mode."""
+    """Decode the same bytes as pixels of another raw mode."""
     with _header(content) as image:
         image.tile = [
             tile._replace(args=(raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode)

@@ -74,7 +74,7 @@ class _Unpickler(pickle.Unpickler):
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        # A pickle may set attributes of what it gets here: nothing that outlives it is returned, unless immutable.
+        # A pickle may set attributes of what is returned here, so this is immutable or made anew for each file.
         known: dict[str, Callable] = {
             'collections.OrderedDict': collections.OrderedDict,
             'torch._utils._rebuild_tensor_v2': lambda *arguments: _Tensor(*arguments),

@@ -103,8 +103,8 @@ def influence(
     Args:
         samples: (N, D), at least two.
         reference: (M, D).
-        others: so many random x_j and y_j are taken at most: the same ones whenever N and M are the same.
-        seed: of their choice.
+        others: at most so many x_j, and as many y_j, are drawn at random; the same ones whenever N and M are the same.
+        seed: of this draw.
     """
     rng = np.random.RandomState(seed)
     xs, ys = (rng.choice(n, min(others, n), replace=False) for n in (len(samples), len(reference)))

@@ -70,8 +70,8 @@ def run(paths: list[str]) -> int:
 def paired_error(first: dict[str, np.ndarray], second: dict[str, np.ndarray], name: str) -> float:
     """Return the standard error of the difference of a metric of two sets of images whose i-th images are a pair.
 
-    It is that of the mean of N differences of influences. If the metric is the mean over random subsets, which are the
-    same of both sets, the error of drawing these is added: that of the mean of the differences of their values.
+    It is that of the mean of N differences of influences. If the metric is a mean over random subsets, which are the
+    same for both sets, the error of drawing them is added: that of the mean difference of their values.
 
     Args:
         first: the arrays of influences.npz of the first set.

@@ -186,7 +186,7 @@ def diffusers_scheduler(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
 
 
 def as_imported(config: ConfigDict, step: int) -> bool:
-    """Return whether the parameters are those of another project: this one has not trained them."""
+    """Return whether the parameters are another project's, as they were imported."""
     return step == 0 and bool(config.interop.source)
 
 

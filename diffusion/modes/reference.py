@@ -202,9 +202,10 @@ class Reference(NamedTuple):
     classes: tuple[str, ...] = ()
 
     def record_for(self, needs: str, output: str, dialect: str) -> dict[str, Any]:
-        """Return the record, with the dialect of a metric, which may be another one that preprocesses images alike.
+        """Return the record for a metric.
 
-        For a metric that needs vectors of an output, it also has their number if some were not kept.
+        Its dialect is the metric's, even if the features were computed in another one that preprocesses images alike.
+        If the metric needs vectors of an output, of which some were not kept, the record also has their number.
         """
         kept = len(self.vectors[output]) if needs == 'vectors' and output in self.vectors else None
         found = self.record | ({} if kept in (None, self.record.get('count')) else {'vectors': kept})

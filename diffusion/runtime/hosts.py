@@ -202,7 +202,7 @@ def end_all(message: str) -> None:
 
 
 def _end() -> None:
-    """End this process with status 1 once all hosts have read the message; process 0, whose service has it, last."""
+    """End this process with status 1 once all hosts have read the message; process 0, which serves it, ends last."""
     time.sleep(2 * POLL if distributed.global_state.process_id else 4 * POLL)
     os._exit(1)
 

@@ -96,7 +96,7 @@ def exhausted(error: BaseException) -> str | None:
     """Return a message, with the size of the request, if an exception means that memory ran out; else None."""
     if isinstance(error, MemoryError):
         return f'out of memory on the host: {error}' if str(error) else 'out of memory on the host'
-    # Where JAX puts an array on a TPU, it raises XLA's error as a ValueError.
+    # JAX raises XLA's error as a ValueError if there is no room on a TPU for an array that is put there.
     of_xla = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
     if not of_xla and not (isinstance(error, ValueError) and str(error).startswith('RESOURCE_EXHAUSTED: ')):
         return None

@@ -31,13 +31,13 @@ PEAK_FLOPS = {
     'NVIDIA H200': 989e12,  # SXM
     'NVIDIA B200': 2250e12,
     'TPU v2': 46e12 / 2,  # a device is a core, half a chip
-    'TPU v3': 123e12 / 2,  # the same
+    'TPU v3': 123e12 / 2,  # half a chip
     'TPU v4': 275e12,
     'TPU v5 lite': 197e12,  # v5e
     'TPU v5': 459e12,  # v5p
     'TPU v5p': 459e12,
     'TPU v6 lite': 918e12,  # v6e
-    'TPU7x': 2307e12 / 2,  # the same
+    'TPU7x': 2307e12 / 2,  # half a chip
 }
 
 

@@ -29,7 +29,7 @@ H200 = f'{XLA}; rate, link: NVIDIA H200, specifications, https://www.nvidia.com/
 B200 = f'{XLA}; rate, link: NVIDIA DGX B200, specifications, https://www.nvidia.com/en-us/data-center/dgx-b200/'
 GOOGLE = 'Google Cloud, system architecture of the TPU, https://docs.cloud.google.com/tpu/docs/'
 TPU_V4 = f'{GOOGLE}v4; link: 6 of 50 GB/s, https://arxiv.org/abs/2304.01433'
-# Of the first generations, a link sends 496 and 656 Gbit/s; four leave a chip, and a device is half a chip.
+# A link of v2 sends 496 Gbit/s, one of v3 656; a chip has four, and a device is half a chip.
 TPU_V2 = 'Jouppi et al., A domain-specific supercomputer for training deep neural networks, 2020, doi:10.1145/3360307'
 TPU_V3 = f'{GOOGLE}v3; link: {TPU_V2}'
 
