@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import threading
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -87,23 +88,37 @@ def _open(entry: str, source: Source, preprocess: Preprocessing, max_bad_fractio
     listed = os.path.join(entry, 'bad.txt')
     try:
         record = read_json(os.path.join(entry, 'index.json'))
-        good = np.load(os.path.join(entry, 'good.npy'), allow_pickle=False)
-        labels = np.load(os.path.join(entry, 'labels.npy'), allow_pickle=False)
-        shape = (record['count'], *preprocess.shape)
+        count = record['count']
+        good = _load(os.path.join(entry, 'good.npy'), count, np.int64)
+        labels = _load(os.path.join(entry, 'labels.npy'), count, np.int32)
         images: Any = Undecoded(source, preprocess, good, labels)
         sums = None
         if keep and len(good):
-            images = np.memmap(os.path.join(entry, 'images.bin'), np.uint8, 'r', shape=shape)
-            expected = np.load(os.path.join(entry, 'checksums.npy'), allow_pickle=False)
+            images = np.memmap(os.path.join(entry, 'images.bin'), np.uint8, 'r', shape=(count, *preprocess.shape))
+            expected = _load(os.path.join(entry, 'checksums.npy'), count, np.uint64)
             sums = Checksums(expected, str(_damaged(entry, 'an image differs from its checksum')))
         os.stat(listed)
     except (FileNotFoundError, ValueError, KeyError, EOFError) as error:
         raise _damaged(entry, error) from error
-    bad = len(source) - record['count']
+    bad = len(source) - count
     _check_bad(bad, source, listed, max_bad_fraction)
     if bad:
         say(f'warning: {_summary(bad, source, listed)}; remove that folder to check them again')
     return Images(images, labels if source.classes else None, record, checksums=sums)
+
+
+def _load(path: str, count: int, dtype: type) -> np.ndarray:
+    """Return the array of `count` numbers in a file. Raises ValueError if it holds something else."""
+    try:
+        with open(path, 'rb') as file:
+            array = np.load(file, allow_pickle=False)
+            rest = file.read()
+    except (SyntaxError, tokenize.TokenError) as error:  # as NumPy raises them for some damaged headers
+        raise ValueError(f'the header of {os.path.basename(path)}: {error}') from error
+    if array.shape != (count,) or array.dtype != dtype or rest:
+        found = f'{array.dtype} {array.shape}{" and more" if rest else ""}'
+        raise ValueError(f'{os.path.basename(path)} holds {found}, but {np.dtype(dtype)} ({count},) was expected')
+    return array
 
 
 @contextlib.contextmanager

@@ -359,6 +359,40 @@ def test_a_damaged_entry_is_named(tmp_path, file, damage):
     assert str(tmp_path / entry) in str(error.value)
 
 
+@pytest.mark.parametrize('file', ['labels.npy', 'good.npy', 'checksums.npy'])
+def test_a_file_that_is_not_of_the_same_images_is_named(tmp_path, file):
+    """Of one image less, for example, in an intact file."""
+    source = Counted(PNG)
+    source.decoded(tmp_path)
+    (entry,) = entries(tmp_path)
+    path = tmp_path / entry / file
+    np.save(path, np.load(path)[:-1])
+    with pytest.raises(ValueError, match=rf'{file} holds \w+ \(149,\).*remove that folder'):
+        source.decoded(tmp_path)
+
+
+@pytest.mark.filterwarnings('ignore:Reading `.npy`')
+def test_no_flipped_bit_of_a_header_changes_an_array(tmp_path):
+    """Fewer labels, or other types of them, for example."""
+    source = Counted(PNG)
+    source.decoded(tmp_path)
+    (entry,) = entries(tmp_path)
+    path = tmp_path / entry / 'labels.npy'
+    intact, expected = path.read_bytes(), np.load(path)
+    for bit in range(8 * intact.index(b'\n')):
+        damaged = bytearray(intact)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = cache._load(str(path), len(expected), expected.dtype.type)
+        except ValueError:
+            continue
+        np.testing.assert_array_equal(found, expected)
+    path.write_bytes(intact.replace(b'(', b'[', 1))
+    with pytest.raises(ValueError, match='remove that folder'):
+        source.decoded(tmp_path)
+
+
 @pytest.mark.parametrize('size', [8, 5])  # an image has a multiple of eight bytes, or not
 @pytest.mark.parametrize('damage', ['flipped', 'zeros', 'swapped'])
 @pytest.mark.parametrize('read', [np.array([3, 70]), slice(None), slice(60, 80), 70, np.arange(150) == 70])
