@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     config.data.max_pixels = 89_478_485  # pixels; larger pictures are left out, since decoding takes much memory
     config.data.cache = True  # keep the decoded images on disk; False decodes them for each batch
     config.data.cache_dir = ''  # folder of the decoded images; '' is $XDG_CACHE_HOME/diffusion, or ~/.cache/diffusion
-    # Parts of the training images, of which each host decodes only its own. 0 chooses: 1 for images of up to 8 GB, else
-    # up to 64, whatever the number of hosts; a run keeps what was chosen.
+    # Number of parts of the training images; each host decodes only its own. 0 chooses it: 1 for images of up to 8 GB,
+    # else up to 64, whatever the number of hosts. A run keeps what was chosen.
     config.data.shards = 0
     config.data.placement = 'auto'  # where training images are kept: device memory, or the host; auto: where they fit
 

@@ -199,8 +199,8 @@ def choose_shards(config: ConfigDict, num_pictures: int) -> int:
         num_pictures: number of training pictures.
 
     Returns:
-        One of SHARDS; 1 if data.placement asks that each device keep all images. Of several shards, each has at least
-        PICTURES_OF_SHARD pictures.
+        One of SHARDS, with which each shard has at least PICTURES_OF_SHARD pictures. It is 1 if each device is to keep
+        all images (data.placement).
     """
     nbytes = num_pictures * config.data.image_size**2 * config.data.channels
     if nbytes <= WHOLE or config.data.placement == 'device':

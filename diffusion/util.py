@@ -22,6 +22,7 @@ import stat
 import sys
 import threading
 import time
+import tokenize
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
@@ -438,6 +439,15 @@ def exclusive(path: str, waiting: str) -> Iterator[None]:
 
 class RunError(Exception):
     """An error of the user's input or machine, not a bug; the message states what was found and what to do."""
+
+
+@contextlib.contextmanager
+def npy_header(name: str = 'the array') -> Iterator[None]:
+    """Raise ValueError where NumPy, for some damaged headers of .npy files, lets errors of Python's parser through."""
+    try:
+        yield
+    except (SyntaxError, tokenize.TokenError) as error:
+        raise ValueError(f'the header of {name} is damaged ({error})') from error
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def test_help_is_quick_and_imports_no_jax(site, tmp_path):
     )
     text, _, printed = run(site, tmp_path, sys.executable, '-c', program).partition('seconds:')
     seconds, *imported = printed.split()
-    assert float(seconds) < 2  # of the processor, so that other programs change little
+    assert float(seconds) < 2  # of the processor, which other programs hardly change
     assert '--workdir' in text
     assert not {'jax', 'numpy', 'flax', 'tensorflow'} & set(imported)
 

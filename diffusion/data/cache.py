@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 import threading
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -22,7 +21,7 @@ from jaxtyping import Float64, Int32, UInt8, UInt64
 from diffusion.data.images import Checksums, Images, Undecoded, checksums
 from diffusion.data.pictures import Preprocessing
 from diffusion.data.sources import Source
-from diffusion.util import exclusive, progress, read_json, say, unfinished, write_json
+from diffusion.util import exclusive, npy_header, progress, read_json, say, unfinished, write_json
 
 CHUNK = 64  # pictures in one task of the thread pool, or fewer if they are large
 WAITING = 2**30  # bytes, at most, of images that were decoded and wait for those before them
@@ -109,12 +108,9 @@ def _open(entry: str, source: Source, preprocess: Preprocessing, max_bad_fractio
 
 def _load(path: str, count: int, dtype: type) -> np.ndarray:
     """Return the array of `count` numbers in a file. Raises ValueError if it holds something else."""
-    try:
-        with open(path, 'rb') as file:
-            array = np.load(file, allow_pickle=False)
-            rest = file.read()
-    except (SyntaxError, tokenize.TokenError) as error:  # as NumPy raises them for some damaged headers
-        raise ValueError(f'the header of {os.path.basename(path)}: {error}') from error
+    with npy_header(os.path.basename(path)), open(path, 'rb') as file:
+        array = np.load(file, allow_pickle=False)
+        rest = file.read()
     if array.shape != (count,) or array.dtype != dtype or rest:
         found = f'{array.dtype} {array.shape}{" and more" if rest else ""}'
         raise ValueError(f'{os.path.basename(path)} holds {found}, but {np.dtype(dtype)} ({count},) was expected')

@@ -42,8 +42,8 @@ FORMATS = {
 
 BITS, PHOTOMETRIC, PLANES = 258, 262, 284  # tags of TIFF files
 
-# Of a colour of 16 bits, Pillow reads only the high byte of each value. For each of its raw modes of such colours, this
-# is the raw mode that reads the low bytes: that of the other byte order. For LA;16B, it is one that reads all bytes.
+# Pillow reads only the high byte of each value of a colour of 16 bits. The low bytes are read by the raw mode of the
+# other byte order, which this table has for each raw mode. For LA;16B, it has a raw mode that reads all bytes.
 OTHER_BYTES = {
     f'{mode};16{order}': f'{mode};16{other}'
     for mode in ('RGB', 'RGBA', 'RGBX')

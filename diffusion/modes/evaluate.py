@@ -373,11 +373,8 @@ def measure_all(
         output: of the network.
     """
     found = Measured([], {}, {})
-    if isinstance(compared, Reference):
-        vectors, moments = compared.vectors.get(output), compared.moments.get(output)
-        comparison = Comparison(samples, vectors, moments, network.dialect)
-    else:
-        comparison = Comparison(samples, None, None, network.dialect)
+    known = compared if isinstance(compared, Reference) else Reference({}, {}, {})
+    comparison = Comparison(samples, known.vectors.get(output), known.moments.get(output), network.dialect)
     for name, row in rows.items():
         try:
             if row.needs and isinstance(compared, str):

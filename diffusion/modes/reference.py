@@ -205,7 +205,7 @@ class Reference(NamedTuple):
         """Return the record for a metric.
 
         Its dialect is the metric's, even if the features were computed in another one that preprocesses images alike.
-        If the metric needs vectors of an output, of which some were not kept, the record also has their number.
+        If the metric needs the vectors of an output, and not all were kept, the record also has their number.
         """
         kept = len(self.vectors[output]) if needs == 'vectors' and output in self.vectors else None
         found = self.record | ({} if kept in (None, self.record.get('count')) else {'vectors': kept})

@@ -12,8 +12,7 @@ def domain_key(seed: int | jax.Array, domain: str) -> jax.Array:
     The generator is pinned: JAX's default is a setting, and a resumed run must draw the same numbers.
 
     Args:
-        seed: an integer, of which JAX uses the lower 32 bits; different domains give independent keys for equal
-            seeds.
+        seed: an integer. JAX uses its lower 32 bits. Different domains give independent keys for equal seeds.
         domain: an entry of DOMAINS.
 
     Returns:

@@ -104,7 +104,7 @@ def test_what_diffusers_cannot_sample_is_refused(run, monkeypatch):
 )
 def test_a_file_that_is_gone_is_shown_without_its_folder(source):
     assert export.public(source) == 'ddim:model.ckpt'
-    assert export.public('diffusers:google/ddpm-cifar10-32') == 'diffusers:google/ddpm-cifar10-32'  # of the hub
+    assert export.public('diffusers:google/ddpm-cifar10-32') == 'diffusers:google/ddpm-cifar10-32'  # an id of the hub
 
 
 @pytest.mark.parametrize(('umask', 'mode'), [(0o022, 0o644), (0o007, 0o660)])

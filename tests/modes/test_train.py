@@ -444,6 +444,7 @@ def test_the_step_for_gpus_does_the_same_as_the_plain_one(monkeypatch):
         exp = build.build(config)
         params = jax.tree.map(jnp.asarray, random_params(config, 0))
         state = exp.packed(exp.start(params, jax.tree.map(jnp.copy, params)))
+        assert (jax.tree.structure(state.params) == jax.tree.structure(params)) == (name == 'plain')
         batches = train.feed(config, exp, data.load('digits', 'train', image_size=8, channels=1, cache=False), 0)
         first = next(batches)
         step_fn = train.compile_step(config, exp, state, *first)
